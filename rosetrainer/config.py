@@ -1,0 +1,275 @@
+"""What a run is made of: frozen dataclasses, one a component, checked before anything starts."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from tyro.conf import Suppress
+
+T = TypeVar("T")
+HUGE = 2**40  # no count of ours is larger, and sums of some still fit 64 bits
+
+
+class ConfigError(ValueError):
+    """A mistake of the user's. The text is one line: the values, and what would work."""
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """The values that a number may take: low <= value <= high, or value < high if `open`."""
+
+    low: float
+    high: float = math.inf
+    open: bool = False
+
+    def holds(self, value: float) -> bool:
+        return self.low <= value and (value < self.high if self.open else value <= self.high)
+
+    def __str__(self) -> str:
+        if self.high >= HUGE:
+            return f"{self.low:g} or more"
+        return f"from {self.low:g} to {'below ' if self.open else ''}{self.high:g}"
+
+
+Count = Annotated[int, Bounds(1, HUGE)]
+CountOrZero = Annotated[int, Bounds(0, HUGE)]
+Fraction = Annotated[float, Bounds(0, 1)]
+BelowOne = Annotated[float, Bounds(0, 1, open=True)]
+Positive = Annotated[float, Bounds(1e-30, 1e30)]
+PositiveOrZero = Annotated[float, Bounds(0, 1e30)]
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """The model: shapes of a GPT."""
+
+    vocab_size: Suppress[Count] = 256
+    """Number of token ids; training takes it from the data."""
+    context_length: Count = 256
+    """Tokens in a sequence."""
+    n_layers: Count = 4
+    """Transformer blocks."""
+    n_heads: Count = 4
+    """Attention heads."""
+    d_model: Count = 256
+    """Width of the residual stream."""
+    d_head: Count | None = None
+    """Width of one head; d_model / n_heads unless given."""
+    d_ff: Count | None = None
+    """Inner width of the feed-forward layer; 4 x d_model unless given."""
+    bias: bool = True
+    """Biases in the linear layers."""
+    tied: bool = True
+    """The output head shares the token embedding's weights."""
+    dropout: BelowOne = 0.0
+    """Must be 0: dropout is not supported yet."""
+
+    @property
+    def head_width(self) -> int:
+        return self.d_head if self.d_head is not None else self.d_model // self.n_heads
+
+    @property
+    def ff_width(self) -> int:
+        return self.d_ff if self.d_ff is not None else 4 * self.d_model
+
+    def check(self, tp_size: int = 1) -> None:
+        """Raises ConfigError if no such model exists, or tp_size ranks cannot share it."""
+        check_fields(self)
+        if self.d_head is None and self.d_model % self.n_heads:
+            raise ConfigError(
+                f"d_model={self.d_model} is not divisible by n_heads={self.n_heads}; "
+                f"n_heads can be {_or(_divisors(self.d_model))}, or give d_head"
+            )
+        if self.dropout > 0:
+            raise ConfigError(f"dropout={self.dropout} is not supported yet; dropout can be 0")
+        for name, value in (("n_heads", self.n_heads), ("d_ff", self.ff_width)):
+            if value % tp_size:
+                possible = _divisors(math.gcd(self.n_heads, self.ff_width))
+                raise ConfigError(
+                    f"{name}={value} is not divisible by tp_size={tp_size}; "
+                    f"tp_size can be {_or(possible)}"
+                )
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """The layout: how many ranks share one model (tp), how many copies of it there are (dp)."""
+
+    tp_size: Count | None = None
+    """Tensor-parallel size; the number of ranks / dp_size unless given."""
+    dp_size: Count | None = None
+    """Data-parallel size; the number of ranks / tp_size unless given."""
+
+    def resolve(self, world_size: int) -> tuple[int, int]:
+        """(tp_size, dp_size), their product world_size. Raises ConfigError if there is none."""
+        check_fields(self)
+        tp, dp = self.tp_size, self.dp_size
+        if tp is None:
+            tp = world_size // dp if dp is not None else world_size
+        if dp is None:
+            dp = max(world_size // tp, 1)
+        if tp * dp != world_size:
+            raise ConfigError(
+                f"world size {world_size} is not tp_size x dp_size = {tp} x {dp}; "
+                f"start {tp * dp} ranks, or choose sizes whose product is {world_size}"
+            )
+        return tp, dp
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW, its schedule and the batch."""
+
+    learning_rate: PositiveOrZero = 1e-3
+    """Peak learning rate, reached after the warm-up."""
+    min_lr_ratio: Fraction = 0.1
+    """The cosine ends at this fraction of the peak."""
+    warmup_steps: CountOrZero = 20
+    """Steps of linear warm-up."""
+    weight_decay: PositiveOrZero = 0.1
+    """Decay of weight matrices; biases, norms and position embeddings have none."""
+    beta1: BelowOne = 0.9
+    """Decay of AdamW's mean of gradients."""
+    beta2: BelowOne = 0.95
+    """Decay of AdamW's mean of squared gradients."""
+    eps: Positive = 1e-8
+    """Added to AdamW's denominator."""
+    grad_clip: PositiveOrZero = 1.0
+    """Largest global gradient norm; 0 does not clip."""
+    global_batch_size: Count = 16
+    """Sequences in one update, over all ranks: the work is the same in every layout."""
+    micro_batch_size: Count | None = None
+    """Sequences in one forward pass of a rank; global_batch_size / dp_size unless given."""
+
+    def accumulation(self, dp_size: int) -> int:
+        """Micro-batches that each rank runs for one update. Raises ConfigError."""
+        if self.global_batch_size % dp_size:
+            raise ConfigError(
+                f"global_batch_size={self.global_batch_size} is not divisible by "
+                f"dp_size={dp_size}; dp_size can be {_or(_divisors(self.global_batch_size))}"
+            )
+        per_rank = self.global_batch_size // dp_size
+        micro = self.micro_batch_size or per_rank
+        if per_rank % micro:
+            raise ConfigError(
+                f"global_batch_size={self.global_batch_size} is not divisible by micro_batch_size"
+                f" x dp_size = {micro} x {dp_size}; micro_batch_size can be "
+                f"{_or(_divisors(per_rank))}"
+            )
+        return per_rank // micro
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The run: data, length, precision, where results go."""
+
+    data: Path = Path("data/python-docs")
+    """Folder that data/prepare.py wrote."""
+    out: Path | None = None
+    """Folder for the results, new or empty; the next free out/run-NNN unless given."""
+    steps: Count = 200
+    """Updates."""
+    eval_every: CountOrZero = 50
+    """Steps between two evaluations; 0 evaluates only at the end."""
+    eval_tokens: Count = 65536
+    """Validation tokens of an evaluation, from the start of val.bin."""
+    seed: CountOrZero = 1337
+    """Decides the initial weights and the order of the data."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes CUDA when each local rank has a GPU of its own."""
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
+    """bfloat16 is autocast over fp32 parameters; auto takes it where the hardware multiplies it."""
+    threads: CountOrZero = 0
+    """CPU threads of a rank; 0 shares the cores among the local ranks."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides a training run."""
+
+    model: GPTConfig = field(default_factory=GPTConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def check(self, world_size: int) -> None:
+        """Raises ConfigError for anything that cannot work with world_size ranks."""
+        for component in (self.model, self.parallel, self.optim, self.run):
+            check_fields(component)
+        tp_size, dp_size = self.parallel.resolve(world_size)
+        self.model.check(tp_size)
+        self.optim.accumulation(dp_size)
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps(asdict(self), indent=2, default=str) + "\n")
+
+
+def config_from_dict(cls: type[T], values: Any, where: str) -> T:
+    """The dataclass cls (nested ones too) out of values; `where` names them in a ConfigError."""
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where} should hold an object, not {type(values).__name__}")
+    hints = get_type_hints(cls)
+    names = {f.name for f in fields(cls)}  # type: ignore[arg-type]
+    if unknown := sorted(map(str, set(values) - names)):
+        raise ConfigError(f"{where} has unknown keys {', '.join(unknown)}")
+    made: dict[str, Any] = {}
+    for name, value in values.items():
+        if is_dataclass(hints[name]):
+            made[name] = config_from_dict(hints[name], value, f"{where}: {name}")
+        elif isinstance(value, str) and Path in (hints[name], *get_args(hints[name])):
+            made[name] = Path(value)
+        else:
+            made[name] = value
+    config = cls(**made)
+    check_fields(config)
+    return config
+
+
+def check_fields(config: Any) -> None:
+    """Raises ConfigError if a field's value is not of its type or lies outside its Bounds."""
+    hints = get_type_hints(type(config), include_extras=True)
+    for f in fields(config):
+        value = getattr(config, f.name)
+        problem = _mismatch(hints[f.name], value)
+        if problem:
+            raise ConfigError(f"{f.name}={value!r} must be {problem}")
+
+
+def _mismatch(hint: Any, value: Any) -> str:
+    """What a value of type `hint` must be, or "" if value is that."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        problem = _mismatch(args[0], value)
+        bounds = [a for a in args[1:] if isinstance(a, Bounds)]
+        if problem or all(b.holds(value) for b in bounds):
+            return problem
+        return f"{bounds[0]}"
+    if origin in (Union, UnionType):
+        options = [_mismatch(a, value) for a in args if a is not type(None) or value is None]
+        return "" if "" in options else " or ".join(options)
+    if origin is Literal:
+        return "" if value in args and isinstance(value, str) else _or(args)
+    if hint is float:
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        return "" if number and math.isfinite(value) else "a finite number"
+    if hint is type(None):
+        return ""
+    ok = isinstance(value, hint) and (hint is not int or not isinstance(value, bool))
+    named = {int: "an integer", bool: "true or false", Path: "a path"}
+    return "" if ok else named.get(hint, f"a {hint.__name__}")
+
+
+def _divisors(n: int) -> list[int]:
+    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return sorted({*small, *(n // d for d in small)})
+
+
+def _or(values: Any) -> str:
+    """1, 2 or 4"""
+    words = [str(v) for v in values]
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"

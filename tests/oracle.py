@@ -1,0 +1,68 @@
+"""What the parity tests share: small configs, random dense weights, and what "equal" means."""
+
+from __future__ import annotations
+
+import torch
+from rosetrainer.config import GPTConfig
+from rosetrainer.reference import ReferenceGPT
+from torch import Tensor
+
+TOLERANCE = 1e-10  # of the dense tensor's largest value, in float64
+
+
+def tiny_config(**changes: object) -> GPTConfig:
+    """Two heads a rank at tp 4 (with one, interleaved q, k, v pass), d_head not d_model/n_heads."""
+    values: dict[str, object] = {
+        "vocab_size": 29,
+        "context_length": 12,
+        "n_layers": 2,
+        "n_heads": 8,
+        "d_model": 24,
+        "d_head": 5,
+        "d_ff": 40,
+    }
+    return GPTConfig(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def dense_model(config: GPTConfig, seed: int = 0) -> ReferenceGPT:
+    """The oracle in float64 with random weights: no bias is zero and no norm is one."""
+    generator = torch.Generator().manual_seed(seed)
+    dense = ReferenceGPT(config).double()
+    with torch.no_grad():
+        for name, parameter in dense.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.copy_(0.3 * noise + (1.0 if name.endswith("norm.weight") else 0.0))
+    return dense
+
+
+def random_batch(
+    config: GPTConfig, rows: int, seed: int = 1, ignored: float = 0.25
+) -> tuple[Tensor, Tensor]:
+    """(input_ids, labels), each (rows, context_length - 2); some labels are -100."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (rows, config.context_length - 2)
+    input_ids = torch.randint(config.vocab_size, shape, generator=generator)
+    labels = torch.randint(config.vocab_size, shape, generator=generator)
+    return input_ids, labels.masked_fill(torch.rand(shape, generator=generator) < ignored, -100)
+
+
+def assert_equal(name: str, ours: Tensor, dense: Tensor) -> None:
+    """max|ours - dense| <= 1e-10 x max|dense|"""
+    assert ours.dtype == dense.dtype == torch.float64, f"{name} is {ours.dtype}"
+    assert ours.shape == dense.shape, f"{name} is {tuple(ours.shape)}, not {tuple(dense.shape)}"
+    worst, largest = (ours - dense).abs().max().item(), dense.abs().max().item()
+    assert worst <= TOLERANCE * largest, f"{name} differs by {worst:.3g}, largest {largest:.3g}"
+
+
+def assert_all_equal(ours: dict[str, Tensor], dense: dict[str, Tensor]) -> None:
+    assert ours.keys() == dense.keys()
+    for name in dense:
+        assert_equal(name, ours[name], dense[name])
+
+
+def gradients(dense: torch.nn.Module) -> dict[str, Tensor]:
+    found = {}
+    for name, parameter in dense.named_parameters():
+        assert parameter.grad is not None
+        found[name] = parameter.grad
+    return found

@@ -1,0 +1,127 @@
+"""The many-rank harness: fresh ranks for each test, forked from a process that has torch loaded.
+
+A torchrun costs 9 to 20 s, almost all of it imports; a fork of the loaded server a fraction of a
+second. Ranks meet in a file, so no port is taken. What a rank returns must be picklable without
+torch's shared memory: numbers and lists, no tensors.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import multiprocessing.connection
+import os
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+# Modules of other people's only: the mutant tests put a changed rosetrainer on the path of ranks.
+PRELOAD = [
+    "torch",
+    "torch._dynamo",
+    "torch.distributed.tensor",
+    "torch.distributed.checkpoint",
+    "torch.distributed.device_mesh",
+    "numpy",
+    "tyro",
+    "pytest",
+]
+FORKSERVER = multiprocessing.get_context("forkserver")
+FORKSERVER.set_forkserver_preload(PRELOAD)
+
+
+class RankFailure(AssertionError):
+    """A rank raised or died. The text holds the traceback of each rank that failed."""
+
+
+def run_ranks(
+    n_ranks: int, function: Callable[..., Any], *arguments: Any, timeout: float = 60.0
+) -> list[Any]:
+    """[function(*arguments) on rank 0, on rank 1, ...], each rank a process in one gloo group.
+
+    Raises RankFailure with each failed rank's own traceback; the others are ended.
+    """
+    ranks: list[Any] = []
+    results: list[Any] = [None] * n_ranks
+    failures: dict[int, str] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        meeting_point = str(Path(folder) / "store")
+        for rank in range(n_ranks):
+            receiver, sender = FORKSERVER.Pipe(duplex=False)
+            target = (sender, meeting_point, rank, n_ranks, function, arguments)
+            process = FORKSERVER.Process(target=_rank_main, args=target)
+            process.start()
+            sender.close()
+            ranks.append((process, receiver))
+        try:
+            _collect(ranks, results, failures, time.monotonic() + timeout)
+        finally:
+            for process, _ in ranks:
+                if process.is_alive() and failures:
+                    process.kill()
+                process.join()
+    if failures:
+        told = (f"--- rank {rank} of {n_ranks}:\n{text}" for rank, text in sorted(failures.items()))
+        raise RankFailure("\n".join(told))
+    return results
+
+
+def _collect(
+    ranks: list[Any], results: list[Any], failures: dict[int, str], deadline: float
+) -> None:
+    waiting = {receiver: rank for rank, (_, receiver) in enumerate(ranks)}
+    while waiting:
+        left = deadline - time.monotonic()
+        ready = multiprocessing.connection.wait(list(waiting), timeout=max(left, 0))
+        if not ready:
+            failures.update({rank: "no answer in time" for rank in waiting.values()})
+            return
+        for receiver in ready:
+            rank = waiting.pop(receiver)  # type: ignore[arg-type]
+            try:
+                ok, value = receiver.recv()  # type: ignore[union-attr]
+            except EOFError:
+                ranks[rank][0].join()
+                ok, value = False, f"died without a word, exit code {ranks[rank][0].exitcode}"
+            if ok:
+                results[rank] = value
+            else:
+                failures[rank] = value
+                # The others may wait for this rank in a collective; a moment for their own word.
+                deadline = min(deadline, time.monotonic() + 1.0)
+
+
+def _rank_main(
+    sender: Any,
+    meeting_point: str,
+    rank: int,
+    n_ranks: int,
+    function: Callable[..., Any],
+    arguments: Any,
+) -> None:
+    import torch
+    import torch.distributed as dist
+
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE=str(n_ranks), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(n_ranks)
+    )
+    torch.set_num_threads(1)
+    try:
+        if n_ranks > 1:
+            store = dist.FileStore(meeting_point, n_ranks)
+            dist.init_process_group(
+                "gloo",
+                store=store,
+                rank=rank,
+                world_size=n_ranks,
+                timeout=timedelta(seconds=30),
+            )
+        sender.send((True, function(*arguments)))
+    except BaseException:
+        sender.send((False, traceback.format_exc()))
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()

@@ -1,0 +1,119 @@
+"""Against an implementation that is not ours: Hugging Face's GPT-2 with the same weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from oracle import assert_all_equal, assert_equal, random_batch
+from ranks import run_ranks
+from rosetrainer.config import GPTConfig
+from rosetrainer.model import GPTModel
+from rosetrainer.parallel_context import init_tensor_parallel
+from rosetrainer.tensor_parallel import gather_whole, load_whole
+from torch import Tensor
+
+# Theirs -> ours. Their Conv1D keeps its weight as (in, out), so it is transposed.
+BLOCK_NAMES = {
+    "ln_1": "attention_norm",
+    "attn.c_attn": "attention.query_key_value",
+    "attn.c_proj": "attention.dense",
+    "ln_2": "feed_forward_norm",
+    "mlp.c_fc": "feed_forward.dense_h_to_4h",
+    "mlp.c_proj": "feed_forward.dense_4h_to_h",
+}
+
+
+def rename(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
+    ours = {}
+    for name, tensor in theirs.items():
+        module, leaf = name.removeprefix("transformer.").rsplit(".", 1)
+        if module.startswith("h."):
+            _, layer, inner = module.split(".", 2)
+            tensor = tensor.T if "c_" in inner and leaf == "weight" else tensor
+            module = f"blocks.{layer}.{BLOCK_NAMES[inner]}"
+        else:
+            module = {
+                "wte": "token_embedding",
+                "wpe": "position_embedding",
+                "ln_f": "final_norm",
+                "lm_head": "output_head",
+            }[module]
+        ours[f"{module}.{leaf}"] = tensor
+    return ours
+
+
+def check_against_gpt2(config: GPTConfig, padding: int, seed: int) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    context = init_tensor_parallel()
+    torch.manual_seed(seed)
+    theirs = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=config.vocab_size,
+            n_positions=config.context_length,
+            n_embd=config.d_model,
+            n_layer=config.n_layers,
+            n_head=config.n_heads,
+            n_inner=config.ff_width,
+            bos_token_id=None,
+            eos_token_id=None,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            tie_word_embeddings=config.tied,
+            attn_implementation="eager",
+        )
+    ).double()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    model = GPTModel(config, context).double()
+    load_whole(model, rename(dict(theirs.named_parameters())))
+
+    input_ids, labels = random_batch(config, rows=3, seed=seed)
+    mask = torch.ones_like(input_ids)
+    mask[1, :padding] = 0
+    labels[mask == 0] = -100
+    # They shift inside: their label t + 1 is our label t, and our last one falls off.
+    labels[:, -1] = -100
+    their_labels = torch.cat([torch.full_like(labels[:, :1], -100), labels[:, :-1]], dim=1)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    expected = theirs(input_ids, attention_mask=mask, position_ids=positions, labels=their_labels)
+    # Their loss is computed in fp32 whatever the model's dtype; the exact one is of their logits.
+    exact_loss = F.cross_entropy(expected.logits.flatten(0, 1), labels.flatten())
+    exact_loss.backward()
+    logits, loss = model(input_ids, mask, labels)
+    loss.backward()
+    assert_equal("logits", logits[mask == 1], expected.logits[mask == 1])
+    assert_equal("loss", loss, exact_loss)
+    assert loss.item() == pytest.approx(expected.loss.item(), rel=1e-6)
+    their_gradients = {name: p.grad for name, p in theirs.named_parameters()}
+    assert_all_equal(gather_whole(model, context.tp, gradients=True), rename(their_gradients))
+
+
+configs = st.builds(
+    lambda vocab, context, layers, heads, width, inner, tied: GPTConfig(
+        vocab, context, layers, 2 * heads, 2 * heads * width, None, 2 * inner, tied=tied
+    ),
+    *(st.integers(*r) for r in ((5, 40), (4, 16), (1, 3), (1, 3), (1, 6), (3, 20))),
+    st.booleans(),
+)
+
+
+@settings(
+    max_examples=12,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=list(HealthCheck),
+)
+@given(config=configs, padding=st.integers(0, 1), seed=st.integers(0, 99))
+def test_one_process_equals_hugging_face(config: GPTConfig, padding: int, seed: int) -> None:
+    check_against_gpt2(config, padding, seed)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_two_ranks_equal_hugging_face(tied: bool) -> None:
+    run_ranks(2, check_against_gpt2, GPTConfig(31, 10, 2, 4, 16, d_ff=40, tied=tied), 3, 5)
