@@ -1,1 +1,1 @@
-"""rosetrainer: a small GPT trainer in which every parallel layout computes what one process does."""
+"""A small GPT trainer in which every parallel layout computes what one process does."""

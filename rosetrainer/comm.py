@@ -102,7 +102,7 @@ class _Copy(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return all_reduce(gradient, ctx.axis, "backward"), None
 
 
@@ -112,7 +112,7 @@ class _Reduce(torch.autograd.Function):
         return all_reduce(x, axis, "forward")
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient, None
 
 
@@ -123,7 +123,7 @@ class _Gather(torch.autograd.Function):
         return all_gather(x, axis, "forward")
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return own_slice(gradient, ctx.axis), None
 
 
@@ -134,5 +134,5 @@ class _Scatter(torch.autograd.Function):
         return own_slice(x, axis)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return all_gather(gradient, ctx.axis, "backward"), None

@@ -2,46 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import math
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Literal
 
 from tyro.conf import Suppress
 
-T = TypeVar("T")
-HUGE = 2**40  # no count of ours is larger, and sums of some still fit 64 bits
-
-
-class ConfigError(ValueError):
-    """A mistake of the user's. The text is one line: the values, and what would work."""
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """The values that a number may take: low <= value <= high, or value < high if `open`."""
-
-    low: float
-    high: float = math.inf
-    open: bool = False
-
-    def holds(self, value: float) -> bool:
-        return self.low <= value and (value < self.high if self.open else value <= self.high)
-
-    def __str__(self) -> str:
-        if self.high >= HUGE:
-            return f"{self.low:g} or more"
-        return f"from {self.low:g} to {'below ' if self.open else ''}{self.high:g}"
-
-
-Count = Annotated[int, Bounds(1, HUGE)]
-CountOrZero = Annotated[int, Bounds(0, HUGE)]
-Fraction = Annotated[float, Bounds(0, 1)]
-BelowOne = Annotated[float, Bounds(0, 1, open=True)]
-Positive = Annotated[float, Bounds(1e-30, 1e30)]
-PositiveOrZero = Annotated[float, Bounds(0, 1e30)]
+from rosetrainer.fields import (
+    BelowOne,
+    ConfigError,
+    Count,
+    CountOrZero,
+    Fraction,
+    Positive,
+    PositiveOrZero,
+    check_fields,
+    divisors,
+    one_of,
+)
 
 
 @dataclass(frozen=True)
@@ -83,16 +62,16 @@ class GPTConfig:
         if self.d_head is None and self.d_model % self.n_heads:
             raise ConfigError(
                 f"d_model={self.d_model} is not divisible by n_heads={self.n_heads}; "
-                f"n_heads can be {_or(_divisors(self.d_model))}, or give d_head"
+                f"n_heads can be {one_of(divisors(self.d_model))}, or give d_head"
             )
         if self.dropout > 0:
             raise ConfigError(f"dropout={self.dropout} is not supported yet; dropout can be 0")
         for name, value in (("n_heads", self.n_heads), ("d_ff", self.ff_width)):
             if value % tp_size:
-                possible = _divisors(math.gcd(self.n_heads, self.ff_width))
+                possible = divisors(math.gcd(self.n_heads, self.ff_width))
                 raise ConfigError(
                     f"{name}={value} is not divisible by tp_size={tp_size}; "
-                    f"tp_size can be {_or(possible)}"
+                    f"tp_size can be {one_of(possible)}"
                 )
 
 
@@ -146,20 +125,23 @@ class OptimConfig:
     micro_batch_size: Count | None = None
     """Sequences in one forward pass of a rank; global_batch_size / dp_size unless given."""
 
+    def micro_batch(self, dp_size: int) -> int:
+        """Sequences in one forward pass of a rank."""
+        return self.micro_batch_size or self.global_batch_size // dp_size
+
     def accumulation(self, dp_size: int) -> int:
         """Micro-batches that each rank runs for one update. Raises ConfigError."""
         if self.global_batch_size % dp_size:
             raise ConfigError(
                 f"global_batch_size={self.global_batch_size} is not divisible by "
-                f"dp_size={dp_size}; dp_size can be {_or(_divisors(self.global_batch_size))}"
+                f"dp_size={dp_size}; dp_size can be {one_of(divisors(self.global_batch_size))}"
             )
-        per_rank = self.global_batch_size // dp_size
-        micro = self.micro_batch_size or per_rank
+        per_rank, micro = self.global_batch_size // dp_size, self.micro_batch(dp_size)
         if per_rank % micro:
             raise ConfigError(
                 f"global_batch_size={self.global_batch_size} is not divisible by micro_batch_size"
                 f" x dp_size = {micro} x {dp_size}; micro_batch_size can be "
-                f"{_or(_divisors(per_rank))}"
+                f"{one_of(divisors(per_rank))}"
             )
         return per_rank // micro
 
@@ -199,77 +181,7 @@ class TrainConfig:
 
     def check(self, world_size: int) -> None:
         """Raises ConfigError for anything that cannot work with world_size ranks."""
-        for component in (self.model, self.parallel, self.optim, self.run):
-            check_fields(component)
+        check_fields(self)
         tp_size, dp_size = self.parallel.resolve(world_size)
         self.model.check(tp_size)
         self.optim.accumulation(dp_size)
-
-    def save(self, path: Path) -> None:
-        path.write_text(json.dumps(asdict(self), indent=2, default=str) + "\n")
-
-
-def config_from_dict(cls: type[T], values: Any, where: str) -> T:
-    """The dataclass cls (nested ones too) out of values; `where` names them in a ConfigError."""
-    if not isinstance(values, dict):
-        raise ConfigError(f"{where} should hold an object, not {type(values).__name__}")
-    hints = get_type_hints(cls)
-    names = {f.name for f in fields(cls)}  # type: ignore[arg-type]
-    if unknown := sorted(map(str, set(values) - names)):
-        raise ConfigError(f"{where} has unknown keys {', '.join(unknown)}")
-    made: dict[str, Any] = {}
-    for name, value in values.items():
-        if is_dataclass(hints[name]):
-            made[name] = config_from_dict(hints[name], value, f"{where}: {name}")
-        elif isinstance(value, str) and Path in (hints[name], *get_args(hints[name])):
-            made[name] = Path(value)
-        else:
-            made[name] = value
-    config = cls(**made)
-    check_fields(config)
-    return config
-
-
-def check_fields(config: Any) -> None:
-    """Raises ConfigError if a field's value is not of its type or lies outside its Bounds."""
-    hints = get_type_hints(type(config), include_extras=True)
-    for f in fields(config):
-        value = getattr(config, f.name)
-        problem = _mismatch(hints[f.name], value)
-        if problem:
-            raise ConfigError(f"{f.name}={value!r} must be {problem}")
-
-
-def _mismatch(hint: Any, value: Any) -> str:
-    """What a value of type `hint` must be, or "" if value is that."""
-    origin, args = get_origin(hint), get_args(hint)
-    if origin is Annotated:
-        problem = _mismatch(args[0], value)
-        bounds = [a for a in args[1:] if isinstance(a, Bounds)]
-        if problem or all(b.holds(value) for b in bounds):
-            return problem
-        return f"{bounds[0]}"
-    if origin in (Union, UnionType):
-        options = [_mismatch(a, value) for a in args if a is not type(None) or value is None]
-        return "" if "" in options else " or ".join(options)
-    if origin is Literal:
-        return "" if value in args and isinstance(value, str) else _or(args)
-    if hint is float:
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        return "" if number and math.isfinite(value) else "a finite number"
-    if hint is type(None):
-        return ""
-    ok = isinstance(value, hint) and (hint is not int or not isinstance(value, bool))
-    named = {int: "an integer", bool: "true or false", Path: "a path"}
-    return "" if ok else named.get(hint, f"a {hint.__name__}")
-
-
-def _divisors(n: int) -> list[int]:
-    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
-    return sorted({*small, *(n // d for d in small)})
-
-
-def _or(values: Any) -> str:
-    """1, 2 or 4"""
-    words = [str(v) for v in values]
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"

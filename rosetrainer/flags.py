@@ -1,18 +1,21 @@
-"""Command-line flags out of a config dataclass, and a user's mistake as one line."""
+"""Command-line flags out of a config dataclass, and how many ranks they ask for."""
 
 from __future__ import annotations
 
 import contextlib
 import difflib
 import io
+import math
+import os
 import re
-import sys
-from collections.abc import Callable
-from typing import NoReturn, TypeVar
+import shlex
+from typing import TypeVar
 
 import tyro
 
-from rosetrainer.config import ConfigError
+from rosetrainer.config import ParallelConfig
+from rosetrainer.fields import ConfigError, check_fields
+from rosetrainer.rank import LAUNCHED
 
 T = TypeVar("T")
 
@@ -37,12 +40,18 @@ def parse_flags(cls: type[T], argv: list[str], prog: str) -> T:
             raise
         raise ConfigError(_first_line(printed.getvalue())) from None
     if unknown:
-        known = re.findall(r"--[a-z0-9-]+", tyro.extras.get_parser(
-            cls, prog=prog, config=(tyro.conf.OmitArgPrefixes,)).format_help())
+        known = _known_flags(cls, prog)
         close = difflib.get_close_matches(unknown[0], known, n=1, cutoff=0.75)
         hint = f"did you mean {close[0]}?" if close else f"see {prog} --help"
         raise ConfigError(f"unknown argument {unknown[0]}; {hint}")
     return parsed
+
+
+def _known_flags(cls: type, prog: str) -> list[str]:
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(shown), contextlib.suppress(SystemExit):
+        tyro.cli(cls, prog=prog, args=["--help"], config=(tyro.conf.OmitArgPrefixes,))
+    return re.findall(r"--[a-z0-9-]+", shown.getvalue())
 
 
 def _first_line(box: str) -> str:
@@ -56,15 +65,23 @@ def _first_line(box: str) -> str:
     return " ".join(words) or " ".join(box.split())
 
 
-def fail(error: Exception) -> NoReturn:
-    """One line on standard error, exit status 2."""
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
+def ranks_to_start(
+    command: str, argv: list[str], nproc: int | None, parallel: ParallelConfig
+) -> tuple[int, bool]:
+    """(world size, whether this process has to start those ranks or is one of them).
 
-
-def run_cli(main: Callable[[list[str]], object]) -> None:
-    """main(argv) with a user's mistake shown as one line."""
-    try:
-        main(sys.argv[1:])
-    except ConfigError as error:
-        fail(error)
+    Raises ConfigError where more ranks are asked for than there are or will be.
+    """
+    if "RANK" in os.environ:  # torchrun's, or our launcher's
+        if nproc is not None and LAUNCHED not in os.environ:
+            raise ConfigError(f"nproc={nproc} under torchrun, which has its own; leave --nproc out")
+        return int(os.environ["WORLD_SIZE"]), False
+    check_fields(parallel)
+    sizes = [size for size in (parallel.tp_size, parallel.dp_size) if size]
+    if nproc is None and math.prod(sizes) > 1:
+        flags = shlex.join(["--nproc", str(math.prod(sizes)), *argv])
+        raise ConfigError(
+            f"{' x '.join(map(str, sizes))} ranks are asked for, and this is one; "
+            f"run: python -m rosetrainer {command} {flags}"
+        )
+    return nproc or 1, nproc is not None and nproc > 1

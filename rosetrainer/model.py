@@ -185,7 +185,7 @@ def residual_std(fan_in: int, config: GPTConfig) -> float:
 def causal_padding_mask(attention_mask: Tensor) -> Tensor:
     """(B, T) -> (B, 1, T, T): a query sees the tokens up to itself, padding sees itself.
 
-    Without the diagonal a padding query on the left would see nothing, and softmax be NaN.
+    Softmax over nothing is nothing: kernels differ in what they make of a row without any key.
     """
     T = attention_mask.shape[1]
     causal = torch.ones(T, T, dtype=torch.bool, device=attention_mask.device).tril()

@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from rosetrainer.config import ConfigError, ParallelConfig
+from rosetrainer.config import ParallelConfig
+from rosetrainer.fields import ConfigError
 
 
 @dataclass
@@ -123,7 +124,7 @@ def init_parallel(
 
     Raises ConfigError, before anything starts, if the sizes do not fit the world size.
     """
-    rank, world_size, local_rank, local_world_size = world_from_environment()
+    _, world_size, local_rank, local_world_size = world_from_environment()
     tp_size, dp_size = parallel.resolve(world_size)
     chosen = choose_device(device, local_rank, local_world_size)
     if chosen.type == "cuda":

@@ -25,7 +25,7 @@ class ReferenceAttention(nn.Module):
         self.dense = nn.Linear(width, config.d_model, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        B, T, _ = x.shape
+        T = x.shape[1]
         q, k, v = self.query_key_value(x).chunk(3, dim=-1)
         outputs = []
         for head_q, head_k, head_v in zip(
@@ -94,7 +94,9 @@ class ReferenceGPT(nn.Module):
             mask = torch.ones_like(ids) if attention_mask is None else attention_mask[row]
             real = [t for t in range(len(ids)) if mask[t]]
             short = self.logits(ids[real][None])[0]  # (tokens, V)
-            rows.append(short.new_zeros(len(ids), short.shape[1]).index_copy(0, _index(real), short))
+            rows.append(
+                short.new_zeros(len(ids), short.shape[1]).index_copy(0, _index(real), short)
+            )
             for t, log_probability in zip(real, short.log_softmax(-1), strict=True):
                 padding_follows = t + 1 < len(ids) and not mask[t + 1]
                 if labels is not None and labels[row, t] != -100 and not padding_follows:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,7 @@ from rosetrainer.comm import (
     reduce_from_tensor_parallel_region,
     scatter_to_tensor_parallel_region,
 )
-from rosetrainer.config import ConfigError
+from rosetrainer.fields import ConfigError
 from rosetrainer.parallel_context import Axis
 
 
@@ -172,11 +172,11 @@ class ColumnParallelLinear(nn.Module):
         # The fan-in is the whole one. It is not cut here, in a row-parallel layer it is.
         std = 1 / math.sqrt(in_features) if init_std is None else init_std
         rows = (out_features,) if stride == 1 else (stride, out_features // stride)
-        cut = {"dim": len(rows) - 1, "parts": tp.size, "part": tp.rank, "stride": stride}
+        cut = ShardSpec(rows, len(rows) - 1, tp.size, tp.rank, stride)
         self.weight = new_parameter(
-            ShardSpec((*rows, in_features), init_std=std, decay=True, **cut)
+            replace(cut, shape=(*rows, in_features), init_std=std, decay=True)
         )  # (O/tp, I) or (s, O/s/tp, I)
-        self.bias = new_parameter(ShardSpec(rows, **cut)) if bias else None
+        self.bias = new_parameter(cut) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         x = copy_to_tensor_parallel_region(x, self.tp)  # (B, T, I)    backward: all-reduce

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
 from rosetrainer.config import GPTConfig
 from rosetrainer.reference import ReferenceGPT
-from torch import Tensor
 
 TOLERANCE = 1e-10  # of the dense tensor's largest value, in float64
 

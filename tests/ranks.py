@@ -72,17 +72,17 @@ def run_ranks(
 def _collect(
     ranks: list[Any], results: list[Any], failures: dict[int, str], deadline: float
 ) -> None:
-    waiting = {receiver: rank for rank, (_, receiver) in enumerate(ranks)}
+    waiting: dict[Any, int] = {receiver: rank for rank, (_, receiver) in enumerate(ranks)}
     while waiting:
         left = deadline - time.monotonic()
-        ready = multiprocessing.connection.wait(list(waiting), timeout=max(left, 0))
+        ready: list[Any] = multiprocessing.connection.wait(list(waiting), timeout=max(left, 0))
         if not ready:
-            failures.update({rank: "no answer in time" for rank in waiting.values()})
+            failures.update(dict.fromkeys(waiting.values(), "no answer in time"))
             return
         for receiver in ready:
-            rank = waiting.pop(receiver)  # type: ignore[arg-type]
+            rank = waiting.pop(receiver)
             try:
-                ok, value = receiver.recv()  # type: ignore[union-attr]
+                ok, value = receiver.recv()
             except EOFError:
                 ranks[rank][0].join()
                 ok, value = False, f"died without a word, exit code {ranks[rank][0].exitcode}"

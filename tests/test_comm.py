@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from ranks import RankFailure, run_ranks
+
 from rosetrainer import comm
 from rosetrainer.parallel_context import Axis, init_tensor_parallel
 
@@ -19,7 +20,7 @@ def check_regions() -> None:
     ups = [torch.randn(2, 3, generator=torch.Generator().manual_seed(100 + i)) for i in range(n)]
     wide, wide_up = torch.cat(everyone, -1), torch.cat(ups, -1)
 
-    def both(function, x, upstream):  # type: ignore[no-untyped-def]
+    def both(function, x, upstream):
         x = x.clone().requires_grad_()
         y = function(x, tp)
         y.backward(upstream)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from ranks import run_ranks
-from rosetrainer.config import ConfigError, ParallelConfig
+
+from rosetrainer.config import ParallelConfig
+from rosetrainer.fields import ConfigError
 from rosetrainer.parallel_context import (
     ParallelContext,
     choose_device,

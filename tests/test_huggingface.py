@@ -7,13 +7,14 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from oracle import assert_all_equal, assert_equal, random_batch
+from oracle import assert_all_equal, assert_equal, gradients, random_batch
 from ranks import run_ranks
+from torch import Tensor
+
 from rosetrainer.config import GPTConfig
 from rosetrainer.model import GPTModel
 from rosetrainer.parallel_context import init_tensor_parallel
 from rosetrainer.tensor_parallel import gather_whole, load_whole
-from torch import Tensor
 
 # Theirs -> ours. Their Conv1D keeps its weight as (in, out), so it is transposed.
 BLOCK_NAMES = {
@@ -64,7 +65,6 @@ def check_against_gpt2(config: GPTConfig, padding: int, seed: int) -> None:
             embd_pdrop=0.0,
             attn_pdrop=0.0,
             tie_word_embeddings=config.tied,
-            attn_implementation="eager",
         )
     ).double()
     with torch.no_grad():
@@ -90,7 +90,7 @@ def check_against_gpt2(config: GPTConfig, padding: int, seed: int) -> None:
     assert_equal("logits", logits[mask == 1], expected.logits[mask == 1])
     assert_equal("loss", loss, exact_loss)
     assert loss.item() == pytest.approx(expected.loss.item(), rel=1e-6)
-    their_gradients = {name: p.grad for name, p in theirs.named_parameters()}
+    their_gradients = gradients(theirs)
     assert_all_equal(gather_whole(model, context.tp, gradients=True), rename(their_gradients))
 
 

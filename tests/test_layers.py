@@ -6,7 +6,9 @@ import pytest
 import torch
 from oracle import assert_equal
 from ranks import run_ranks
-from rosetrainer.config import ConfigError
+from torch import Tensor
+
+from rosetrainer.fields import ConfigError
 from rosetrainer.parallel_context import Axis, init_tensor_parallel
 from rosetrainer.tensor_parallel import (
     ColumnParallelLinear,
@@ -14,7 +16,6 @@ from rosetrainer.tensor_parallel import (
     load_whole,
     shard_spec,
 )
-from torch import Tensor
 
 IN, OUT = 8, 24
 

@@ -6,14 +6,16 @@ import pytest
 import torch
 from oracle import assert_all_equal, assert_equal, dense_model, gradients, random_batch, tiny_config
 from ranks import run_ranks
-from rosetrainer.config import ConfigError, GPTConfig, ParallelConfig
+from torch import Tensor
+
+from rosetrainer.config import GPTConfig, ParallelConfig
+from rosetrainer.fields import ConfigError
 from rosetrainer.model import GPTModel
 from rosetrainer.parallel_context import ParallelContext, init_parallel, init_tensor_parallel
 from rosetrainer.tensor_parallel import draw_whole, gather_whole, init_weights, load_whole
-from torch import Tensor
 
 LAYOUTS = [(1, 1), (1, 2), (1, 4), (2, 2)]  # (dp, tp)
-VARIANTS = {
+VARIANTS: dict[str, dict[str, object]] = {
     "tied": {},
     "untied": {"tied": False},
     "no_bias": {"bias": False, "d_head": None},

@@ -6,13 +6,14 @@ import pytest
 import torch
 from oracle import assert_all_equal, assert_equal, dense_model, gradients, random_batch, tiny_config
 from ranks import run_ranks
+from torch import Tensor
+
 from rosetrainer.config import GPTConfig, OptimConfig, ParallelConfig
 from rosetrainer.data_parallel import accumulate_gradients, buckets
 from rosetrainer.model import GPTModel
 from rosetrainer.optim import build_optimizer, clip_gradients, learning_rate
 from rosetrainer.parallel_context import init_parallel
 from rosetrainer.tensor_parallel import gather_whole, load_whole, shard_spec
-from torch import Tensor
 
 ROWS, STEPS = 8, 3
 OPTIM = OptimConfig(learning_rate=1e-3, warmup_steps=2, weight_decay=0.3, global_batch_size=ROWS)
@@ -30,7 +31,8 @@ def dense_optimizer(dense: torch.nn.Module, kind: str) -> torch.optim.Optimizer:
     """Decay for the matrices of linear layers and the token embedding, by name."""
     if kind == "sgd":
         return torch.optim.SGD(dense.parameters(), lr=0.05)
-    decayed, others = [], []
+    decayed: list[torch.nn.Parameter] = []
+    others: list[torch.nn.Parameter] = []
     for name, parameter in dense.named_parameters():
         no_decay = name.endswith("bias") or "norm" in name or "position" in name
         (others if no_decay else decayed).append(parameter)
@@ -109,7 +111,7 @@ def test_without_a_limit_the_gradients_stay_as_they_are() -> None:
 
 
 def check_moments(dp_size: int) -> None:
-    """Adam's moments after one update are (1 - beta) x g and (1 - beta2) x g², whole and decayed."""
+    """Adam's moments after one update are (1 - beta1) x g and (1 - beta2) x g²."""
     context = init_parallel(ParallelConfig(dp_size=dp_size))
     config = tiny_config()
     dense = dense_model(config)

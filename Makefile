@@ -1,0 +1,68 @@
+# `make train` on a new machine: an environment, the data, and the tour. See `make help`.
+
+PYTHON ?= python3
+VENV_PYTHON := .venv/bin/python
+
+# A stamp says that an installation ended. It counts only while the environment's Python runs:
+# one that was interrupted, or whose base Python has gone, is made anew.
+WORKS := $(VENV_PYTHON) -c 'import pip' 2>/dev/null
+REMAKE := $(shell $(WORKS) || echo remake)
+
+.DEFAULT_GOAL := help
+.PHONY: help train plan test lint bench clean remake
+
+help:  ## List these targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+train: plan .venv/.installed  ## Install, prepare data, prove, train for three minutes, sample
+	@$(VENV_PYTHON) -m rosetrainer tour
+
+plan:
+	@echo "Five stages:"
+	@echo "  1  environment   .venv with torch: minutes the first time, then nothing"
+	@echo "  2  data          the English prose that your Python carries: 5 s once, then nothing"
+	@echo "  3  proof         who holds what, and is it the same as one process? 10 s"
+	@echo "  4  training      a small GPT on two ranks, tensor-parallel, on CPU: about 3 minutes"
+	@echo "  5  sample        text that it writes: 10 s"
+	@echo
+
+test: .venv/.installed-dev  ## Run all tests
+	$(VENV_PYTHON) -m pytest -q
+
+lint: .venv/.installed-dev  ## Check style and types
+	$(VENV_PYTHON) -m ruff check .
+	$(VENV_PYTHON) -m ruff format --check .
+	$(VENV_PYTHON) -m mypy
+
+bench: .venv/.installed  ## Measure the time of a step
+	$(VENV_PYTHON) benchmarks/step_time.py
+
+clean:  ## Remove caches and builds; leaves .venv, out and the data
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name .venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Nothing to do where the environment's Python runs; else an error is one line, not a traceback.
+define make_environment
+@$(WORKS) || $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
+	echo "error: $(PYTHON) is $$($(PYTHON) --version 2>&1 | tail -n 1); rosetrainer needs" \
+		"Python 3.10 or newer, for example: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
+@$(WORKS) || $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	echo "error: $(PYTHON) has no venv module; on Debian and Ubuntu:" \
+		"sudo apt-get install python3-venv" >&2; exit 1; }
+@$(WORKS) || $(PYTHON) -m venv --clear .venv
+endef
+
+PIP_INSTALL := $(VENV_PYTHON) -m pip install --quiet --disable-pip-version-check
+
+.venv/.installed: requirements.txt $(REMAKE)
+	$(make_environment)
+	@echo "Installing torch and what else requirements.txt names into .venv, once: a few minutes."
+	@echo "Downloads 3 GB on Linux, where torch brings CUDA, 0.3 GB elsewhere. Linux without a GPU,"
+	@echo "0.3 GB: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make $(MAKECMDGOALS)"
+	@$(PIP_INSTALL) -r requirements.txt
+	@touch $@
+
+.venv/.installed-dev: requirements-dev.txt .venv/.installed
+	@echo "Installing what requirements-dev.txt names into .venv, once: a minute, a 0.1 GB download."
+	@$(PIP_INSTALL) -r requirements-dev.txt
+	@touch $@

@@ -1,0 +1,173 @@
+"""What a corpus is on disk: meta.json and files of token ids, each checked before it is used."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import stat
+import weakref
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+
+from rosetrainer.fields import Bounds, ConfigError, Count, Positive, config_from_dict
+from rosetrainer.tokenizer import LARGEST_VOCAB
+
+Int64s = np.ndarray[Any, np.dtype[np.int64]]
+
+SOURCES = ("python-docs", "shakespeare", "file", "markov")
+SCAN = 1 << 20  # tokens that the check of a whole file reads at once
+
+
+@dataclass(frozen=True)
+class CorpusMeta:
+    """meta.json."""
+
+    source: str
+    """The subcommand of data/prepare.py that made the corpus."""
+    options: dict
+    """What decided its content: two corpora of one source and the same options are equal."""
+    tokenizer: Literal["bytes", "chars", "bpe", "markov"]
+    vocab_size: Annotated[int, Bounds(1, LARGEST_VOCAB)]
+    dtype: Literal["uint16"]
+    train_tokens: Count
+    val_tokens: Count
+    sha256: dict
+    """By file name."""
+    bytes_per_token: Positive | None = None
+    """Of the validation text: nats / ln 2 / bytes_per_token are bits per byte."""
+    python: str | None = None
+    """python-docs: whose documentation it is."""
+    characters: str | None = None
+    """chars: the characters in the order of their ids."""
+    chain: dict | None = None
+    """markov: the order, and the probabilities as MarkovChain has them."""
+    floor_nats: Annotated[float, Bounds(0)] | None = None
+    """markov: the true chain's mean loss on val.bin."""
+
+
+class TokenFile:
+    """A .bin file. It is read with pread: a map of a file that shrinks would kill the process."""
+
+    def __init__(self, path: Path, remedy: str):
+        _check_regular(path, remedy)
+        try:
+            self._descriptor = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise ConfigError(f"cannot read {path}: {error.strerror}; {remedy}") from None
+        weakref.finalize(self, os.close, self._descriptor)
+        self.path, self.remedy = path, remedy
+        self.size = os.fstat(self._descriptor).st_size
+
+    def read(self, start: int, count: int, vocab_size: int) -> Int64s:
+        """Tokens start to start + count, (count,). Raises ConfigError if they are not there."""
+        where, wanted, data = 2 * start, 2 * count, b""
+        while len(data) < wanted:  # a pread gives at most 2 GiB
+            try:
+                more = os.pread(self._descriptor, wanted - len(data), where + len(data))
+            except OSError as error:
+                raise ConfigError(f"cannot read {self.path}: {error.strerror}") from None
+            if not more:
+                raise ConfigError(
+                    f"{self.path} ends before byte {where + wanted}; {self.size} bytes were there, "
+                    f"it was cut while in use; {self.remedy}"
+                )
+            data += more
+        ids = np.frombuffer(data, "<u2")
+        if ids.max(initial=0) >= vocab_size:
+            index = start + int(np.argmax(ids >= vocab_size))
+            raise ConfigError(
+                f"{self.path}: token {index} (byte {2 * index}) is {ids[index - start]}, not below "
+                f"vocab_size={vocab_size}; {self.remedy}"
+            )
+        return ids.astype(np.int64)
+
+    def check(self, tokens: int, vocab_size: int) -> None:
+        """Reads all of it. Raises ConfigError unless it holds that many tokens, all possible."""
+        if self.size == 0:
+            raise ConfigError(f"{self.path} is empty; {self.remedy}")
+        if self.size % 2:
+            raise ConfigError(
+                f"{self.path} has {self.size} bytes, an odd number: it cannot be uint16 tokens; "
+                f"{self.remedy}"
+            )
+        if self.size != 2 * tokens:
+            raise ConfigError(
+                f"{self.path} has {self.size // 2} tokens, but meta.json says {tokens}; "
+                f"{self.remedy}"
+            )
+        for start in range(0, tokens, SCAN):
+            self.read(start, min(SCAN, tokens - start), vocab_size)
+
+
+def make_command(folder: Path, source: str | None = None) -> str:
+    """The command that makes the corpus in folder; its name tells the source unless given."""
+    if source not in SOURCES:
+        source = folder.name if folder.name in SOURCES else SOURCES[0]
+    command = f"python data/prepare.py {source}{' PATH' if source == 'file' else ''}"
+    return (
+        command
+        if folder == Path("data") / source
+        else f"{command} --out {shlex.quote(str(folder))}"
+    )
+
+
+def read_meta(folder: Path) -> CorpusMeta:
+    """The corpus's meta.json. Raises ConfigError if it is not there or not as it should be."""
+    path, remedy = folder / "meta.json", f"`{make_command(folder)}` makes it"
+    anew = f"remove {folder}, then {remedy} anew"  # prepare.py replaces only what is its own
+    _check_regular(path, remedy)
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(values, dict):
+            required = [f.name for f in fields(CorpusMeta) if f.default is MISSING]
+            if lacking := [name for name in required if name not in values]:
+                raise ConfigError(f"it lacks the keys {', '.join(lacking)}")
+        meta = config_from_dict(CorpusMeta, values, "it")
+        _check_consistent(meta)
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}; {remedy}") from None
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}; {anew}") from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is not JSON: {error}; {anew}") from None
+    return meta
+
+
+def _check_regular(path: Path, remedy: str) -> None:
+    """Raises ConfigError unless path is a file; reading a pipe, say, would wait for ever."""
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        raise ConfigError(f"{path} is missing; {remedy}") from None
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}; {remedy}") from None
+    if not stat.S_ISREG(mode):
+        raise ConfigError(f"{path} is not a file; {remedy}")
+
+
+def _check_consistent(meta: CorpusMeta) -> None:
+    """Raises ConfigError unless meta's parts fit one another."""
+    if not all(isinstance(meta.sha256.get(name), str) for name in ("train.bin", "val.bin")):
+        raise ConfigError("sha256 must hold a text for train.bin and val.bin each")
+    if (meta.chain is None) != (meta.floor_nats is None):
+        raise ConfigError("it must hold chain and floor_nats, or neither")
+    if meta.chain is None:
+        return
+    order, table = meta.chain.get("order"), meta.chain.get("probabilities")
+    try:
+        probabilities = np.array(table, np.float64)
+    except (TypeError, ValueError):
+        probabilities = np.zeros(0)
+    alphabet = meta.vocab_size
+    whole = type(order) is int and 1 <= order <= 16
+    if not whole or probabilities.shape != (alphabet ** int(order or 0), alphabet):
+        raise ConfigError(
+            f"chain must hold an order and probabilities, vocab_size^order rows of {alphabet}"
+        )
+    sums = probabilities.sum(axis=1)
+    if not (probabilities > 0).all() or not np.allclose(sums, 1, rtol=0, atol=1e-9):
+        raise ConfigError("chain: probabilities must be above 0, and each row's sum 1")

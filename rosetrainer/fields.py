@@ -1,0 +1,113 @@
+"""What a config's field may hold: bounds on its type, checked with one line for the user."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+T = TypeVar("T")
+HUGE = 2**40  # no count of ours is larger, and sums of some still fit 64 bits
+
+
+class ConfigError(ValueError):
+    """A mistake of the user's. The text is one line: the values, and what would work."""
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """The values that a number may take: low <= value <= high, or value < high if `open`."""
+
+    low: float
+    high: float = math.inf
+    open: bool = False
+
+    def holds(self, value: float) -> bool:
+        return self.low <= value and (value < self.high if self.open else value <= self.high)
+
+    def __str__(self) -> str:
+        if self.high >= HUGE:
+            return f"{self.low:g} or more"
+        return f"from {self.low:g} to {'below ' if self.open else ''}{self.high:g}"
+
+
+Count = Annotated[int, Bounds(1, HUGE)]
+CountOrZero = Annotated[int, Bounds(0, HUGE)]
+Fraction = Annotated[float, Bounds(0, 1)]
+BelowOne = Annotated[float, Bounds(0, 1, open=True)]
+Positive = Annotated[float, Bounds(1e-30, 1e9)]
+PositiveOrZero = Annotated[float, Bounds(0, 1e9)]
+
+
+def config_from_dict(cls: type[T], values: Any, where: str) -> T:
+    """The dataclass cls (nested ones too) out of values; `where` names them in a ConfigError."""
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where} should hold an object, not {type(values).__name__}")
+    hints = get_type_hints(cls)
+    names = {f.name for f in fields(cls)}  # type: ignore[arg-type]
+    if unknown := sorted(map(str, set(values) - names)):
+        raise ConfigError(f"{where} has unknown keys {', '.join(unknown)}")
+    made: dict[str, Any] = {}
+    for name, value in values.items():
+        if is_dataclass(hints[name]):
+            made[name] = config_from_dict(hints[name], value, f"{where}: {name}")
+        elif isinstance(value, str) and Path in (hints[name], *get_args(hints[name])):
+            made[name] = Path(value)
+        else:
+            made[name] = value
+    config = cls(**made)
+    check_fields(config)
+    return config
+
+
+def check_fields(config: Any) -> None:
+    """Raises ConfigError if a field's value is not of its type or lies outside its Bounds.
+
+    Nested components are checked too.
+    """
+    hints = get_type_hints(type(config), include_extras=True)
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if is_dataclass(value) and isinstance(value, hints[f.name]):
+            check_fields(value)
+            continue
+        problem = _mismatch(hints[f.name], value)
+        if problem:
+            raise ConfigError(f"{f.name}={value!r} must be {problem}")
+
+
+def _mismatch(hint: Any, value: Any) -> str:
+    """What a value of type `hint` must be, or "" if value is that."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        problem = _mismatch(args[0], value)
+        bounds = [a for a in args[1:] if isinstance(a, Bounds)]
+        if problem or all(b.holds(value) for b in bounds):
+            return problem
+        return f"{bounds[0]}"
+    if origin in (Union, UnionType):
+        options = [_mismatch(a, value) for a in args if a is not type(None) or value is None]
+        return "" if "" in options else " or ".join(options)
+    if origin is Literal:
+        return "" if value in args and isinstance(value, str) else one_of(args)
+    if hint is float:
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        return "" if number and math.isfinite(value) else "a finite number"
+    if hint is type(None):
+        return ""
+    ok = isinstance(value, hint) and (hint is not int or not isinstance(value, bool))
+    named = {int: "an integer", bool: "true or false", Path: "a path"}
+    return "" if ok else named.get(hint, f"a {hint.__name__}")
+
+
+def divisors(n: int) -> list[int]:
+    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return sorted({*small, *(n // d for d in small)})
+
+
+def one_of(values: Any) -> str:
+    """1, 2 or 4"""
+    words = [str(v) for v in values]
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"

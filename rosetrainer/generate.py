@@ -1,0 +1,123 @@
+"""Text out of a trained model, at any tensor-parallel size.
+
+python -m rosetrainer generate --prompt "The " --tokens 200
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from rosetrainer.checkpoint import latest_run, load_run
+from rosetrainer.comm import broadcast_
+from rosetrainer.config import ParallelConfig
+from rosetrainer.fields import (
+    ConfigError,
+    Count,
+    CountOrZero,
+    Fraction,
+    PositiveOrZero,
+    check_fields,
+)
+from rosetrainer.flags import parse_flags, ranks_to_start
+from rosetrainer.launch import launch
+from rosetrainer.model import GPTModel
+from rosetrainer.parallel_context import Axis, init_parallel
+from rosetrainer.tensor_parallel import load_whole
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How the next token is drawn."""
+
+    tokens: CountOrZero = 200
+    """Tokens to write."""
+    temperature: PositiveOrZero = 0.8
+    """Below 1 the likely tokens gain; 0 always takes the likeliest."""
+    top_k: CountOrZero = 0
+    """Draw from the k likeliest tokens only; 0 draws from all."""
+    top_p: Fraction = 1.0
+    """Draw from the likeliest tokens that together reach this probability."""
+    seed: CountOrZero = 1
+    """The same seed writes the same text, at any tensor-parallel size up to rounding."""
+
+
+@dataclass(frozen=True)
+class GenerateCommand:
+    """Writes text with a trained model."""
+
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    run: Path | None = None
+    """Run folder; the newest in out/ unless given."""
+    prompt: str = "\n"
+    """The text that is continued."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes CUDA when each local rank has a GPU of its own."""
+    nproc: Count | None = None
+    """Start this many tensor-parallel ranks on this machine; leave it out under torchrun."""
+
+
+def main(argv: list[str]) -> int:
+    """The command. Raises ConfigError for a user's mistake, before any process group starts."""
+    command = parse_flags(GenerateCommand, argv, "python -m rosetrainer generate")
+    check_fields(command)
+    world_size, starts = ranks_to_start("generate", argv, command.nproc, ParallelConfig())
+    config, whole, tokenizer = load_run(command.run or latest_run())
+    config.model.check(world_size)
+    prompt = tokenizer.encode(command.prompt)
+    if not len(prompt):
+        raise ConfigError("prompt='' has no token to go on from; give at least one character")
+    if starts:
+        return launch(world_size, ["generate", *argv])
+    context = init_parallel(ParallelConfig(tp_size=world_size), command.device)
+    model = GPTModel(config.model, context)
+    load_whole(model, whole)
+    decoder = tokenizer.stream_decoder()
+    write = sys.stdout.write if context.rank == 0 else len
+    write(command.prompt)
+    ids = torch.tensor(prompt.tolist(), device=context.device)
+    for token in generate(model, ids, command.sampling, context.tp):
+        write(decoder.feed(token))
+        sys.stdout.flush()
+    write(decoder.finish() + "\n")
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    return 0
+
+
+@torch.no_grad()
+def generate(model: GPTModel, prompt: Tensor, sampling: SamplingConfig, tp: Axis) -> Iterator[int]:
+    """Yields token ids that continue prompt, (T,); the model sees the last context_length."""
+    generator = torch.Generator().manual_seed(sampling.seed)
+    ids = prompt
+    for _ in range(sampling.tokens):
+        logits, _ = model(ids[None, -model.config.context_length :])
+        assert logits is not None
+        token = choose(logits[0, -1].float().cpu(), sampling, generator).to(ids.device)
+        # The first rank decides: rounding must never let the ranks write different texts.
+        token = broadcast_(token, tp, "forward")
+        ids = torch.cat([ids, token])
+        yield int(token)
+
+
+def choose(logits: Tensor, sampling: SamplingConfig, generator: torch.Generator) -> Tensor:
+    """A token id, (1,), drawn from logits (V,) after temperature, top-k and top-p.
+
+    Top-p is nucleus sampling: "The Curious Case of Neural Text Degeneration" (Holtzman et al.).
+    """
+    if sampling.temperature == 0:
+        return logits.argmax(keepdim=True)
+    ordered, order = (logits / sampling.temperature).sort(descending=True)
+    probabilities = ordered.softmax(-1)
+    if 0 < sampling.top_k < len(probabilities):
+        probabilities[sampling.top_k :] = 0
+    before = probabilities.cumsum(-1) / probabilities.sum() - probabilities / probabilities.sum()
+    # The token that crosses top_p stays, so there is always one.
+    probabilities[1:][before[1:] >= sampling.top_p] = 0
+    return order[torch.multinomial(probabilities, 1, generator=generator)]

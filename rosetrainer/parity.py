@@ -1,0 +1,163 @@
+"""Proof on demand: who holds what, and whether this layout computes what one process does."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from rosetrainer.comm import all_reduce
+from rosetrainer.config import GPTConfig, ParallelConfig
+from rosetrainer.data_parallel import accumulate_gradients
+from rosetrainer.fields import Count, check_fields
+from rosetrainer.flags import parse_flags, ranks_to_start
+from rosetrainer.launch import launch
+from rosetrainer.model import GPTModel
+from rosetrainer.parallel_context import ParallelContext, init_parallel
+from rosetrainer.reference import ReferenceGPT
+from rosetrainer.tensor_parallel import draw_whole, gather_whole, load_whole, shard_spec
+
+BOUND = 1e-10  # of the dense tensor's largest value; float64 rounding stays near 1e-15
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The worst |ours - dense| over all ranks, as a fraction of the dense tensor's largest."""
+
+    what: str
+    worst: float
+
+    @property
+    def is_rounding(self) -> bool:
+        return self.worst <= BOUND  # false for nan too
+
+
+def who_holds_what(model: GPTModel, tp_size: int) -> str:
+    """A table: each weight's whole shape, and the slice of it that each tp rank holds."""
+    last = model.config.n_layers - 1
+    rows = [("weight", "whole", *(f"rank {rank}" for rank in range(tp_size)))]
+    for name, parameter in model.named_parameters():
+        if name.startswith("blocks.") and not name.startswith("blocks.0."):
+            continue  # every block is cut alike
+        spec = shard_spec(parameter)
+        width = spec.shape[spec.dim] // spec.parts
+        slices = []
+        for rank in range(tp_size):
+            start = rank * spec.parts // tp_size * width
+            cut = [":"] * len(spec.shape)
+            cut[spec.dim] = f"{start}:{start + width}"
+            slices.append("all of it" if spec.parts == 1 else f"[{', '.join(cut)}]")
+        whole = " x ".join(map(str, spec.shape))
+        rows.append((name.replace("blocks.0.", f"blocks.0-{last}."), whole, *slices))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )
+
+
+def prove(config: GPTConfig, context: ParallelContext, seed: int = 0) -> list[Difference]:
+    """The layout's logits, loss and every gradient against the dense oracle, in float64.
+
+    Weights are random, with biases that are not zero; the batch is short, for the oracle is slow.
+    Every rank computes the oracle and compares what it holds.
+    """
+    config = replace(config, context_length=min(config.context_length, 32))
+    model = GPTModel(config, context).double()
+    whole = {
+        name: draw_whole(replace(shard_spec(p), init_std=shard_spec(p).init_std or 0.1), seed, name)
+        for name, p in model.named_parameters()
+    }
+    load_whole(model, whole)
+    dense = ReferenceGPT(config).to(context.device).double()
+    dense.load_state_dict(whole)
+
+    generator = torch.Generator().manual_seed(seed)
+    shape = (2 * context.dp.size, config.context_length)
+    drawn = torch.randint(config.vocab_size, (2, *shape), generator=generator)
+    input_ids, labels = drawn.to(context.device)
+    labels[0, : shape[1] // 2] = -100  # unequal token counts, so that a mean of means would show
+    own = slice(2 * context.dp.rank, 2 * context.dp.rank + 2)
+
+    dense_logits, dense_loss = dense(input_ids, labels=labels)
+    dense_loss.backward()
+    with torch.no_grad():
+        logits, _ = model(input_ids[own])
+    assert logits is not None
+    loss = accumulate_gradients(model, [(input_ids[own], labels[own])], context)
+    gradients = gather_whole(model, context.tp, gradients=True)
+    pairs = {
+        "logits": (logits, dense_logits[own].detach()),
+        "loss": (torch.full_like(dense_loss, loss), dense_loss.detach()),
+    }
+    for name, parameter in dense.named_parameters():
+        assert parameter.grad is not None
+        pairs[f"gradient of {name}"] = (gradients[name], parameter.grad)
+    local = torch.stack([_relative(*pair) for pair in pairs.values()])
+    for axis in context.axes:
+        local = all_reduce(local, axis, "parity", torch.distributed.ReduceOp.MAX)
+    return [Difference(what, worst) for what, worst in zip(pairs, local.tolist(), strict=True)]
+
+
+def _relative(ours: Tensor, dense: Tensor) -> Tensor:
+    """A float64 scalar; inf where ours is not finite, which a maximum would lose."""
+    worst = (ours - dense).abs().max() / dense.abs().max().clamp(min=1e-300)
+    return worst.double().nan_to_num(nan=torch.inf)
+
+
+def show_proof(config: GPTConfig, context: ParallelContext) -> None:
+    """Rank 0 prints who holds what, and whether it is the same as one process.
+
+    Raises ParityError, on every rank, if it is not.
+    """
+    differences = prove(config, context)
+    speak = print if context.rank == 0 else _keep_quiet
+    speak("\nwho holds what\n\n" + who_holds_what(GPTModel(config, context), context.tp.size))
+    speak("\nsame as one process? worst difference / largest value, in float64\n")
+    for what, group in (
+        ("logits", differences[:1]),
+        ("loss", differences[1:2]),
+        (f"gradients of {len(differences) - 2} tensors", differences[2:]),
+    ):
+        speak(f"  {what:26} {max(d.worst for d in group):.1e}")
+    if wrong := [d for d in differences if not d.is_rounding]:
+        raise ParityError(
+            f"not the same as one process: {wrong[0].what} differs by {wrong[0].worst:.1e} of its "
+            f"largest value in float64, where rounding stays under {BOUND:.0e}: a bug"
+        )
+    speak("\nyes: what is left is rounding\n")
+
+
+def _keep_quiet(text: str) -> None:
+    pass
+
+
+class ParityError(RuntimeError):
+    """This layout computes something else than one process does."""
+
+
+@dataclass(frozen=True)
+class ParityCommand:
+    """Shows who holds what, and proves that a layout computes what one process does."""
+
+    model: GPTConfig = field(default_factory=GPTConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    nproc: Count | None = None
+    """Start this many ranks on this machine; leave it out under torchrun."""
+
+
+def main(argv: list[str]) -> int:
+    """The command. Raises ConfigError for a user's mistake, before any process group starts."""
+    command = parse_flags(ParityCommand, argv, "python -m rosetrainer parity")
+    check_fields(command)
+    world_size, starts = ranks_to_start("parity", argv, command.nproc, command.parallel)
+    tp_size, _ = command.parallel.resolve(world_size)
+    command.model.check(tp_size)
+    if starts:
+        return launch(world_size, ["parity", *argv])
+    context = init_parallel(command.parallel, "cpu")
+    show_proof(command.model, context)
+    if context.world_size > 1:
+        torch.distributed.destroy_process_group()
+    return 0

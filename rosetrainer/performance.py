@@ -1,0 +1,73 @@
+"""Precision and speed: what this machine multiplies natively, how fast, and what a token costs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from rosetrainer.config import GPTConfig
+
+
+def has_native_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies bf16 in hardware; emulated, it is slower than fp32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if hasattr(torch.cpu, "get_capabilities"):
+        capabilities = torch.cpu.get_capabilities()
+        return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+    cpuinfo = Path("/proc/cpuinfo")  # what torch 2.11 reads too, but does not tell
+    words = cpuinfo.read_text().split() if cpuinfo.exists() else []
+    return "amx_bf16" in words or "avx512_bf16" in words
+
+
+def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:
+    """The dtype of the matrix products; "auto" is bf16 where it is native, else fp32."""
+    if wanted == "auto":
+        wanted = "bfloat16" if has_native_bf16(device) else "float32"
+    dtype = getattr(torch, wanted)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def autocast_for(
+    dtype: torch.dtype, device: torch.device
+) -> Callable[[], AbstractContextManager[object]]:
+    """Makes a context in which fp32 parameters multiply in bf16; for other dtypes it does nothing.
+
+    Norms, softmax and the loss stay in fp32 there ("Mixed Precision Training", Micikevicius et
+    al.; bf16 needs no loss scale).
+    """
+    if dtype != torch.bfloat16:
+        return nullcontext
+    return partial(torch.autocast, device.type, dtype)
+
+
+def flops_per_token(config: GPTConfig) -> int:
+    """Floating-point operations of one token's forward and backward pass over all ranks.
+
+    Six for each weight in a matrix product, and 12 x T x H x K a layer for attention, not halved
+    for causality ("PaLM: Scaling Language Modeling with Pathways", appendix B).
+    """
+    attention_width = config.n_heads * config.head_width
+    block = config.d_model * (4 * attention_width + 2 * config.ff_width)
+    weights = config.n_layers * block + config.vocab_size * config.d_model
+    return 6 * weights + 12 * config.n_layers * config.context_length * attention_width
+
+
+def matmul_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
+    """FLOP/s of this rank's best large matrix product, with the threads that it has."""
+    n = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    best, end = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        a @ b
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * n**3 / best

@@ -1,0 +1,119 @@
+"""Configs: what is wrong is a ConfigError of one line with the value in it, and nothing else."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import fields, replace
+from typing import Any
+
+import pytest
+
+from rosetrainer.config import GPTConfig, OptimConfig, ParallelConfig, TrainConfig
+from rosetrainer.fields import ConfigError, config_from_dict
+from rosetrainer.flags import parse_flags
+
+STRANGE = [0, -1, 1.5, math.nan, math.inf, "4", True, [], 2**70]
+NOT_A_SIZE = {"model": GPTConfig, "parallel": ParallelConfig, "optim": OptimConfig}
+MAY_BE_ZERO: dict[str, list[object]] = {
+    "dropout": [0],
+    "warmup_steps": [0],
+    "learning_rate": [0, 1.5],
+    "weight_decay": [0, 1.5],
+    "grad_clip": [0, 1.5],
+    "min_lr_ratio": [0],
+    "beta1": [0],
+    "beta2": [0],
+    "eps": [1.5],
+    "bias": [True],
+    "tied": [True],
+}
+
+
+def bad_configs() -> list[tuple[TrainConfig, int]]:
+    """(config, world size), each with one thing wrong."""
+    bad: list[tuple[TrainConfig, int]] = []
+    for component, cls in NOT_A_SIZE.items():
+        for field, value in itertools.product(fields(cls), STRANGE):
+            if value in MAY_BE_ZERO.get(field.name, []):
+                continue
+            changed = replace(getattr(TrainConfig(), component), **{field.name: value})
+            bad.append((replace(TrainConfig(), **{component: changed}), 1))
+    for tp, dp, world_size in itertools.product((1, 2, 3, 4), (1, 2, 3), (1, 2, 4, 8)):
+        if tp * dp != world_size:
+            bad.append((TrainConfig(parallel=ParallelConfig(tp, dp)), world_size))
+    for heads, tp in itertools.product((1, 2, 3, 5, 6), (4, 7, 8)):
+        model = GPTConfig(n_heads=heads, d_head=8)
+        bad.append((TrainConfig(model=model), tp))
+    for width, tp in itertools.product((1, 6, 10, 99), (4, 8)):
+        bad.append((TrainConfig(model=GPTConfig(n_heads=8, d_ff=width)), tp))
+    for heads in (3, 5, 7, 999):
+        bad.append((TrainConfig(model=GPTConfig(n_heads=heads)), 1))
+    for batch, micro, dp in itertools.product((1, 6, 10), (4, 7), (1, 2, 4)):
+        optim = OptimConfig(global_batch_size=batch, micro_batch_size=micro)
+        bad.append((TrainConfig(parallel=ParallelConfig(1, dp), optim=optim), dp))
+    return bad
+
+
+def test_a_grid_of_bad_configs_raises_nothing_but_config_error() -> None:
+    grid = bad_configs()
+    assert len(grid) >= 200
+    for config, world_size in grid:
+        with pytest.raises(ConfigError) as caught:
+            config.check(world_size)
+            raise AssertionError(f"accepted: {config} with {world_size} ranks")
+        assert "\n" not in str(caught.value)
+        assert "=" in str(caught.value) or "world size" in str(caught.value)
+
+
+def test_what_an_error_offers_instead_works() -> None:
+    message = refused(GPTConfig(n_heads=6, d_head=8, d_ff=24), 4)
+    assert message == "n_heads=6 is not divisible by tp_size=4; tp_size can be 1, 2, 3 or 6"
+    for tp in (1, 2, 3, 6):
+        GPTConfig(n_heads=6, d_head=8, d_ff=24).check(tp)
+    message = refused(GPTConfig(n_heads=5), 1)
+    assert "d_model=256 is not divisible by n_heads=5; n_heads can be 1, 2, 4, 8," in message
+    GPTConfig(n_heads=5, d_head=51).check()
+
+
+def refused(model: GPTConfig, tp_size: int) -> str:
+    with pytest.raises(ConfigError) as caught:
+        model.check(tp_size)
+    return str(caught.value)
+
+
+def test_the_global_batch_decides_the_accumulation() -> None:
+    optim = OptimConfig(global_batch_size=24, micro_batch_size=3)
+    assert [optim.accumulation(dp) for dp in (1, 2, 4, 8)] == [8, 4, 2, 1]
+    assert OptimConfig(global_batch_size=24).accumulation(3) == 1
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--d-modle", "3"], "unknown argument --d-modle; did you mean --d-model?"),
+        (["extra"], "unknown argument extra; see x --help"),
+        (["--d-model", "wide"], "Error parsing --d-model: invalid literal for int"),
+        (["--dtype", "int8"], "invalid choice 'int8' for argument '--dtype'"),
+        (["--steps"], "Missing value for argument '--steps'"),
+        (["--vocab-size", "12"], "unknown argument --vocab-size"),
+    ],
+)
+def test_flags_that_do_not_fit_are_one_line(argv: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_flags(TrainConfig, argv, "x")
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+
+
+def test_flags_reach_every_component() -> None:
+    argv = ["--d-model", "64", "--tp-size", "2", "--eps", "1e-6", "--steps", "9", "--no-tied"]
+    config = parse_flags(TrainConfig, argv, "x")
+    assert (config.model.d_model, config.parallel.tp_size, config.optim.eps) == (64, 2, 1e-6)
+    assert (config.run.steps, config.model.tied) == (9, False)
+
+
+@pytest.mark.parametrize("values", [[], "x", {"modle": {}}, {"model": 3}, {"model": {"bias": 3}}])
+def test_a_config_file_that_is_not_ours_is_refused(values: Any) -> None:
+    with pytest.raises(ConfigError):
+        config_from_dict(TrainConfig, values, "config.json")

@@ -1,0 +1,72 @@
+"""The house as it is drawn: imports point down, the oracle stands apart, files hold one idea."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parent.parent / "rosetrainer"
+FLOORS = [
+    {"fields"},
+    {"config", "rank", "tokenizer"},
+    {"parallel_context", "reference"},
+    {"comm", "flags", "launch", "corpus_files", "performance"},
+    {"tensor_parallel"},
+    {"model"},
+    {"data", "data_parallel", "optim", "checkpoint", "run_log"},
+    {"parity"},
+    {"train", "generate", "tour"},
+    {"__main__"},
+]
+
+
+def imports(module: str) -> set[str]:
+    """The modules of the package that `module` imports, at the top or inside a function."""
+    found = set()
+    for node in ast.walk(ast.parse((PACKAGE / f"{module}.py").read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("rosetrainer"):
+            names = (node.module or "").split(".")[1:] or [alias.name for alias in node.names]
+            found.add(names[0])
+        elif isinstance(node, ast.Import):
+            found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("rosetrainer.")}
+    return found
+
+
+def floor_of(module: str) -> int:
+    return next(number for number, floor in enumerate(FLOORS) if module in floor)
+
+
+MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
+
+
+def test_every_module_has_a_floor() -> None:
+    assert set(MODULES) == set().union(*FLOORS)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_point_down_only(module: str) -> None:
+    for other in imports(module):
+        assert floor_of(other) < floor_of(module), f"{module} imports {other}"
+
+
+def test_the_oracle_imports_no_layer_of_ours() -> None:
+    assert imports("reference") == {"config"}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_collectives_stand_in_comm_alone(module: str) -> None:
+    collectives = {"all_reduce", "all_gather", "reduce_scatter", "broadcast", "all_to_all", "send"}
+    for node in ast.walk(ast.parse((PACKAGE / f"{module}.py").read_text())):
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) in (
+            "dist",
+            "torch.distributed",
+        ):
+            called = node.attr.removesuffix("_single").removesuffix("_into_tensor")
+            assert module == "comm" or called not in collectives, f"{module}: {ast.unparse(node)}"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_file_holds_one_idea(module: str) -> None:
+    assert len((PACKAGE / f"{module}.py").read_text().splitlines()) <= 250

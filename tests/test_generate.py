@@ -1,0 +1,85 @@
+"""Sampling: what temperature, top-k, top-p and the seed each do."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from oracle import dense_model, tiny_config
+
+from rosetrainer.fields import ConfigError
+from rosetrainer.generate import SamplingConfig, choose, generate, main
+from rosetrainer.model import GPTModel
+from rosetrainer.parallel_context import Axis
+from rosetrainer.tensor_parallel import load_whole
+
+PROBABILITIES = torch.tensor([0.05, 0.4, 0.3, 0.15, 0.1])
+
+
+def draw(sampling: SamplingConfig, count: int = 4000) -> dict[int, float]:
+    """The share of each id among `count` draws from PROBABILITIES."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = Counter(int(choose(PROBABILITIES.log(), sampling, generator)) for _ in range(count))
+    return {token: number / count for token, number in drawn.items()}
+
+
+def test_temperature_one_draws_the_model_s_own_distribution() -> None:
+    shares = draw(SamplingConfig(temperature=1.0))
+    for token, probability in enumerate(PROBABILITIES.tolist()):
+        assert shares[token] == pytest.approx(probability, abs=0.03)
+
+
+def test_temperature_zero_takes_the_likeliest_and_low_ones_lean_to_it() -> None:
+    assert draw(SamplingConfig(temperature=0), 20) == {1: 1.0}
+    assert draw(SamplingConfig(temperature=0.5))[1] > 0.5
+
+
+def test_top_k_and_top_p_cut_the_tail_and_keep_the_proportions() -> None:
+    shares = draw(SamplingConfig(temperature=1.0, top_k=2))
+    assert set(shares) == {1, 2}
+    assert shares[1] == pytest.approx(4 / 7, abs=0.03)
+    assert set(draw(SamplingConfig(temperature=1.0, top_p=0.65))) == {1, 2}
+    assert set(draw(SamplingConfig(temperature=1.0, top_p=0.75))) == {1, 2, 3}
+    assert set(draw(SamplingConfig(temperature=1.0, top_p=0.0), 50)) == {1}
+    assert set(draw(SamplingConfig(temperature=1.0, top_k=4, top_p=0.5))) == {1, 2}
+
+
+def test_the_seed_decides_and_the_text_may_outgrow_the_context() -> None:
+    model = GPTModel(tiny_config())
+    load_whole(model, dense_model(tiny_config()).state_dict())
+    prompt = torch.tensor([3, 1, 4])
+
+    def write(seed: int) -> list[int]:
+        return list(generate(model, prompt, SamplingConfig(tokens=30, seed=seed), Axis("tp")))
+
+    assert len(write(1)) == 30
+    assert write(1) == write(1)
+    assert write(1) != write(2)
+
+
+def test_greedy_takes_the_model_s_own_argmax() -> None:
+    model = GPTModel(tiny_config())
+    dense = dense_model(tiny_config()).float()
+    load_whole(model, dense.state_dict())
+    ids = [3, 1, 4]
+    greedy = SamplingConfig(tokens=6, temperature=0)
+    for token in generate(model, torch.tensor(ids), greedy, Axis("tp")):
+        assert token == int(dense(torch.tensor([ids]))[0][0, -1].argmax())
+        ids.append(token)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--temperature", "-1"], "temperature=-1.0 must be"),
+        (["--top-p", "1.5"], "top_p=1.5 must be from 0 to 1"),
+        (["--tokens", "-3"], "tokens=-3 must be 0 or more"),
+        (["--run", "nowhere"], "nowhere/config.json cannot be read"),
+        (["--nonsense"], "unknown argument --nonsense"),
+    ],
+)
+def test_mistakes_are_one_line_each(flags: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        main(flags)
+    assert "\n" not in str(caught.value)

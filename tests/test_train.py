@@ -1,0 +1,299 @@
+"""The training run as a user starts it: what it writes, and that every layout trains the same."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from oracle import assert_all_equal
+from prepare import main as prepare
+from ranks import run_ranks
+from safetensors.torch import load_file
+
+from rosetrainer.config import GPTConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
+from rosetrainer.data import open_corpus
+from rosetrainer.fields import ConfigError
+from rosetrainer.model import GPTModel
+from rosetrainer.parallel_context import Axis, ParallelContext
+from rosetrainer.train import check_config, evaluate, main, micro_batches, train
+
+ROOT = Path(__file__).resolve().parent.parent
+MODEL = GPTConfig(context_length=16, n_layers=2, n_heads=4, d_model=32)
+SMALL = ["--context-length", "16", "--n-layers", "1", "--d-model", "16", "--steps", "2"]
+
+
+@pytest.fixture(scope="session")
+def markov(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus") / "markov"
+    prepare(["markov", "--out", str(folder)])
+    return folder
+
+
+def config_for(data: Path, out: Path, **run: object) -> TrainConfig:
+    values: dict[str, object] = {"steps": 6, "eval_every": 3, "eval_tokens": 9 * 16} | run
+    return TrainConfig(
+        MODEL,
+        ParallelConfig(),
+        OptimConfig(warmup_steps=2, global_batch_size=8, micro_batch_size=2),
+        RunConfig(data=data, out=out, **values),  # type: ignore[arg-type]
+    )
+
+
+def train_on_ranks(config: TrainConfig, dp_size: int) -> None:
+    from dataclasses import replace
+
+    world_size = int(os.environ["WORLD_SIZE"])
+    config = replace(config, parallel=ParallelConfig(dp_size=dp_size))
+    checked, corpus = check_config(config, world_size)
+    train(checked, corpus)
+
+
+def read_log(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_every_layout_trains_the_same_and_writes_the_same_weights(
+    markov: Path, tmp_path: Path
+) -> None:
+    curves, weights = {}, {}
+    for dp_size, tp_size in ((1, 1), (1, 2), (1, 4), (2, 1), (2, 2)):
+        out = tmp_path / f"dp{dp_size}tp{tp_size}"
+        config = config_for(markov, out, dtype="float64")
+        run_ranks(dp_size * tp_size, train_on_ranks, config, dp_size)
+        curves[out.name] = [
+            value
+            for line in read_log(out)
+            for tag, value in line.items()
+            if tag.startswith(("train/", "val/"))
+        ]
+        weights[out.name] = load_file(out / "model.safetensors")
+    alone, alone_weights = curves.pop("dp1tp1"), weights.pop("dp1tp1")
+    assert len(alone) == 6 * 3 + 2 * 2
+    for name, curve in curves.items():
+        assert curve == pytest.approx(alone, abs=1.1e-6), name  # the log has six decimals
+        assert_all_equal(weights[name], alone_weights)
+
+
+def test_a_run_leaves_its_files_beside_each_other(markov: Path, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    out = tmp_path / "run"
+    run_ranks(2, train_on_ranks, config_for(markov, out, dtype="float32"), 1)
+    names = {path.name.split(".")[0] for path in out.iterdir()}
+    assert names == {"config", "log", "meta", "model", "events"}
+    assert not list(out.glob(".*"))
+    saved = json.loads((out / "config.json").read_text())
+    assert saved["model"]["vocab_size"] == 8
+    events = EventAccumulator(str(out))
+    events.Reload()
+    tags = set(events.Tags()["scalars"])
+    assert {"train/loss", "val/loss", "train/lr", "train/grad_norm", "perf/tokens_per_s"} <= tags
+    assert {"perf/mfu", "comm/bytes_per_step/tp_all_reduce", "val/above_floor"} <= tags
+    moved = {line.get("comm/bytes_per_step/tp_all_reduce") for line in read_log(out)} - {None}
+    # Two all-reduces of (b, T, D) each way in each block and micro-batch, and the norm's scalar.
+    blocks = 4 * MODEL.n_layers * 2 * (2 * 16 * 32)
+    assert moved == {blocks * (4 + 4) + 8}
+
+
+def test_the_batch_is_one_inside_a_tp_group_and_another_in_each_dp_group(markov: Path) -> None:
+    corpus = open_corpus(markov, 16)
+    config = config_for(markov, Path("unused"))
+    rows = {}
+    for dp_rank in range(2):
+        for tp_rank in range(2):
+            context = ParallelContext(Axis("tp", 2, tp_rank), Axis("dp", 2, dp_rank))
+            batches = micro_batches(config, corpus, context, step=5)
+            assert [tuple(inputs.shape) for inputs, _ in batches] == [(2, 16)] * 2
+            rows[dp_rank, tp_rank] = torch.cat([inputs for inputs, _ in batches])
+            for inputs, labels in batches:
+                assert torch.equal(inputs[:, 1:], labels[:, :-1])
+    assert torch.equal(rows[0, 0], rows[0, 1])
+    assert torch.equal(rows[1, 0], rows[1, 1])
+    alone = micro_batches(config, corpus, ParallelContext(), step=5)
+    everything = torch.cat([inputs for inputs, _ in alone])
+    both = torch.cat([rows[0, 0], rows[1, 0]])
+    assert sorted(both.tolist()) == sorted(everything.tolist())
+    assert len(set(map(tuple, both.tolist()))) == 8
+
+
+def train_to_the_floor(config: TrainConfig) -> None:
+    checked, corpus = check_config(config, 2)
+    train(checked, corpus)
+
+
+def test_on_a_markov_chain_the_loss_comes_near_the_floor_and_not_under_it(
+    markov: Path, tmp_path: Path
+) -> None:
+    config = TrainConfig(
+        GPTConfig(context_length=32, n_layers=1, n_heads=4, d_model=64),
+        optim=OptimConfig(learning_rate=1e-2, global_batch_size=32),
+        run=RunConfig(
+            data=markov,
+            out=tmp_path / "run",
+            steps=320,
+            eval_every=0,
+            eval_tokens=60000,
+            dtype="float32",
+        ),
+    )
+    run_ranks(2, train_to_the_floor, config, timeout=120)
+    last = read_log(tmp_path / "run")[-1]
+    floor = json.loads((markov / "meta.json").read_text())["floor_nats"]
+    assert last["val/loss"] == pytest.approx(floor + last["val/above_floor"], abs=2e-3)
+    assert -0.005 < last["val/above_floor"] < 0.05
+
+
+def test_a_model_that_sees_its_labels_is_reported_as_a_leak(markov: Path, tmp_path: Path) -> None:
+    class Cheat(GPTModel):
+        """Sees the label: almost all the probability on the right token."""
+
+        def forward(self, input_ids: torch.Tensor, *_: object) -> tuple[torch.Tensor, None]:
+            following = torch.roll(input_ids, -1, dims=1)
+            return torch.nn.functional.one_hot(following, 8).float() * 5, None
+
+    config = config_for(markov, tmp_path)
+    corpus = open_corpus(markov, 16)
+    _, remark = evaluate(
+        config,
+        corpus,
+        Cheat(MODEL),
+        ParallelContext(),
+        torch.no_grad,
+    )
+    assert "labels leak into the inputs" in remark
+
+
+def refused(argv: list[str]) -> str:
+    """The one line with which `train` refuses argv, before a process group starts."""
+    with pytest.raises(ConfigError) as caught:
+        main(argv)
+    assert not torch.distributed.is_initialized()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_mistakes_are_one_line_each(markov: Path, tmp_path: Path) -> None:
+    data = ["--data", str(markov)]
+    assert refused([*data, "--nproc", "3"]) == (
+        "n_heads=4 is not divisible by tp_size=3; tp_size can be 1, 2 or 4"
+    )
+    assert refused([*data, "--nproc", "4", "--d-ff", "6"]) == (
+        "d_ff=6 is not divisible by tp_size=4; tp_size can be 1 or 2"
+    )
+    assert "world size 2 is not tp_size x dp_size = 2 x 2; start 4 ranks" in refused(
+        [*data, "--nproc", "2", "--tp-size", "2", "--dp-size", "2"]
+    )
+    assert refused(["--tp-size", "2", "--steps", "3"]) == (
+        "2 ranks are asked for, and this is one; "
+        "run: python -m rosetrainer train --nproc 2 --tp-size 2 --steps 3"
+    )
+    assert "unknown argument --tp-siz; did you mean --tp-size?" in refused(["--tp-siz", "2"])
+    assert "global_batch_size=3 is not divisible by dp_size=2; dp_size can be 1 or 3" in refused(
+        [*data, "--nproc", "2", "--dp-size", "2", "--global-batch-size", "3"]
+    )
+    assert "python data/prepare.py" in refused(["--data", str(tmp_path / "nowhere")])
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("mine")
+    assert "is not empty; choose another --out" in refused([*data, "--out", str(tmp_path / "full")])
+    if not torch.cuda.is_available():
+        assert "torch finds no GPU" in refused([*data, "--device", "cuda"])
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_in_one_line(
+    markov: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rosetrainer.train.accumulate_gradients", lambda *_: math.nan)
+    with pytest.raises(ConfigError, match="the loss is nan at step 1; try a learning_rate below"):
+        train_on_one(config_for(markov, tmp_path / "run"))
+
+
+def train_on_one(config: TrainConfig) -> None:
+    checked, corpus = check_config(config, 1)
+    train(checked, corpus)
+
+
+def start(*command: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, *command],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+
+
+def test_the_real_torchrun_trains(markov: Path, tmp_path: Path) -> None:
+    done = start(
+        *TORCHRUN, "-m", "rosetrainer", "train", "--data", str(markov), *SMALL, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert "2 ranks: tensor parallel 2 x data parallel 1" in done.stdout
+    assert "step     2/2  val loss" in done.stdout
+    assert "warning" not in done.stderr.lower()
+    assert (tmp_path / "out" / "run-001" / "model.safetensors").exists()
+
+
+def test_under_torchrun_only_rank_0_speaks_of_a_mistake(tmp_path: Path) -> None:
+    done = start(*TORCHRUN, "-m", "rosetrainer", "train", "--n-heads", "3", cwd=tmp_path)
+    assert done.returncode != 0
+    ours = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert ours == [
+        "error: d_model=256 is not divisible by n_heads=3; "
+        "n_heads can be 1, 2, 4, 8, 16, 32, 64, 128 or 256, or give d_head"
+    ]
+    assert "rosetrainer/config.py" not in done.stderr
+
+
+def test_nproc_trains_and_generate_writes_the_same_at_any_tp_size(
+    markov: Path, tmp_path: Path
+) -> None:
+    flags = ["--data", str(markov), *SMALL, "--nproc", "2", "--prove"]
+    done = start("-m", "rosetrainer", "train", *flags, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert "blocks.0-0.attention.query_key_value.weight   3 x 16 x 16  [:, 0:8, :]" in done.stdout
+    assert "yes: what is left is rounding" in done.stdout
+    texts = []
+    for ranks in ([], ["--nproc", "2"]):
+        done = start(
+            "-m",
+            "rosetrainer",
+            "generate",
+            "--prompt",
+            "ab",
+            "--tokens",
+            "20",
+            *ranks,
+            cwd=tmp_path,
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stderr == ""
+        texts.append(done.stdout)
+    assert texts[0] == texts[1]
+    assert len(texts[0]) == 2 + 20 + 1
+
+
+def test_the_command_line_exits_with_2_and_one_line(tmp_path: Path) -> None:
+    for argv, expected in (
+        (["train", "--tp-size", "2"], "run: python -m rosetrainer train --nproc 2 --tp-size 2"),
+        (["trian"], "unknown command trian; it can be train, generate, parity, tour"),
+        (["generate"], "no run with weights in out/; train one, or give --run DIR"),
+    ):
+        done = start("-m", "rosetrainer", *argv, cwd=tmp_path)
+        assert done.returncode == 2
+        assert done.stdout == ""
+        assert done.stderr.startswith("error: ")
+        assert expected in done.stderr
+        assert done.stderr.count("\n") == 1
