@@ -6,8 +6,8 @@ each rank divides by the step's global token count, and gradients are summed, no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from rosetrainer.comm import all_reduce, all_reduce_
 from rosetrainer.model import IGNORED
 from rosetrainer.parallel_context import ParallelContext
+from rosetrainer.performance import Autocast
 from rosetrainer.tensor_parallel import shard_spec
 
 BUCKET_BYTES = 25 * 2**20  # as large as DistributedDataParallel's: few calls, little memory
@@ -24,7 +25,7 @@ def accumulate_gradients(
     model: nn.Module,
     micro_batches: list[tuple[Tensor, Tensor]],
     context: ParallelContext,
-    autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
+    autocast: Autocast = nullcontext,
 ) -> float:
     """Adds the global batch's gradient to every parameter's .grad; returns its mean loss in nats.
 

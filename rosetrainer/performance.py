@@ -12,6 +12,8 @@ import torch
 
 from rosetrainer.config import GPTConfig
 
+Autocast = Callable[[], AbstractContextManager[object]]
+
 
 def has_native_bf16(device: torch.device) -> bool:
     """Whether the device multiplies bf16 in hardware; emulated, it is slower than fp32."""
@@ -34,9 +36,7 @@ def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:
     return dtype
 
 
-def autocast_for(
-    dtype: torch.dtype, device: torch.device
-) -> Callable[[], AbstractContextManager[object]]:
+def autocast_for(dtype: torch.dtype, device: torch.device) -> Autocast:
     """Makes a context in which fp32 parameters multiply in bf16; for other dtypes it does nothing.
 
     Norms, softmax and the loss stay in fp32 there ("Mixed Precision Training", Micikevicius et

@@ -8,24 +8,23 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from rosetrainer.checkpoint import check_run_folder, describe_run, new_run_folder, save_weights
 from rosetrainer.comm import all_reduce
 from rosetrainer.config import TrainConfig
-from rosetrainer.data import Corpus, leak_report, mean_and_error, open_corpus
+from rosetrainer.data import Corpus, open_corpus
 from rosetrainer.data_parallel import accumulate_gradients
+from rosetrainer.evaluation import evaluate
 from rosetrainer.fields import ConfigError, Count, check_fields
 from rosetrainer.flags import parse_flags, ranks_to_start
 from rosetrainer.launch import launch
-from rosetrainer.model import IGNORED, GPTModel
+from rosetrainer.model import GPTModel
 from rosetrainer.optim import build_optimizer, clip_gradients, learning_rate
 from rosetrainer.parallel_context import (
     ParallelContext,
@@ -34,11 +33,15 @@ from rosetrainer.parallel_context import (
     world_from_environment,
 )
 from rosetrainer.parity import show_proof
-from rosetrainer.performance import autocast_for, choose_dtype, flops_per_token, matmul_peak
+from rosetrainer.performance import (
+    Autocast,
+    autocast_for,
+    choose_dtype,
+    flops_per_token,
+    matmul_peak,
+)
 from rosetrainer.run_log import RunLog, describe, traffic
 from rosetrainer.tensor_parallel import init_weights
-
-Autocast = Callable[[], AbstractContextManager[object]]
 
 
 @dataclass(frozen=True)
@@ -177,44 +180,6 @@ def micro_batches(
         input_ids, labels = (torch.from_numpy(a).to(context.device) for a in arrays)
         batches.append((input_ids, labels))
     return batches
-
-
-@torch.no_grad()
-def evaluate(
-    config: TrainConfig,
-    corpus: Corpus,
-    model: GPTModel,
-    context: ParallelContext,
-    autocast: Autocast,
-) -> tuple[dict[str, float], str]:
-    """Figures by TensorBoard tag, and a remark where the corpus's floor is known."""
-    dp = context.dp
-    split = (config.run.eval_tokens, config.optim.micro_batch(dp.size), dp.rank, dp.size)
-    floors = corpus.floor_losses(*split) if corpus.has_floor else None
-    sums = torch.zeros(4, dtype=torch.float64)  # labels, loss, loss - floor, its square
-    for inputs, labels in corpus.val_batches(*split):
-        with autocast():
-            logits, _ = model(torch.from_numpy(inputs).to(context.device))
-        target = torch.from_numpy(labels)
-        losses = F.cross_entropy(
-            logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32)),
-            target.flatten().to(context.device),
-            ignore_index=IGNORED,
-            reduction="none",
-        )
-        losses = losses.to("cpu", torch.float64)  # 0 where there is no label
-        above = losses - torch.from_numpy(next(floors)).flatten() if floors else losses
-        count = (target != IGNORED).sum().double()
-        sums += torch.stack([count, losses.sum(), above.sum(), above.square().sum()])
-    count, loss, above, square = all_reduce(sums.to(context.device), dp, "evaluation").tolist()
-    figures = {"val/loss": loss / count}
-    if not floors:
-        return figures, ""
-    mean, error = mean_and_error(int(count), above, square)
-    figures["val/above_floor"] = mean
-    leak = leak_report(mean, error)
-    remark = f"  {mean:.4f} nats above the floor" + (f"\nwarning: {leak}" if leak else "")
-    return figures, remark
 
 
 def introduce(

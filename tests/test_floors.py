@@ -16,7 +16,7 @@ FLOORS = [
     {"tensor_parallel"},
     {"model"},
     {"data", "data_parallel", "optim", "checkpoint", "run_log"},
-    {"parity"},
+    {"parity", "evaluation"},
     {"train", "generate", "tour"},
     {"__main__"},
 ]

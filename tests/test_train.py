@@ -18,10 +18,11 @@ from safetensors.torch import load_file
 
 from rosetrainer.config import GPTConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
 from rosetrainer.data import open_corpus
+from rosetrainer.evaluation import evaluate
 from rosetrainer.fields import ConfigError
 from rosetrainer.model import GPTModel
 from rosetrainer.parallel_context import Axis, ParallelContext
-from rosetrainer.train import check_config, evaluate, main, micro_batches, train
+from rosetrainer.train import check_config, main, micro_batches, train
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = GPTConfig(context_length=16, n_layers=2, n_heads=4, d_model=32)

@@ -1,0 +1,51 @@
+"""The loss on the validation text, each token once, and its distance from a known floor."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from rosetrainer.comm import all_reduce
+from rosetrainer.config import TrainConfig
+from rosetrainer.data import Corpus, leak_report, mean_and_error
+from rosetrainer.model import IGNORED, GPTModel
+from rosetrainer.parallel_context import ParallelContext
+from rosetrainer.performance import Autocast
+
+
+@torch.no_grad()
+def evaluate(
+    config: TrainConfig,
+    corpus: Corpus,
+    model: GPTModel,
+    context: ParallelContext,
+    autocast: Autocast,
+) -> tuple[dict[str, float], str]:
+    """Figures by TensorBoard tag, and a remark where the corpus's floor is known."""
+    dp = context.dp
+    split = (config.run.eval_tokens, config.optim.micro_batch(dp.size), dp.rank, dp.size)
+    floors = corpus.floor_losses(*split) if corpus.has_floor else None
+    sums = torch.zeros(4, dtype=torch.float64)  # labels, loss, loss - floor, its square
+    for inputs, labels in corpus.val_batches(*split):
+        with autocast():
+            logits, _ = model(torch.from_numpy(inputs).to(context.device))
+        target = torch.from_numpy(labels)
+        losses = F.cross_entropy(
+            logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32)),
+            target.flatten().to(context.device),
+            ignore_index=IGNORED,
+            reduction="none",
+        )
+        losses = losses.to("cpu", torch.float64)  # 0 where there is no label
+        above = losses - torch.from_numpy(next(floors)).flatten() if floors else losses
+        count = (target != IGNORED).sum().double()
+        sums += torch.stack([count, losses.sum(), above.sum(), above.square().sum()])
+    count, loss, above, square = all_reduce(sums.to(context.device), dp, "evaluation").tolist()
+    figures = {"val/loss": loss / count}
+    if not floors:
+        return figures, ""
+    mean, error = mean_and_error(int(count), above, square)
+    figures["val/above_floor"] = mean
+    leak = leak_report(mean, error)
+    remark = f"  {mean:.4f} nats above the floor" + (f"\nwarning: {leak}" if leak else "")
+    return figures, remark
