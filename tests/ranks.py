@@ -13,6 +13,7 @@ import os
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -109,6 +110,7 @@ def _rank_main(
         RANK=str(rank), WORLD_SIZE=str(n_ranks), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(n_ranks)
     )
     torch.set_num_threads(1)
+    warnings.simplefilter("error")  # pytest's own setting does not reach this process
     try:
         if n_ranks > 1:
             store = dist.FileStore(meeting_point, n_ranks)

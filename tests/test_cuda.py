@@ -1,0 +1,35 @@
+"""The same proofs on a GPU, where there is one: `pytest tests/test_cuda.py` is the one command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from prepare import main as prepare
+
+from rosetrainer.config import GPTConfig, OptimConfig, RunConfig, TrainConfig
+from rosetrainer.parallel_context import init_parallel
+from rosetrainer.parity import prove
+from rosetrainer.performance import choose_dtype
+from rosetrainer.train import check_config, train
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU here")
+MODEL = GPTConfig(context_length=16, n_layers=2, n_heads=4, d_model=64)
+
+
+def test_one_gpu_computes_what_the_oracle_does() -> None:
+    context = init_parallel(TrainConfig().parallel, "cuda")
+    assert all(difference.is_rounding for difference in prove(MODEL, context))
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16"])
+def test_one_gpu_trains(tmp_path: Path, dtype: str) -> None:
+    prepare(["markov", "--out", str(tmp_path / "markov")])
+    run = RunConfig(data=tmp_path / "markov", out=tmp_path / "run", steps=30, dtype=dtype)  # type: ignore[arg-type]
+    config = TrainConfig(MODEL, optim=OptimConfig(learning_rate=1e-2), run=run)
+    model = train(*check_config(config, 1))
+    assert model.token_embedding.weight.device.type == "cuda"
+    assert choose_dtype("float32", torch.device("cuda")) == torch.float32
+    log = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
+    assert len(log) == 31

@@ -1,0 +1,56 @@
+"""The two languages say the same: as many headings, equal code, equal figures, links that hold."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = sorted(
+    path.relative_to(ROOT) for path in [ROOT / "README.md", *ROOT.glob("steps/**/README.md")]
+)
+
+
+def read(page: Path) -> tuple[str, str]:
+    return (ROOT / page).read_text(), (ROOT / page).with_suffix(".zh.md").read_text()
+
+
+def code_blocks(text: str) -> list[str]:
+    return re.findall(r"^```.*?^```$", text, re.MULTILINE | re.DOTALL)
+
+
+def prose(text: str) -> str:
+    return re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_both_languages_have_the_same_code_headings_and_tables(page: Path) -> None:
+    english, chinese = read(page)
+    assert english.startswith("English | [中文](README.zh.md)\n")
+    assert chinese.startswith("[English](README.md) | 中文\n")
+    assert code_blocks(english) == code_blocks(chinese)
+    levels = [re.findall(r"^#+(?= )", prose(text), re.MULTILINE) for text in (english, chinese)]
+    assert levels[0] == levels[1]
+    rows = [len(re.findall(r"^\|", prose(text), re.MULTILINE)) for text in (english, chinese)]
+    assert rows[0] <= rows[1], "the Chinese page has the errors' table besides"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_both_languages_have_the_same_figures(page: Path) -> None:
+    figures = [set(re.findall(r"\d+(?:\.\d+)?e-\d+|\d+\.\d+", prose(text))) for text in read(page)]
+    assert figures[0] == figures[1]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_links_lead_to_files_and_headings(page: Path) -> None:
+    for text in read(page):
+        headings = re.findall(r"^#+ (.+)$", prose(text), re.MULTILINE)
+        anchors = {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
+        for target in re.findall(r"\]\(([^)\s]+)\)", prose(text)):
+            file, _, anchor = target.partition("#")
+            if file:
+                assert (ROOT / page.parent / file).exists(), target
+            else:
+                assert anchor in anchors, target
