@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 # numpy and the sources are imported where they are needed: a second call finds all made, at once.
 from corpus_folder import must_make, summary, write
 
+from rosetrainer.environment import python_command
 from rosetrainer.fields import Bounds, ConfigError, check_fields
 from rosetrainer.flags import parse_flags
 from rosetrainer.rank import run_rank
@@ -166,7 +167,7 @@ def _options(source: str, config: Any) -> tuple[dict[str, Any], str | None]:
     import sources
 
     if source == "file" and not config.paths:
-        raise ConfigError("file needs a path: python data/prepare.py file PATH...")
+        raise ConfigError(f"file needs a path: {python_command()} data/prepare.py file PATH...")
     if source == "shakespeare" and config.path is None:
         return {**options, "text_sha256": sources.SHAKESPEARE_SHA256}, None
     text = sources.files(config.paths if source == "file" else (config.path,))

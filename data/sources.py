@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from rosetrainer.data import MarkovChain
+from rosetrainer.environment import python_command
 from rosetrainer.fields import ConfigError
 from rosetrainer.tokenizer import Ids
 
@@ -26,7 +27,8 @@ SHAKESPEARE_URL = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 )
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-SHAKESPEARE_HINT = "pass a file that you have: `python data/prepare.py shakespeare PATH`"
+PREPARE = f"{python_command()} data/prepare.py"
+SHAKESPEARE_HINT = f"pass a file that you have: `{PREPARE} shakespeare PATH`"
 TIMEOUT = 10  # seconds
 
 SMALLEST_DOCS = 200_000  # bytes; less is a Python without its library's sources
@@ -51,8 +53,8 @@ def python_docs() -> str:
     if len(text) < SMALLEST_DOCS:
         raise ConfigError(
             f"this Python carries {len(text)} bytes of documentation, fewer than {SMALLEST_DOCS}; "
-            "use a Python with its standard library's sources, or `python data/prepare.py file "
-            "PATH` with a text of your own"
+            f"use a Python with its standard library's sources, or `{PREPARE} file PATH` with a "
+            "text of your own"
         )
     return text
 

@@ -12,14 +12,16 @@ import shutil
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rosetrainer.config import TrainConfig
 from rosetrainer.fields import ConfigError, config_from_dict
+from rosetrainer.model import GPTModel
 from rosetrainer.parallel_context import ParallelContext
-from rosetrainer.tensor_parallel import gather_whole
+from rosetrainer.tensor_parallel import check_whole, gather_whole
 from rosetrainer.tokenizer import Tokenizer, load_tokenizer
 
 WEIGHTS, CONFIG, META, TOKENIZER = "model.safetensors", "config.json", "meta.json", "tokenizer.json"
@@ -40,20 +42,26 @@ def new_run_folder(wanted: Path | None) -> Path:
         folder = RUNS / f"run-{number:03d}"
         try:
             folder.mkdir(parents=True)
-        except FileExistsError:
-            number += 1
         except OSError as error:
+            if folder.is_dir():
+                number += 1
+                continue
             raise ConfigError(f"cannot make {folder}: {error.strerror}; use --out DIR") from None
         else:
             return folder
 
 
-def check_run_folder(wanted: Path) -> None:
-    """Raises ConfigError if `wanted` is not a new or empty folder that can be written to."""
+def check_run_folder(wanted: Path | None) -> None:
+    """Raises ConfigError if `wanted`, or out/, is not a folder that can be made and written to.
+
+    What `wanted` names must be new or empty.
+    """
     try:
-        if wanted.exists() and (not wanted.is_dir() or any(wanted.iterdir())):
+        if wanted and wanted.exists() and (not wanted.is_dir() or any(wanted.iterdir())):
             raise ConfigError(f"out={wanted} is not empty; choose another --out, or leave it out")
-        parent = next(folder for folder in (wanted, *wanted.absolute().parents) if folder.exists())
+        wanted = wanted or RUNS
+        nearest = (wanted, *wanted.absolute().parents)
+        parent = next(folder for folder in nearest if os.path.lexists(folder))
         if not parent.is_dir() or not os.access(parent, os.W_OK):
             raise ConfigError(f"out={wanted} cannot be made in {parent}; choose another --out")
     except OSError as error:
@@ -87,14 +95,26 @@ def latest_run() -> Path:
 
 
 def load_run(folder: Path) -> tuple[TrainConfig, dict[str, Tensor], Tokenizer]:
-    """(config, whole weights by name, tokenizer). Raises ConfigError for what cannot be read."""
+    """(config, whole weights by name, tokenizer).
+
+    Raises ConfigError for what cannot be read, or does not belong together.
+    """
     config = config_from_dict(TrainConfig, _read_json(folder / CONFIG), str(folder / CONFIG))
+    config.model.check()
     tokenizer = load_tokenizer(folder, _read_json(folder / META))
+    if tokenizer.vocab_size != config.model.vocab_size:
+        raise ConfigError(
+            f"{folder / META} has {tokenizer.vocab_size} tokens and the model "
+            f"{config.model.vocab_size}: they are of different runs"
+        )
     path = folder / WEIGHTS
     try:
-        return config, load_file(path), tokenizer
+        whole = load_file(path)
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"{path} cannot be read as safetensors: {error}") from None
+    shapes_only = ParallelContext(device=torch.device("meta"))
+    check_whole(GPTModel(config.model, shapes_only), whole)
+    return config, whole, tokenizer
 
 
 def _read_json(path: Path) -> dict[str, object]:

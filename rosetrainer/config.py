@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from tyro.conf import Suppress
 
 from rosetrainer.fields import (
     BelowOne,
+    Bounds,
     ConfigError,
     Count,
     CountOrZero,
@@ -21,6 +22,8 @@ from rosetrainer.fields import (
     divisors,
     one_of,
 )
+
+IGNORED = -100  # a label that counts for nothing, as in F.cross_entropy
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,7 @@ class ParallelConfig:
         check_fields(self)
         tp, dp = self.tp_size, self.dp_size
         if tp is None:
-            tp = world_size // dp if dp is not None else world_size
+            tp = max(world_size // dp, 1) if dp is not None else world_size
         if dp is None:
             dp = max(world_size // tp, 1)
         if tp * dp != world_size:
@@ -120,7 +123,7 @@ class OptimConfig:
     """Added to AdamW's denominator."""
     grad_clip: PositiveOrZero = 1.0
     """Largest global gradient norm; 0 does not clip."""
-    global_batch_size: Count = 16
+    global_batch_size: Annotated[int, Bounds(1, 2**20)] = 16
     """Sequences in one update, over all ranks: the work is the same in every layout."""
     micro_batch_size: Count | None = None
     """Sequences in one forward pass of a rank; global_batch_size / dp_size unless given."""

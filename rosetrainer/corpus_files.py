@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 
+from rosetrainer.environment import python_command
 from rosetrainer.fields import Bounds, ConfigError, Count, Positive, config_from_dict
 from rosetrainer.tokenizer import LARGEST_VOCAB
 
@@ -107,7 +108,7 @@ def make_command(folder: Path, source: str | None = None) -> str:
     """The command that makes the corpus in folder; its name tells the source unless given."""
     if source not in SOURCES:
         source = folder.name if folder.name in SOURCES else SOURCES[0]
-    command = f"python data/prepare.py {source}{' PATH' if source == 'file' else ''}"
+    command = f"{python_command()} data/prepare.py {source}{' PATH' if source == 'file' else ''}"
     return (
         command
         if folder == Path("data") / source

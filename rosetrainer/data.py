@@ -17,13 +17,12 @@ from typing import Any
 
 import numpy as np
 
+from rosetrainer.config import IGNORED
 from rosetrainer.corpus_files import CorpusMeta, Int64s, TokenFile, make_command, read_meta
 from rosetrainer.fields import ConfigError
 from rosetrainer.tokenizer import Tokenizer, load_tokenizer
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
-
-NO_LABEL = -100  # a position that no loss counts; cross_entropy's default ignore_index
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,8 @@ class Corpus:
         in every layout, and after a resume. Each epoch goes through windows side by side in a
         random order, so no token is a label twice in one; their borders move between epochs.
         """
-        assert set(rows) <= set(range(global_batch_size)), (rows, global_batch_size)
+        assert rows.start >= 0, rows
+        assert rows.stop <= global_batch_size, (rows, global_batch_size)
         windows = np.empty((len(rows), self.context_length + 1), np.int64)
         for i, row in enumerate(rows):
             epoch, position = divmod(step * global_batch_size + row, self._windows)
@@ -92,11 +92,11 @@ class Corpus:
 
         None takes all of val.bin. The labels are cut to whole windows, at least one. Over the
         ranks, each label comes once. Every rank gets the same number of batches; rows (or whole
-        batches) beyond the last window hold label NO_LABEL everywhere.
+        batches) beyond the last window hold label IGNORED everywhere.
         """
         for starts in self._val_starts(tokens, batch_size, dp_rank, dp_size):
             inputs = np.zeros((batch_size, self.context_length), np.int64)
-            labels = np.full((batch_size, self.context_length), NO_LABEL, np.int64)
+            labels = np.full((batch_size, self.context_length), IGNORED, np.int64)
             for row, start in enumerate(starts):
                 window = self._read(self._val, start)
                 inputs[row], labels[row] = window[:-1], window[1:]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rosetrainer.comm import all_reduce, all_reduce_
-from rosetrainer.model import IGNORED
+from rosetrainer.config import IGNORED
 from rosetrainer.parallel_context import ParallelContext
 from rosetrainer.performance import Autocast
 from rosetrainer.tensor_parallel import shard_spec

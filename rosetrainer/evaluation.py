@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 
 from rosetrainer.comm import all_reduce
-from rosetrainer.config import TrainConfig
+from rosetrainer.config import IGNORED, TrainConfig
 from rosetrainer.data import Corpus, leak_report, mean_and_error
-from rosetrainer.model import IGNORED, GPTModel
+from rosetrainer.model import GPTModel
 from rosetrainer.parallel_context import ParallelContext
 from rosetrainer.performance import Autocast
 

@@ -14,6 +14,7 @@ from typing import TypeVar
 import tyro
 
 from rosetrainer.config import ParallelConfig
+from rosetrainer.environment import python_command, under_torchrun, world_from_environment
 from rosetrainer.fields import ConfigError, check_fields
 from rosetrainer.rank import LAUNCHED
 
@@ -72,16 +73,16 @@ def ranks_to_start(
 
     Raises ConfigError where more ranks are asked for than there are or will be.
     """
-    if "RANK" in os.environ:  # torchrun's, or our launcher's
+    if under_torchrun():
         if nproc is not None and LAUNCHED not in os.environ:
             raise ConfigError(f"nproc={nproc} under torchrun, which has its own; leave --nproc out")
-        return int(os.environ["WORLD_SIZE"]), False
+        return world_from_environment()[1], False
     check_fields(parallel)
     sizes = [size for size in (parallel.tp_size, parallel.dp_size) if size]
     if nproc is None and math.prod(sizes) > 1:
         flags = shlex.join(["--nproc", str(math.prod(sizes)), *argv])
         raise ConfigError(
             f"{' x '.join(map(str, sizes))} ranks are asked for, and this is one; "
-            f"run: python -m rosetrainer {command} {flags}"
+            f"run: {python_command()} -m rosetrainer {command} {flags}"
         )
     return nproc or 1, nproc is not None and nproc > 1

@@ -5,6 +5,7 @@ python -m rosetrainer generate --prompt "The " --tokens 200
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ from rosetrainer.launch import launch
 from rosetrainer.model import GPTModel
 from rosetrainer.parallel_context import Axis, init_parallel
 from rosetrainer.tensor_parallel import load_whole
+from rosetrainer.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -55,8 +57,8 @@ class GenerateCommand:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     run: Path | None = None
     """Run folder; the newest in out/ unless given."""
-    prompt: str = "\n"
-    """The text that is continued."""
+    prompt: str | None = None
+    """The text that is continued; a line break unless given, where the corpus has one."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes CUDA when each local rank has a GPU of its own."""
     nproc: Count | None = None
@@ -70,25 +72,41 @@ def main(argv: list[str]) -> int:
     world_size, starts = ranks_to_start("generate", argv, command.nproc, ParallelConfig())
     config, whole, tokenizer = load_run(command.run or latest_run())
     config.model.check(world_size)
-    prompt = tokenizer.encode(command.prompt)
-    if not len(prompt):
-        raise ConfigError("prompt='' has no token to go on from; give at least one character")
+    prompt = first_tokens(command.prompt, tokenizer)
     if starts:
         return launch(world_size, ["generate", *argv])
     context = init_parallel(ParallelConfig(tp_size=world_size), command.device)
     model = GPTModel(config.model, context)
     load_whole(model, whole)
     decoder = tokenizer.stream_decoder()
-    write = sys.stdout.write if context.rank == 0 else len
-    write(command.prompt)
-    ids = torch.tensor(prompt.tolist(), device=context.device)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal may not know every character
+
+    def write(text: str) -> None:
+        if context.rank == 0:
+            print(text, end="", flush=True)
+
+    write(command.prompt or "")
+    ids = torch.tensor(prompt, device=context.device)
     for token in generate(model, ids, command.sampling, context.tp):
         write(decoder.feed(token))
-        sys.stdout.flush()
     write(decoder.finish() + "\n")
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     return 0
+
+
+def first_tokens(prompt: str | None, tokenizer: Tokenizer) -> list[int]:
+    """The ids to go on from, at least one. Raises ConfigError for a prompt that has none."""
+    try:
+        ids = tokenizer.encode("\n" if prompt is None else prompt).tolist()
+    except ConfigError:
+        if prompt is not None:
+            raise
+        return [0]  # a corpus of one line, or of no text at all
+    if not ids:
+        raise ConfigError("prompt='' has no token to go on from; give at least one character")
+    return [int(token) for token in ids]
 
 
 @torch.no_grad()
@@ -113,7 +131,8 @@ def choose(logits: Tensor, sampling: SamplingConfig, generator: torch.Generator)
     """
     if sampling.temperature == 0:
         return logits.argmax(keepdim=True)
-    ordered, order = (logits / sampling.temperature).sort(descending=True)
+    # Beneath the maximum, so that a temperature near 0 cannot overflow.
+    ordered, order = ((logits - logits.max()) / sampling.temperature).sort(descending=True)
     probabilities = ordered.softmax(-1)
     if 0 < sampling.top_k < len(probabilities):
         probabilities[sampling.top_k :] = 0

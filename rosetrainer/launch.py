@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from rosetrainer.environment import usable_cores
 from rosetrainer.fields import ConfigError
 from rosetrainer.rank import GRACE_SECONDS, LAUNCHED
 
@@ -132,12 +133,8 @@ def _details(failure: ProcessFailure) -> dict[str, Any]:
 
 def _rank_environment(nproc: int, threads: int) -> dict[str, str]:
     """What the ranks need in their environment; but for `threads`, the user's settings win."""
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
-    else:
-        cores = os.cpu_count() or 1
     defaults = {
-        "OMP_NUM_THREADS": str(max(1, cores // nproc)),
+        "OMP_NUM_THREADS": str(max(1, usable_cores() // nproc)),
         # Warnings of torch's C++ side about sockets, which tell a user of one machine nothing.
         "TORCH_CPP_LOG_LEVEL": "ERROR",
     }

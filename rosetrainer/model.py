@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rosetrainer.config import GPTConfig
+from rosetrainer.config import IGNORED, GPTConfig
 from rosetrainer.parallel_context import Axis, ParallelContext
 from rosetrainer.tensor_parallel import (
     ColumnParallelLinear,
@@ -21,7 +21,6 @@ from rosetrainer.tensor_parallel import (
     new_parameter,
 )
 
-IGNORED = -100  # a label that counts for nothing, as in F.cross_entropy
 EMBEDDING_STD = 0.02
 
 

@@ -6,7 +6,6 @@ because they talk most and neighbours share a machine.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -15,6 +14,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from rosetrainer.config import ParallelConfig
+from rosetrainer.environment import world_from_environment
 from rosetrainer.fields import ConfigError
 
 
@@ -77,26 +77,6 @@ class ParallelContext:
     @property
     def rank(self) -> int:
         return self.dp.rank * self.tp.size + self.tp.rank
-
-
-def world_from_environment() -> tuple[int, int, int, int]:
-    """(rank, world size, local rank, local world size) as torchrun set them; (0, 1, 0, 1) alone.
-
-    Raises ConfigError for a variable that is no number.
-    """
-    values = []
-    for name, default in (
-        ("RANK", 0),
-        ("WORLD_SIZE", 1),
-        ("LOCAL_RANK", 0),
-        ("LOCAL_WORLD_SIZE", 1),
-    ):
-        text = os.environ.get(name, str(default))
-        if not text.isdecimal():
-            raise ConfigError(f"the environment's {name}={text!r} should be a number; use torchrun")
-        values.append(int(text))
-    rank, world_size, local_rank, local_world_size = values
-    return rank, world_size, local_rank, local_world_size
 
 
 def choose_device(wanted: str, local_rank: int, local_world_size: int) -> torch.device:

@@ -18,6 +18,7 @@ from rosetrainer.parallel_context import ParallelContext, init_parallel
 from rosetrainer.reference import ReferenceGPT
 from rosetrainer.tensor_parallel import draw_whole, gather_whole, load_whole, shard_spec
 
+NOISE = 1e-6  # of the largest gradient of all; a gradient below it may be zero in truth
 BOUND = 1e-10  # of the dense tensor's largest value; float64 rounding stays near 1e-15
 
 
@@ -36,6 +37,7 @@ class Difference:
 def who_holds_what(model: GPTModel, tp_size: int) -> str:
     """A table: each weight's whole shape, and the slice of it that each tp rank holds."""
     last = model.config.n_layers - 1
+    blocks = f"blocks.0-{last}." if last else "blocks.0."
     rows = [("weight", "whole", *(f"rank {rank}" for rank in range(tp_size)))]
     for name, parameter in model.named_parameters():
         if name.startswith("blocks.") and not name.startswith("blocks.0."):
@@ -49,7 +51,7 @@ def who_holds_what(model: GPTModel, tp_size: int) -> str:
             cut[spec.dim] = f"{start}:{start + width}"
             slices.append("all of it" if spec.parts == 1 else f"[{', '.join(cut)}]")
         whole = " x ".join(map(str, spec.shape))
-        rows.append((name.replace("blocks.0.", f"blocks.0-{last}."), whole, *slices))
+        rows.append((name.replace("blocks.0.", blocks), whole, *slices))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
@@ -91,18 +93,25 @@ def prove(config: GPTConfig, context: ParallelContext, seed: int = 0) -> list[Di
         "logits": (logits, dense_logits[own].detach()),
         "loss": (torch.full_like(dense_loss, loss), dense_loss.detach()),
     }
+    expected: dict[str, Tensor] = {}
     for name, parameter in dense.named_parameters():
         assert parameter.grad is not None
-        pairs[f"gradient of {name}"] = (gradients[name], parameter.grad)
-    local = torch.stack([_relative(*pair) for pair in pairs.values()])
+        expected[name] = parameter.grad
+    pairs |= {f"gradient of {name}": (gradients[name], expected[name]) for name in gradients}
+    largest = max(float(gradient.abs().max()) for gradient in expected.values())
+    local = torch.stack([_relative(*pair, NOISE * largest) for pair in pairs.values()])
     for axis in context.axes:
         local = all_reduce(local, axis, "parity", torch.distributed.ReduceOp.MAX)
     return [Difference(what, worst) for what, worst in zip(pairs, local.tolist(), strict=True)]
 
 
-def _relative(ours: Tensor, dense: Tensor) -> Tensor:
-    """A float64 scalar; inf where ours is not finite, which a maximum would lose."""
-    worst = (ours - dense).abs().max() / dense.abs().max().clamp(min=1e-300)
+def _relative(ours: Tensor, dense: Tensor, noise: float) -> Tensor:
+    """A float64 scalar; inf where ours is not finite, which a maximum would lose.
+
+    Where the true gradient is 0, both are rounding noise: nothing is held against less than
+    `noise`.
+    """
+    worst = (ours - dense).abs().max() / dense.abs().max().clamp(min=noise)
     return worst.double().nan_to_num(nan=torch.inf)
 
 

@@ -31,14 +31,14 @@ def run_rank(main: Callable[[], int | None]) -> NoReturn:
     """Ends the process with main()'s status: 2 for a ConfigError, 130 for Ctrl-C, 1 otherwise.
 
     Under rosetrainer.launch an error goes to torchelastic's error file and the launcher prints
-    it. Under torchrun rank 0 speaks for all where all make the same mistake.
+    it. Under torchrun one rank of each machine speaks for all: they make the same mistake.
     """
     launched = os.environ.get(LAUNCHED)
     if launched:
         _watch(int(launched))
         # Rank 0's lines should reach a pipe or a log file while it runs, not when it ends.
         sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
-    speaks = not launched and os.environ.get("RANK", "0") == "0"
+    speaks = not launched and os.environ.get("LOCAL_RANK", "0") == "0"
     try:
         status = main()
     except ConfigError as error:
@@ -47,6 +47,8 @@ def run_rank(main: Callable[[], int | None]) -> NoReturn:
         if speaks:
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:
+        os._exit(128 + signal.SIGPIPE)  # `| head` has seen enough; there is nobody to tell
     except KeyboardInterrupt:
         if speaks:
             print("interrupted", file=sys.stderr)

@@ -94,9 +94,8 @@ class ReferenceGPT(nn.Module):
             mask = torch.ones_like(ids) if attention_mask is None else attention_mask[row]
             real = [t for t in range(len(ids)) if mask[t]]
             short = self.logits(ids[real][None])[0]  # (tokens, V)
-            rows.append(
-                short.new_zeros(len(ids), short.shape[1]).index_copy(0, _index(real), short)
-            )
+            padded = short.new_zeros(len(ids), short.shape[1])
+            rows.append(padded.index_copy(0, torch.tensor(real, device=ids.device), short))
             for t, log_probability in zip(real, short.log_softmax(-1), strict=True):
                 padding_follows = t + 1 < len(ids) and not mask[t + 1]
                 if labels is not None and labels[row, t] != -100 and not padding_follows:
@@ -105,7 +104,3 @@ class ReferenceGPT(nn.Module):
         if labels is None:
             return logits, None
         return logits, torch.stack(losses).mean() if losses else logits.sum() * 0
-
-
-def _index(positions: list[int]) -> Tensor:
-    return torch.tensor(positions)

@@ -55,10 +55,17 @@ class RunLog:
         self._events.close()
 
     def _write(self, step: int, figures: dict[str, float]) -> None:
-        rounded = {tag: round(value, 6) for tag, value in figures.items()}
+        rounded = {tag: _rounded(tag, value) for tag, value in figures.items()}
         self._file.write(json.dumps({"step": step, **rounded}) + "\n")
         for tag, value in figures.items():
             self._events.add_scalar(tag, value, step)
+
+
+def _rounded(tag: str, value: float) -> float:
+    """Losses to six decimals, counts whole, the rest to six digits: a learning rate is small."""
+    if tag.endswith("loss"):
+        return round(value, 6)
+    return int(value) if value == int(value) else float(f"{value:.6g}")
 
 
 def traffic(context: ParallelContext) -> dict[str, float]:
@@ -72,11 +79,14 @@ def traffic(context: ParallelContext) -> dict[str, float]:
     return moved
 
 
-def describe(context: ParallelContext, dtype: torch.dtype) -> str:
+def describe(context: ParallelContext, dtype: torch.dtype, wanted: str) -> str:
     """One line: what the ranks are and what they run on."""
     where = "CUDA with nccl" if context.device.type == "cuda" else "CPU with gloo"
     if context.world_size == 1:
         where = context.device.type.upper()
+    gpus = torch.cuda.device_count()
+    if gpus and wanted == "auto" and context.device.type == "cpu":
+        where += f" (GPUs: {gpus}, fewer than local ranks)"
     threads = torch.get_num_threads()
     ranks = f"{context.world_size} rank{'s' if context.world_size > 1 else ''}"
     each = f"{threads} thread{'s' if threads > 1 else ''} each"

@@ -111,21 +111,27 @@ def init_weights(model: nn.Module, seed: int) -> None:
         parameter.copy_(spec.shard(draw_whole(spec, seed, name)))
 
 
+def check_whole(model: nn.Module, whole: Mapping[str, Tensor]) -> None:
+    """Raises ConfigError if names or dense shapes are not the model's."""
+    specs = {name: shard_spec(parameter) for name, parameter in model.named_parameters()}
+    for name in sorted(specs.keys() ^ whole.keys()):
+        problem = "lack" if name in specs else "have, and the model lacks,"
+        raise ConfigError(f"weights do not fit the model: they {problem} {name}")
+    for name, spec in specs.items():
+        if tuple(whole[name].shape) != spec.dense_shape:
+            raise ConfigError(
+                f"{name} has shape {tuple(whole[name].shape)}, the model's is {spec.dense_shape}"
+            )
+
+
 @torch.no_grad()
 def load_whole(model: nn.Module, whole: Mapping[str, Tensor]) -> None:
     """Fills every parameter with its slice of whole[name], of its dense shape.
 
     Raises ConfigError if names or shapes differ, before anything is changed.
     """
-    parameters = dict(model.named_parameters())
-    if parameters.keys() != whole.keys():
-        missing = sorted(parameters.keys() - whole.keys())
-        extra = sorted(whole.keys() - parameters.keys())
-        raise ConfigError(f"weights do not fit the model: missing {missing}, unknown {extra}")
-    for name, parameter in parameters.items():
-        if tuple(whole[name].shape) != (fits := shard_spec(parameter).dense_shape):
-            raise ConfigError(f"{name} has shape {tuple(whole[name].shape)}, the model's is {fits}")
-    for name, parameter in parameters.items():
+    check_whole(model, whole)
+    for name, parameter in model.named_parameters():
         parameter.copy_(shard_spec(parameter).shard(whole[name]))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import subprocess
 import sys
@@ -10,6 +9,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from rosetrainer.environment import python_command
 from rosetrainer.fields import Count, check_fields
 from rosetrainer.flags import parse_flags
 
@@ -54,11 +54,11 @@ def main(argv: list[str]) -> int:
 
 
 def what_next() -> str:
-    python = os.path.relpath(sys.executable)
+    python = python_command()
     model = " ".join(MODEL)
     return f"""What next:
   more text            {python} -m rosetrainer generate --prompt "If " --tokens 500
   the curves           {python} -m tensorboard.main --logdir out
-  your own text        {python} data/prepare.py file README.md --out data/mine
+  your own text        {python} data/prepare.py file README.md GLOSSARY.md --out data/mine
                        {python} -m rosetrainer train --nproc 2 --data data/mine {model}
   how it is built      less steps/README.md"""

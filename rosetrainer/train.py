@@ -20,6 +20,7 @@ from rosetrainer.comm import all_reduce
 from rosetrainer.config import TrainConfig
 from rosetrainer.data import Corpus, open_corpus
 from rosetrainer.data_parallel import accumulate_gradients
+from rosetrainer.environment import under_torchrun, usable_cores, world_from_environment
 from rosetrainer.evaluation import evaluate
 from rosetrainer.fields import ConfigError, Count, check_fields
 from rosetrainer.flags import parse_flags, ranks_to_start
@@ -30,7 +31,6 @@ from rosetrainer.parallel_context import (
     ParallelContext,
     choose_device,
     init_parallel,
-    world_from_environment,
 )
 from rosetrainer.parity import show_proof
 from rosetrainer.performance import (
@@ -72,9 +72,9 @@ def check_config(config: TrainConfig, world_size: int) -> tuple[TrainConfig, Cor
     """The config with the corpus's vocabulary, all of it checked. Raises ConfigError."""
     config.check(world_size)
     _, _, local_rank, local_world_size = world_from_environment()
-    alone = "RANK" not in os.environ
-    choose_device(config.run.device, local_rank, world_size if alone else local_world_size)
-    if config.run.out is not None and local_rank == 0:
+    local_ranks = local_world_size if under_torchrun() else world_size
+    choose_device(config.run.device, local_rank, local_ranks)
+    if local_rank == 0:
         check_run_folder(config.run.out)
     corpus = open_corpus(config.run.data, config.model.context_length)
     model = replace(config.model, vocab_size=corpus.meta.vocab_size)
@@ -93,7 +93,7 @@ def train(config: TrainConfig, corpus: Corpus, prove_first: bool = False) -> GPT
     init_weights(model, config.run.seed)
     speaks = context.rank == 0
     if speaks:
-        print(describe(context, dtype))
+        print(describe(context, dtype, config.run.device))
     if prove_first:
         show_proof(config.model, context)
     folder = new_run_folder(config.run.out) if speaks else None
@@ -133,9 +133,10 @@ def train_loop(
                 log.step(step + 1, figures | traffic(context))
             last = step + 1 == run.steps
             if last or (run.eval_every and (step + 1) % run.eval_every == 0):
-                figures, remark = evaluate(config, corpus, model, context, autocast)
+                validation, remark = evaluate(config, corpus, model, context, autocast)
+                check_finite("validation loss", validation["val/loss"], step, config)
                 if log:
-                    log.evaluation(step + 1, figures, remark)
+                    log.evaluation(step + 1, validation, remark)
                 save_weights(folder, model, context)
                 traffic(context)
 
@@ -155,15 +156,21 @@ def train_step(
         group["lr"] = rate
     batches = micro_batches(config, corpus, context, step)
     loss = accumulate_gradients(model, batches, context, autocast)
-    if not math.isfinite(loss):
-        raise ConfigError(
-            f"the loss is {loss} at step {step + 1}; try a learning_rate below "
-            f"{config.optim.learning_rate:g}; what is saved is of the last evaluation"
-        )
+    check_finite("loss", loss, step, config)
     norm = clip_gradients(model, context.tp, config.optim.grad_clip)
+    check_finite("gradient's norm", norm, step, config)
     optimizer.step()
     optimizer.zero_grad()
     return {"train/loss": loss, "train/lr": rate, "train/grad_norm": norm}
+
+
+def check_finite(what: str, value: float, step: int, config: TrainConfig) -> None:
+    """Raises ConfigError, before anything is saved, if training has diverged."""
+    if not math.isfinite(value):
+        raise ConfigError(
+            f"the {what} is {value} at step {step + 1}; try a learning_rate below "
+            f"{config.optim.learning_rate:g}; weights saved by earlier evaluations are kept"
+        )
 
 
 def micro_batches(
@@ -212,5 +219,4 @@ def set_threads(wanted: int) -> None:
     if wanted:
         torch.set_num_threads(wanted)
     elif "OMP_NUM_THREADS" not in os.environ:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        torch.set_num_threads(max((cores or 1) // world_from_environment()[3], 1))
+        torch.set_num_threads(max(usable_cores() // world_from_environment()[3], 1))

@@ -9,14 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 from oracle import dense_model, tiny_config
+from prepare import main as prepare
 from ranks import run_ranks
 
 from rosetrainer import checkpoint
 from rosetrainer.config import TrainConfig
 from rosetrainer.fields import ConfigError
 from rosetrainer.model import GPTModel
-from rosetrainer.parallel_context import init_tensor_parallel
-from rosetrainer.tensor_parallel import gather_whole, load_whole
+from rosetrainer.parallel_context import ParallelContext, init_tensor_parallel
+from rosetrainer.tensor_parallel import gather_whole, init_weights, load_whole
 
 META = {"tokenizer": "bytes", "vocab_size": 256}
 
@@ -131,3 +132,46 @@ def test_the_latest_run_is_the_one_written_last(
         os.utime(folder / "model.safetensors", (1000 - age, 1000 - age))
     Path("out/run-003").mkdir()  # nothing saved yet
     assert checkpoint.latest_run() == Path("out/run-002")
+
+
+def test_a_bpe_corpus_s_tokenizer_travels_with_the_run(tmp_path: Path) -> None:
+    text, corpus, run = tmp_path / "text", tmp_path / "corpus", tmp_path / "run"
+    text.write_text("the rank that waits, and the rank that it waits for\n" * 40)
+    flags = ["--tokenizer", "bpe", "--vocab-size", "270", "--out", str(corpus)]
+    prepare(["file", str(text), *flags])
+    run.mkdir()
+    config = TrainConfig(model=tiny_config(vocab_size=270))
+    model = GPTModel(config.model)
+    init_weights(model, seed=1)
+    checkpoint.describe_run(run, config, corpus)
+    checkpoint.save_weights(run, model, ParallelContext())
+    _, _, tokenizer = checkpoint.load_run(run)
+    ids = tokenizer.encode("the rank that waits")
+    assert tokenizer.decode(ids) == "the rank that waits"
+    assert len(ids) < 10
+
+
+def test_files_of_different_runs_are_told_apart(run: Path) -> None:
+    save(run)
+    (run / "meta.json").write_text(
+        json.dumps({"tokenizer": "chars", "characters": "ab"} | {"vocab_size": 2})
+    )
+    with pytest.raises(ConfigError, match="has 2 tokens and the model 256: they are of different"):
+        checkpoint.load_run(run)
+    (run / "meta.json").write_text(json.dumps(META))
+    values = json.loads((run / "config.json").read_text())
+    values["model"]["d_ff"] = 48
+    (run / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ConfigError, match=r"dense_h_to_4h.weight has shape \(40, 24\), the"):
+        checkpoint.load_run(run)
+
+
+def test_an_out_that_leads_nowhere_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("out").symlink_to(tmp_path / "unmounted")
+    with pytest.raises(ConfigError, match="out=out cannot be made in"):
+        checkpoint.check_run_folder(None)
+    with pytest.raises(ConfigError, match="cannot make out/run-001"):
+        checkpoint.new_run_folder(None)

@@ -7,13 +7,13 @@ import torch
 from ranks import run_ranks
 
 from rosetrainer.config import ParallelConfig
+from rosetrainer.environment import world_from_environment
 from rosetrainer.fields import ConfigError
 from rosetrainer.parallel_context import (
     ParallelContext,
     choose_device,
     init_parallel,
     init_tensor_parallel,
-    world_from_environment,
 )
 
 

@@ -14,13 +14,14 @@ from hypothesis import strategies as st
 
 from rosetrainer import corpus_files
 from rosetrainer.data import (
-    NO_LABEL,
+    IGNORED,
     MarkovChain,
     leak_report,
     mean_and_error,
     open_corpus,
     read_meta,
 )
+from rosetrainer.environment import python_command
 from rosetrainer.fields import ConfigError
 
 
@@ -52,7 +53,7 @@ def counting(tmp_path_factory):
 
 
 def remedy(folder: Path) -> str:
-    return f"`python data/prepare.py python-docs --out {folder}` makes it"
+    return f"`{python_command()} data/prepare.py python-docs --out {folder}` makes it"
 
 
 def message(call) -> str:
@@ -129,7 +130,7 @@ def test_val_has_each_label_once_over_any_dp_size(
         counts.add(len(batches))
         for inputs, labels in batches:
             assert inputs.shape == labels.shape == (batch_size, context_length)
-            real = labels != NO_LABEL
+            real = labels != IGNORED
             assert (labels[real] == inputs[real] + 1).all()
             assert (real.all(axis=1) == real.any(axis=1)).all()
             seen += labels[real].tolist()
@@ -165,8 +166,8 @@ def test_floor_losses_are_aligned_with_the_labels(tmp_path, order, context_lengt
         for (_, labels), floor in zip(
             corpus.val_batches(200, 3, rank, 2), corpus.floor_losses(200, 3, rank, 2), strict=True
         ):
-            assert (floor[labels == NO_LABEL] == 0).all()
-            seen += floor[labels != NO_LABEL].tolist()
+            assert (floor[labels == IGNORED] == 0).all()
+            seen += floor[labels != IGNORED].tolist()
     expected = losses[: 200 // context_length * context_length]
     np.testing.assert_allclose(sorted(seen), sorted(expected), rtol=1e-12)
     first = next(corpus.floor_losses(200, 3))[0]
@@ -196,12 +197,15 @@ def test_mean_and_error():
 
 def test_a_missing_corpus_names_the_command(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    command = f"{python_command()} data/prepare.py python-docs"
     assert message(lambda: open_corpus(Path("data/python-docs"), 4)) == (
-        "data/python-docs/meta.json is missing; `python data/prepare.py python-docs` makes it"
+        f"data/python-docs/meta.json is missing; `{command}` makes it"
     )
-    assert "`python data/prepare.py markov`" in message(lambda: open_corpus(Path("data/markov"), 4))
+    assert f"`{python_command()} data/prepare.py markov`" in message(
+        lambda: open_corpus(Path("data/markov"), 4)
+    )
     assert message(lambda: open_corpus(Path("my docs"), 4)).endswith(
-        "`python data/prepare.py python-docs --out 'my docs'` makes it"
+        f"`{python_command()} data/prepare.py python-docs --out 'my docs'` makes it"
     )
 
 

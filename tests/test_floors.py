@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "rosetrainer"
 FLOORS = [
     {"fields"},
-    {"config", "rank", "tokenizer"},
+    {"config", "environment", "rank", "tokenizer"},
     {"parallel_context", "reference"},
     {"comm", "flags", "launch", "corpus_files", "performance"},
     {"tensor_parallel"},
@@ -38,6 +39,19 @@ def floor_of(module: str) -> int:
     return next(number for number, floor in enumerate(FLOORS) if module in floor)
 
 
+# What a module other than comm may use of torch.distributed.
+NO_COLLECTIVES = {
+    *("ProcessGroup", "ReduceOp", "is_initialized", "get_rank", "get_world_size"),
+    *("init_process_group", "destroy_process_group", "device_mesh", "elastic", "launcher"),
+}
+
+
+def imported_from(module: str) -> set[str]:
+    """The modules out of which `module` imports names."""
+    tree = ast.parse((PACKAGE / f"{module}.py").read_text())
+    return {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module}
+
+
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
 
 
@@ -57,16 +71,25 @@ def test_the_oracle_imports_no_layer_of_ours() -> None:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_collectives_stand_in_comm_alone(module: str) -> None:
-    collectives = {"all_reduce", "all_gather", "reduce_scatter", "broadcast", "all_to_all", "send"}
+    assert module == "comm" or "torch.distributed" not in imported_from(module)
     for node in ast.walk(ast.parse((PACKAGE / f"{module}.py").read_text())):
         if isinstance(node, ast.Attribute) and ast.unparse(node.value) in (
             "dist",
             "torch.distributed",
         ):
-            called = node.attr.removesuffix("_single").removesuffix("_into_tensor")
-            assert module == "comm" or called not in collectives, f"{module}: {ast.unparse(node)}"
+            allowed = module == "comm" or node.attr in NO_COLLECTIVES
+            assert allowed, f"{module}: {ast.unparse(node)}"
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_a_file_holds_one_idea(module: str) -> None:
     assert len((PACKAGE / f"{module}.py").read_text().splitlines()) <= 250
+
+
+@pytest.mark.parametrize("page", ["README.md", "README.zh.md"])
+def test_the_page_that_shows_the_floors_shows_these(page: str) -> None:
+    text = (PACKAGE.parent / "steps" / page).read_text()
+    rows = re.findall(r"^\| (\d+) \| ([^|]+) \|", text, re.MULTILINE)
+    shown = [set(re.findall(r"`(\w+)\.py`", files)) for _, files in rows]
+    assert [int(number) for number, _ in rows] == list(range(len(FLOORS)))
+    assert [floor - {"reference"} for floor in FLOORS] == shown

@@ -7,12 +7,14 @@ from collections import Counter
 import pytest
 import torch
 from oracle import dense_model, tiny_config
+from ranks import run_ranks
 
 from rosetrainer.fields import ConfigError
-from rosetrainer.generate import SamplingConfig, choose, generate, main
+from rosetrainer.generate import SamplingConfig, choose, first_tokens, generate, main
 from rosetrainer.model import GPTModel
-from rosetrainer.parallel_context import Axis
+from rosetrainer.parallel_context import Axis, init_tensor_parallel
 from rosetrainer.tensor_parallel import load_whole
+from rosetrainer.tokenizer import BytesTokenizer, CharsTokenizer
 
 PROBABILITIES = torch.tensor([0.05, 0.4, 0.3, 0.15, 0.1])
 
@@ -63,10 +65,43 @@ def test_greedy_takes_the_model_s_own_argmax() -> None:
     dense = dense_model(tiny_config()).float()
     load_whole(model, dense.state_dict())
     ids = [3, 1, 4]
-    greedy = SamplingConfig(tokens=6, temperature=0)
+    greedy = SamplingConfig(tokens=20, temperature=0)
     for token in generate(model, torch.tensor(ids), greedy, Axis("tp")):
-        assert token == int(dense(torch.tensor([ids]))[0][0, -1].argmax())
+        seen = torch.tensor([ids[-model.config.context_length :]])  # the last, once it is full
+        assert token == int(dense(seen)[0][0, -1].argmax())
         ids.append(token)
+    assert len(ids) == 23
+
+
+def write_with_a_rank_that_disagrees() -> list[int]:
+    context = init_tensor_parallel()
+    model = GPTModel(tiny_config(), context)
+    load_whole(model, dense_model(tiny_config(), seed=0).state_dict())
+    with torch.no_grad():  # replicated, so it changes what this rank alone would choose
+        model.final_norm.weight.add_(torch.randn(24) * 5 * context.tp.rank)
+    sampling = SamplingConfig(tokens=12)
+    return list(generate(model, torch.tensor([3, 1, 4]), sampling, context.tp))
+
+
+def test_the_first_rank_s_token_is_every_rank_s() -> None:
+    first, second = run_ranks(2, write_with_a_rank_that_disagrees)
+    assert first == second
+
+
+def test_a_temperature_near_zero_does_not_overflow() -> None:
+    logits = torch.tensor([5.0, 1.0, -90.0])
+    sampling = SamplingConfig(temperature=1e-38)
+    assert int(choose(logits, sampling, torch.Generator())) == 0
+
+
+def test_without_a_prompt_any_corpus_can_be_gone_on_from() -> None:
+    assert first_tokens(None, BytesTokenizer()) == [10]
+    assert first_tokens(None, CharsTokenizer("ab")) == [0]
+    assert first_tokens("ba", CharsTokenizer("ab")) == [1, 0]
+    with pytest.raises(ConfigError, match="prompt='' has no token to go on from"):
+        first_tokens("", BytesTokenizer())
+    with pytest.raises(ConfigError, match="'c'"):
+        first_tokens("abc", CharsTokenizer("ab"))
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from rosetrainer.data import open_corpus, read_meta
+from rosetrainer.environment import python_command
 from rosetrainer.fields import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -159,7 +160,7 @@ def test_shakespeare_without_a_network(tmp_path, monkeypatch):
     monkeypatch.setattr(sources.urllib.request, "urlopen", refuse)
     assert message("shakespeare", "--out", tmp_path / "s") == (
         f"cannot download {sources.SHAKESPEARE_URL} (no route to host); pass a file that you have: "
-        "`python data/prepare.py shakespeare PATH`"
+        f"`{python_command()} data/prepare.py shakespeare PATH`"
     )
     assert os.listdir(tmp_path) == []
 

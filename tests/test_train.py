@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,11 +20,13 @@ from safetensors.torch import load_file
 
 from rosetrainer.config import GPTConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
 from rosetrainer.data import open_corpus
+from rosetrainer.environment import python_command
 from rosetrainer.evaluation import evaluate
 from rosetrainer.fields import ConfigError
 from rosetrainer.model import GPTModel
-from rosetrainer.parallel_context import Axis, ParallelContext
-from rosetrainer.train import check_config, main, micro_batches, train
+from rosetrainer.parallel_context import Axis, ParallelContext, init_tensor_parallel
+from rosetrainer.run_log import _rounded
+from rosetrainer.train import check_config, main, micro_batches, sum_over_ranks, train
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = GPTConfig(context_length=16, n_layers=2, n_heads=4, d_model=32)
@@ -192,13 +196,13 @@ def test_mistakes_are_one_line_each(markov: Path, tmp_path: Path) -> None:
     )
     assert refused(["--tp-size", "2", "--steps", "3"]) == (
         "2 ranks are asked for, and this is one; "
-        "run: python -m rosetrainer train --nproc 2 --tp-size 2 --steps 3"
+        f"run: {python_command()} -m rosetrainer train --nproc 2 --tp-size 2 --steps 3"
     )
     assert "unknown argument --tp-siz; did you mean --tp-size?" in refused(["--tp-siz", "2"])
     assert "global_batch_size=3 is not divisible by dp_size=2; dp_size can be 1 or 3" in refused(
         [*data, "--nproc", "2", "--dp-size", "2", "--global-batch-size", "3"]
     )
-    assert "python data/prepare.py" in refused(["--data", str(tmp_path / "nowhere")])
+    assert " data/prepare.py" in refused(["--data", str(tmp_path / "nowhere")])
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("mine")
     assert "is not empty; choose another --out" in refused([*data, "--out", str(tmp_path / "full")])
@@ -217,6 +221,61 @@ def test_a_loss_that_is_not_finite_stops_the_run_in_one_line(
 def train_on_one(config: TrainConfig) -> None:
     checked, corpus = check_config(config, 1)
     train(checked, corpus)
+
+
+def test_a_validation_loss_that_is_not_finite_saves_nothing(
+    markov: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = ({"val/loss": math.nan}, "")
+    monkeypatch.setattr("rosetrainer.train.evaluate", lambda *_: broken)
+    with pytest.raises(ConfigError, match="the validation loss is nan at step 3; try a learning"):
+        train_on_one(config_for(markov, tmp_path / "run"))
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_a_gradient_that_is_not_finite_moves_no_weight(
+    markov: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rosetrainer.train.clip_gradients", lambda *_: math.inf)
+    with pytest.raises(ConfigError, match="the gradient's norm is inf at step 1"):
+        train_on_one(config_for(markov, tmp_path / "run"))
+
+
+def test_the_seed_decides_and_each_evaluation_saves(
+    markov: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = {}
+    for seed in (1, 2):
+        out = tmp_path / f"seed{seed}"
+        train_on_one(config_for(markov, out, seed=seed, steps=1))
+        first[seed] = read_log(out)[0]["train/loss"]
+    assert first[1] != first[2]
+
+    saved = []
+    monkeypatch.setattr("rosetrainer.train.save_weights", lambda *_: saved.append(1))
+    train_on_one(config_for(markov, tmp_path / "run", steps=5, eval_every=2))
+    assert len(saved) == 3  # after steps 2, 4 and 5
+
+
+def test_the_peak_is_that_of_all_ranks() -> None:
+    assert run_ranks(2, sum_of_ranks) == [3.0, 3.0]
+
+
+def sum_of_ranks() -> float:
+    context = init_tensor_parallel()
+    return sum_over_ranks(context.rank + 1.0, context)
+
+
+def test_a_broken_environment_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    assert refused([]) == "the environment's WORLD_SIZE='two' should be a number; use torchrun"
+
+
+def test_the_log_keeps_small_figures_and_whole_counts() -> None:
+    assert _rounded("train/loss", 1.23456789) == 1.234568
+    assert _rounded("train/lr", 3.00000049e-9) == 3e-9
+    assert _rounded("comm/bytes_per_step/tp_all_reduce", 123456789.0) == 123456789
 
 
 def start(*command: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
@@ -264,7 +323,7 @@ def test_nproc_trains_and_generate_writes_the_same_at_any_tp_size(
     done = start("-m", "rosetrainer", "train", *flags, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
-    assert "blocks.0-0.attention.query_key_value.weight   3 x 16 x 16  [:, 0:8, :]" in done.stdout
+    assert "blocks.0.attention.query_key_value.weight   3 x 16 x 16  [:, 0:8, :]" in done.stdout
     assert "yes: what is left is rounding" in done.stdout
     texts = []
     for ranks in ([], ["--nproc", "2"]):
@@ -288,7 +347,7 @@ def test_nproc_trains_and_generate_writes_the_same_at_any_tp_size(
 
 def test_the_command_line_exits_with_2_and_one_line(tmp_path: Path) -> None:
     for argv, expected in (
-        (["train", "--tp-size", "2"], "run: python -m rosetrainer train --nproc 2 --tp-size 2"),
+        (["train", "--tp-size", "2"], "-m rosetrainer train --nproc 2 --tp-size 2"),
         (["trian"], "unknown command trian; it can be train, generate, parity, tour"),
         (["generate"], "no run with weights in out/; train one, or give --run DIR"),
     ):
@@ -298,3 +357,58 @@ def test_the_command_line_exits_with_2_and_one_line(tmp_path: Path) -> None:
         assert done.stderr.startswith("error: ")
         assert expected in done.stderr
         assert done.stderr.count("\n") == 1
+
+
+def test_one_rank_of_each_machine_tells_of_a_mistake() -> None:
+    torchrun = {"RANK": "2", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}
+    for local_rank, lines in (("0", 1), ("1", 0)):
+        environment = os.environ | torchrun | {"LOCAL_RANK": local_rank}
+        done = subprocess.run(
+            [sys.executable, "-m", "rosetrainer", "train", "--data", "nowhere"],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert done.returncode == 2
+        assert done.stderr.count("\n") == lines
+
+
+def test_the_tour_shows_its_stages_in_order(tmp_path: Path) -> None:
+    skip = shutil.ignore_patterns("python-docs", "__pycache__")
+    for name in ("rosetrainer", "data"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=skip)
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-m", "rosetrainer", "tour", "--steps", "2"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found = [
+        done.stdout.index(text)
+        for text in (
+            "[2/5] data: python data/prepare.py python-docs",
+            "[3/5] proof",
+            "who holds what",
+            "yes: what is left is rounding",
+            "[4/5] training",
+            "val loss",
+            "[5/5] sample",
+            "What next:",
+        )
+    ]
+    assert found == sorted(found)
+    (written,) = [line for line in done.stdout.splitlines() if "more text" in line]
+    command = shlex.split(written.split("more text")[1])
+    again = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, timeout=60, check=False
+    )
+    assert again.returncode == 0
+    assert again.stdout.startswith(b"If ")
