@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from rosetrainer.environment import usable_cores
 from rosetrainer.fields import ConfigError
-from rosetrainer.rank import GRACE_SECONDS, LAUNCHED
+from rosetrainer.rank import GRACE_SECONDS, LAUNCHED, PIPE_CLOSED
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -98,6 +98,8 @@ def _report(failures: dict[int, ProcessFailure], nproc: int) -> int:
     """Prints the failure that came first; returns the exit status that it stands for."""
     rank = min(failures, key=lambda r: _moment(failures[r]))
     failure = failures[rank]
+    if failure.exitcode == PIPE_CLOSED:
+        return PIPE_CLOSED
     if details := _details(failure):
         if details["mistake"]:
             _say(f"error: {details['mistake']}")

@@ -23,6 +23,9 @@ from rosetrainer.fields import ConfigError
 LAUNCHED = "ROSETRAINER_LAUNCHED"
 """Environment variable that rosetrainer.launch gives its ranks: the launcher's process id."""
 
+PIPE_CLOSED = 128 + signal.SIGPIPE
+"""Exit status when whoever read our output, `head` say, has seen enough: there is nothing to say."""
+
 GRACE_SECONDS = 3
 """Time that a rank has to end by itself after SIGTERM."""
 
@@ -48,7 +51,7 @@ def run_rank(main: Callable[[], int | None]) -> NoReturn:
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:
-        os._exit(128 + signal.SIGPIPE)  # `| head` has seen enough; there is nobody to tell
+        os._exit(PIPE_CLOSED)
     except KeyboardInterrupt:
         if speaks:
             print("interrupted", file=sys.stderr)
