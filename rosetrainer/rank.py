@@ -24,7 +24,7 @@ LAUNCHED = "ROSETRAINER_LAUNCHED"
 """Environment variable that rosetrainer.launch gives its ranks: the launcher's process id."""
 
 PIPE_CLOSED = 128 + signal.SIGPIPE
-"""Exit status when whoever read our output, `head` say, has seen enough: there is nothing to say."""
+"""Exit status when the reader of our output, `head` say, has gone: there is nothing to say."""
 
 GRACE_SECONDS = 3
 """Time that a rank has to end by itself after SIGTERM."""
