@@ -34,7 +34,8 @@ def stay() -> None:
 
 def show(words: list[str]) -> None:
     size, threads = os.environ["WORLD_SIZE"], os.environ["OMP_NUM_THREADS"]
-    print(f"rank {RANK} of {size}, threads {threads}, {words}")
+    # One write: print makes two where Python is unbuffered, and the ranks' lines would mix.
+    sys.stdout.write(f"rank {RANK} of {size}, threads {threads}, {words}\n")
 
 
 def crash(words: list[str]) -> None:

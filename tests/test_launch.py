@@ -184,9 +184,9 @@ def test_ranks_in_a_collective_end_with_the_launcher(start: Start) -> None:
 
 
 def test_without_the_launcher(start: Start) -> None:
-    """One process, and torchrun's ranks: rank 0 speaks for all."""
+    """One process, and torchrun's ranks: one of each machine speaks for all."""
     alone = start("mistake", WORLD_SIZE="1")
-    rank_1 = start("mistake", WORLD_SIZE="1", RANK="1")
+    rank_1 = start("mistake", WORLD_SIZE="1", RANK="1", LOCAL_RANK="1")
     interrupted = start("interrupt")
     crashed = start("crash", WORLD_SIZE="1", RANK="1")
     assert alone.ended() == (2, "", "error: tp_size=3 does not fit; tp_size can be 1 or 2\n")
