@@ -53,9 +53,7 @@ def check_column(stride: int, gather_output: bool) -> None:
     assert_equal("y", ours, y)
     ours.backward(upstream)
     assert_equal("x.grad", x.grad, x_grad)  # type: ignore[arg-type]
-    whole = unshard_gradients(layer, tp)
-    assert_equal("weight.grad", whole["weight"], weight_grad)
-    assert_equal("bias.grad", whole["bias"], bias_grad)
+    assert_gradients(layer, tp, {"weight": weight_grad, "bias": bias_grad})
 
 
 def check_row(input_is_parallel: bool) -> None:
@@ -72,16 +70,15 @@ def check_row(input_is_parallel: bool) -> None:
     assert_equal("y", ours, y)
     ours.backward(upstream)
     assert_equal("x.grad", x.grad, x_grad)  # type: ignore[arg-type]
-    whole = unshard_gradients(layer, tp)
-    assert_equal("weight.grad", whole["weight"], weight_grad)
-    assert_equal("bias.grad", whole["bias"], bias_grad)
+    assert_gradients(layer, tp, {"weight": weight_grad, "bias": bias_grad})
 
 
-def unshard_gradients(layer: torch.nn.Module, tp: Axis) -> dict[str, Tensor]:
-    return {
-        name: shard_spec(p).unshard(p.grad, tp, "checkpoint")  # type: ignore[arg-type]
-        for name, p in layer.named_parameters()
-    }
+def assert_gradients(layer: torch.nn.Module, tp: Axis, dense: dict[str, Tensor]) -> None:
+    """The whole gradients, gathered by production code, equal the dense ones."""
+    for name, parameter in layer.named_parameters():
+        assert parameter.grad is not None
+        whole = shard_spec(parameter).unshard(parameter.grad, tp, "checkpoint")
+        assert_equal(f"{name}.grad", whole, dense[name])
 
 
 @pytest.mark.parametrize("gather_output", [False, True])

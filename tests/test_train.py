@@ -278,15 +278,18 @@ def test_the_log_keeps_small_figures_and_whole_counts() -> None:
     assert _rounded("comm/bytes_per_step/tp_all_reduce", 123456789.0) == 123456789
 
 
-def start(*command: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+def start(
+    *command: str, cwd: Path = ROOT, code: Path = ROOT, environment: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Runs Python with the package that lies in `code`."""
+    own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(code)} | (environment or {})
     return subprocess.run(
         [sys.executable, *command],
         cwd=cwd,
-        env=environment,
+        env=os.environ | own,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=180,
         check=False,
     )
 
@@ -362,16 +365,9 @@ def test_the_command_line_exits_with_2_and_one_line(tmp_path: Path) -> None:
 def test_one_rank_of_each_machine_tells_of_a_mistake() -> None:
     torchrun = {"RANK": "2", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}
     for local_rank, lines in (("0", 1), ("1", 0)):
-        environment = os.environ | torchrun | {"LOCAL_RANK": local_rank}
-        done = subprocess.run(
-            [sys.executable, "-m", "rosetrainer", "train", "--data", "nowhere"],
-            cwd=ROOT,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
+        environment = torchrun | {"LOCAL_RANK": local_rank}
+        command = ["-m", "rosetrainer", "train", "--data", "nowhere"]
+        done = start(*command, environment=environment)
         assert done.returncode == 2
         assert done.stderr.count("\n") == lines
 
@@ -380,35 +376,24 @@ def test_the_tour_shows_its_stages_in_order(tmp_path: Path) -> None:
     skip = shutil.ignore_patterns("python-docs", "__pycache__")
     for name in ("rosetrainer", "data"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=skip)
-    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "-m", "rosetrainer", "tour", "--steps", "2"],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=180,
-        check=False,
-    )
+    tour = ["-m", "rosetrainer", "tour", "--steps", "2"]
+    done = start(*tour, cwd=tmp_path, code=tmp_path)
     assert done.returncode == 0, done.stderr
-    found = [
-        done.stdout.index(text)
-        for text in (
-            "[2/5] data: python data/prepare.py python-docs",
-            "[3/5] proof",
-            "who holds what",
-            "yes: what is left is rounding",
-            "[4/5] training",
-            "val loss",
-            "[5/5] sample",
-            "What next:",
-        )
-    ]
+    in_order = (
+        "[2/5] data: python data/prepare.py python-docs",
+        "[3/5] proof",
+        "who holds what",
+        "yes: what is left is rounding",
+        "[4/5] training",
+        "val loss",
+        "[5/5] sample",
+        "What next:",
+    )
+    found = [done.stdout.index(text) for text in in_order]
     assert found == sorted(found)
     (written,) = [line for line in done.stdout.splitlines() if "more text" in line]
-    command = shlex.split(written.split("more text")[1])
-    again = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, timeout=60, check=False
-    )
+    python, *command = shlex.split(written.split("more text")[1])
+    assert (tmp_path / python).samefile(sys.executable)
+    again = start(*command, cwd=tmp_path, code=tmp_path)
     assert again.returncode == 0
-    assert again.stdout.startswith(b"If ")
+    assert again.stdout.startswith("If ")
