@@ -62,8 +62,8 @@ class Corpus:
         slack = meta.train_tokens - 1 - self._windows * context
         self._places = min(slack, context - 1) + 1
 
-    @cached_property
     def tokenizer(self) -> Tokenizer:
+        """Raises ConfigError if it cannot be read."""
         return load_tokenizer(self.folder, vars(self.meta))
 
     def train_batch(

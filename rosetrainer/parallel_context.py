@@ -37,9 +37,6 @@ class Ledger:
         entry.calls += 1
         entry.payload_bytes += payload_bytes
 
-    def calls(self, operation: str, phase: str) -> int:
-        return self.entries.get((operation, phase), Traffic()).calls
-
     def clear(self) -> None:
         self.entries.clear()
 

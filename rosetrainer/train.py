@@ -77,6 +77,7 @@ def check_config(config: TrainConfig, world_size: int) -> tuple[TrainConfig, Cor
     if local_rank == 0:
         check_run_folder(config.run.out)
     corpus = open_corpus(config.run.data, config.model.context_length)
+    corpus.tokenizer()  # better found broken now than by whoever wants text of the trained model
     model = replace(config.model, vocab_size=corpus.meta.vocab_size)
     return replace(config, model=model), corpus
 

@@ -210,6 +210,15 @@ def test_mistakes_are_one_line_each(markov: Path, tmp_path: Path) -> None:
         assert "torch finds no GPU" in refused([*data, "--device", "cuda"])
 
 
+def test_a_broken_tokenizer_is_found_before_training(tmp_path: Path) -> None:
+    text, corpus = tmp_path / "text", tmp_path / "corpus"
+    text.write_text("the rank that waits, and the rank that it waits for\n" * 40)
+    bpe = ["--tokenizer", "bpe", "--vocab-size", "270"]
+    prepare(["file", str(text), *bpe, "--out", str(corpus)])
+    (corpus / "tokenizer.json").write_text("{")
+    assert "tokenizer.json" in refused(["--data", str(corpus), "--context-length", "16"])
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_in_one_line(
     markov: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
