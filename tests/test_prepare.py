@@ -124,7 +124,8 @@ def test_a_text_comes_back(tmp_path, text, tokenizer):
     make("file", text, text, "--out", out, "--tokenizer", tokenizer)
     corpus = open_corpus(out, 8)
     parts = [
-        corpus.tokenizer().decode(np.fromfile(out / name, "<u2")) for name in ("train.bin", "val.bin")
+        corpus.tokenizer().decode(np.fromfile(out / name, "<u2"))
+        for name in ("train.bin", "val.bin")
     ]
     whole = 2 * TEXT
     assert parts == [whole[: int(0.9 * len(whole))], whole[int(0.9 * len(whole)) :]]
