@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -74,8 +76,7 @@ def describe_run(folder: Path, config: TrainConfig, corpus: Path) -> None:
     _write(folder / CONFIG, lambda part: part.write_text(text))
     for name in (META, TOKENIZER):
         if (corpus / name).exists():
-            source = corpus / name
-            _write(folder / name, lambda part, source=source: shutil.copyfile(source, part))
+            _write(folder / name, partial(shutil.copyfile, corpus / name))
 
 
 def save_weights(folder: Path | None, model: nn.Module, context: ParallelContext) -> None:
@@ -127,10 +128,10 @@ def _read_json(path: Path) -> dict[str, object]:
     return values
 
 
-def _write(path: Path, write: object) -> None:
+def _write(path: Path, write: Callable[[Path], object]) -> None:
+    """path as `write` makes it, whole or as it was before."""
     part = path.with_name(f".{path.name}.part")
     try:
-        assert callable(write)
         write(part)
         with part.open("rb") as file:
             os.fsync(file.fileno())

@@ -29,7 +29,7 @@ from rosetrainer.fields import (
 from rosetrainer.flags import parse_flags, ranks_to_start
 from rosetrainer.launch import launch
 from rosetrainer.model import GPTModel
-from rosetrainer.parallel_context import Axis, init_parallel
+from rosetrainer.parallel_context import Axis, end_parallel, init_parallel
 from rosetrainer.tensor_parallel import load_whole
 from rosetrainer.tokenizer import Tokenizer
 
@@ -91,8 +91,7 @@ def main(argv: list[str]) -> int:
     for token in generate(model, ids, command.sampling, context.tp):
         write(decoder.feed(token))
     write(decoder.finish() + "\n")
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    end_parallel()
     return 0
 
 

@@ -123,6 +123,12 @@ def init_parallel(
     return ParallelContext(axis("tp"), axis("dp"), chosen)
 
 
+def end_parallel() -> None:
+    """Ends the process group, where there is one: the last call of a rank that ends well."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def init_tensor_parallel(tp_size: int | None = None, device: str = "auto") -> ParallelContext:
     """The front door: this rank's context, all ranks tensor-parallel unless tp_size says fewer.
 

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from rosetrainer.comm import all_reduce
-from rosetrainer.config import GPTConfig, ParallelConfig
+from rosetrainer.config import IGNORED, GPTConfig, ParallelConfig
 from rosetrainer.data_parallel import accumulate_gradients
 from rosetrainer.fields import Count, check_fields
 from rosetrainer.flags import parse_flags, ranks_to_start
 from rosetrainer.launch import launch
 from rosetrainer.model import GPTModel
-from rosetrainer.parallel_context import ParallelContext, init_parallel
+from rosetrainer.parallel_context import ParallelContext, end_parallel, init_parallel
 from rosetrainer.reference import ReferenceGPT
 from rosetrainer.tensor_parallel import draw_whole, gather_whole, load_whole, shard_spec
 
@@ -79,7 +79,7 @@ def prove(config: GPTConfig, context: ParallelContext, seed: int = 0) -> list[Di
     shape = (2 * context.dp.size, config.context_length)
     drawn = torch.randint(config.vocab_size, (2, *shape), generator=generator)
     input_ids, labels = drawn.to(context.device)
-    labels[0, : shape[1] // 2] = -100  # unequal token counts, so that a mean of means would show
+    labels[0, : shape[1] // 2] = IGNORED  # unequal token counts, so that a mean of means would show
     own = slice(2 * context.dp.rank, 2 * context.dp.rank + 2)
 
     dense_logits, dense_loss = dense(input_ids, labels=labels)
@@ -122,7 +122,8 @@ def show_proof(config: GPTConfig, context: ParallelContext) -> None:
     """
     differences = prove(config, context)
     speak = print if context.rank == 0 else _keep_quiet
-    speak("\nwho holds what\n\n" + who_holds_what(GPTModel(config, context), context.tp.size))
+    shapes_only = GPTModel(config, replace(context, device=torch.device("meta")))
+    speak("\nwho holds what\n\n" + who_holds_what(shapes_only, context.tp.size))
     speak("\nsame as one process? worst difference / largest value, in float64\n")
     for what, group in (
         ("logits", differences[:1]),
@@ -167,6 +168,5 @@ def main(argv: list[str]) -> int:
         return launch(world_size, ["parity", *argv])
     context = init_parallel(command.parallel, "cpu")
     show_proof(command.model, context)
-    if context.world_size > 1:
-        torch.distributed.destroy_process_group()
+    end_parallel()
     return 0

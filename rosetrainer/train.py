@@ -30,6 +30,7 @@ from rosetrainer.optim import build_optimizer, clip_gradients, learning_rate
 from rosetrainer.parallel_context import (
     ParallelContext,
     choose_device,
+    end_parallel,
     init_parallel,
 )
 from rosetrainer.parity import show_proof
@@ -103,8 +104,7 @@ def train(config: TrainConfig, corpus: Corpus, prove_first: bool = False) -> GPT
     train_loop(config, corpus, model, context, autocast, folder)
     if folder is not None:
         print(f"saved in {folder}: weights, config, log.jsonl, TensorBoard events")
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    end_parallel()
     return model
 
 
