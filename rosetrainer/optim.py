@@ -10,7 +10,7 @@ from torch import nn
 from rosetrainer.comm import all_reduce_
 from rosetrainer.config import OptimConfig
 from rosetrainer.parallel_context import Axis
-from rosetrainer.tensor_parallel import shard_spec
+from rosetrainer.tensor_parallel import ShardSpec, shard_spec
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
@@ -52,7 +52,7 @@ def clip_gradients(model: nn.Module, tp: Axis, max_norm: float) -> float:
     square = torch.zeros((), dtype=torch.float64, device=parameters[0].device)
     for parameter in parameters:
         assert parameter.grad is not None
-        if shard_spec(parameter).is_owner(tp):
+        if counts_here(shard_spec(parameter), tp):
             norm = torch.linalg.vector_norm(parameter.grad, dtype=_sum_dtype(parameter))
             square += norm.double() ** 2
     norm = math.sqrt(all_reduce_(square, tp, "optimizer").item())
@@ -61,6 +61,11 @@ def clip_gradients(model: nn.Module, tp: Axis, max_norm: float) -> float:
             assert parameter.grad is not None
             parameter.grad.mul_(max_norm / norm)
     return norm
+
+
+def counts_here(spec: ShardSpec, tp: Axis) -> bool:
+    """Whether this rank is the first of those that hold this part: so each part counts once."""
+    return tp.rank % (tp.size // spec.parts) == 0
 
 
 def _sum_dtype(parameter: nn.Parameter) -> torch.dtype:

@@ -13,9 +13,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from rosetrainer.config import ParallelConfig
+from rosetrainer.config import ConfigError, ParallelConfig
 from rosetrainer.environment import world_from_environment
-from rosetrainer.fields import ConfigError
 
 
 @dataclass

@@ -24,7 +24,7 @@ from rosetrainer.comm import (
     reduce_from_tensor_parallel_region,
     scatter_to_tensor_parallel_region,
 )
-from rosetrainer.fields import ConfigError
+from rosetrainer.config import ConfigError
 from rosetrainer.parallel_context import Axis
 
 
@@ -71,10 +71,6 @@ class ShardSpec:
             by_part = gathered.unflatten(self.dim, (self.parts, tp.size // self.parts, -1))
             local = by_part.select(self.dim + 1, 0).flatten(self.dim, self.dim + 1)
         return local.reshape(self.dense_shape)
-
-    def is_owner(self, tp: Axis) -> bool:
-        """Whether this rank is the first of those that hold this part: it counts it once."""
-        return tp.rank % (tp.size // self.parts) == 0
 
 
 def new_parameter(spec: ShardSpec) -> nn.Parameter:

@@ -9,10 +9,12 @@ from ranks import run_ranks
 from torch import Tensor
 
 from rosetrainer.fields import ConfigError
+from rosetrainer.optim import counts_here
 from rosetrainer.parallel_context import Axis, init_tensor_parallel
 from rosetrainer.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
+    ShardSpec,
     load_whole,
     shard_spec,
 )
@@ -96,15 +98,13 @@ def test_row_parallel_equals_dense(tp_size: int, input_is_parallel: bool) -> Non
 
 def check_few_parts() -> None:
     """Two parts over four ranks: neighbours hold the same one, as few key-value heads do."""
-    from rosetrainer.tensor_parallel import ShardSpec
-
     tp = init_tensor_parallel().tp
     spec = ShardSpec((4, 6), dim=1, parts=2, part=tp.rank // 2)
     whole = random(4, 6, seed=5)
     local = spec.shard(whole)
     assert local.tolist() == whole[:, 3 * (tp.rank // 2) :][:, :3].tolist()
     assert torch.equal(spec.unshard(local, tp, "checkpoint"), whole)
-    assert spec.is_owner(tp) == (tp.rank in (0, 2))
+    assert counts_here(spec, tp) == (tp.rank in (0, 2))
 
 
 def test_fewer_parts_than_ranks_gather_to_the_whole() -> None:
