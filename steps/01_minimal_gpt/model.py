@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from config import GPTConfig
+from config import IGNORED, GPTConfig
 from torch import Tensor, nn
 
-IGNORED = -100  # a label that counts for nothing, as in F.cross_entropy
 EMBEDDING_STD = 0.02
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+IGNORED = -100  # a label that counts for nothing, as in F.cross_entropy
+
 
 class ConfigError(ValueError):
     """A mistake of the user's. The text is one line: the values, and what would work."""

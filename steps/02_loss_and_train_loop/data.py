@@ -20,8 +20,8 @@ class MarkovCorpus:
         self.chain = weights / weights.sum(1, keepdim=True)  # row: the token before
         tokens = [0]
         draws = torch.multinomial(self.chain, train_tokens + val_tokens, True, generator=generator)
-        for position in range(train_tokens + val_tokens):
-            tokens.append(int(draws[tokens[-1], position]))
+        for drawn_after in draws.T.tolist():  # one draw after each letter; the last token picks
+            tokens.append(drawn_after[tokens[-1]])
         self.train = torch.tensor(tokens[:train_tokens])
         self.val = torch.tensor(tokens[train_tokens:])
         self.floor = -self.chain[self.val[:-1], self.val[1:]].log().mean().item()
@@ -35,8 +35,7 @@ class MarkovCorpus:
     def validation(self, length: int) -> tuple[Tensor, Tensor]:
         """(input_ids, labels) of all windows of `val`, side by side."""
         windows = (len(self.val) - 1) // length
-        starts = length * torch.arange(windows)[:, None]
-        return shifted(self.val[starts + torch.arange(length + 1)])
+        return shifted(self.val[torch.arange(windows)[:, None] * length + torch.arange(length + 1)])
 
 
 def shifted(window: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from config import GPTConfig
+from config import IGNORED, GPTConfig
 from torch import Tensor, nn
 
-IGNORED = -100  # a label that counts for nothing, as in F.cross_entropy
 EMBEDDING_STD = 0.02
 
 
@@ -24,11 +23,14 @@ class MultiHeadSelfAttention(nn.Module):
         self.query_key_value = nn.Linear(config.d_model, 3 * width, config.bias)
         self.dense = nn.Linear(width, config.d_model, config.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """mask: (B, 1, T, T), true where a query may look at a key; causal unless given."""
         fused = self.query_key_value(x)  # (B, T, 3*H*K)
         fused = fused.unflatten(-1, (3, -1, self.head_width))  # (B, T, 3, H, K)
         query, key, value = fused.permute(2, 0, 3, 1, 4)  # (B, H, T, K) each
-        heads = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        heads = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=mask is None
+        )
         return self.dense(heads.transpose(1, 2).flatten(2))  # (B, T, H*K) -> (B, T, D)
 
 
@@ -55,8 +57,8 @@ class TransformerBlock(nn.Module):
         self.feed_forward_norm = nn.LayerNorm(config.d_model, bias=config.bias)
         self.feed_forward = FeedForward(config)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attention(self.attention_norm(x))
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), mask)
         return x + self.feed_forward(self.feed_forward_norm(x))
 
 
@@ -77,29 +79,61 @@ class GPTModel(nn.Module):
         )
 
     def forward(
-        self, input_ids: Tensor, labels: Tensor | None = None, return_logits: bool = True
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        return_logits: bool = True,
     ) -> tuple[Tensor | None, Tensor | None]:
         """(logits, loss); logits are None with labels and return_logits=False.
 
         input_ids: (B, T). logits: (B, T, V).
-        labels: (B, T), the token that should FOLLOW each input, so already shifted by one; -100 is
-        ignored. loss: the mean over the rest, in nats; 0 if nothing is left.
+        attention_mask: (B, T), 1 for a token, 0 for padding on either side; positions count the
+        tokens only, so padding moves nothing. Logits at padding mean nothing.
+        labels: (B, T), the token that should FOLLOW each input, so already shifted by one; -100,
+        and whatever stands at or before padding, is ignored. loss: the mean over the rest, in
+        nats; 0 if nothing is left.
         Raises ValueError if T exceeds context_length.
         """
         T = input_ids.shape[1]
         if self.config.context_length < T:
             raise ValueError(f"{T} tokens exceed context_length={self.config.context_length}")
-        positions = torch.arange(T, device=input_ids.device)  # (T,)
+        if attention_mask is None:
+            positions = torch.arange(T, device=input_ids.device)  # (T,)
+            mask = None
+        else:
+            positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)  # (B, T)
+            mask = causal_padding_mask(attention_mask)
         x = self.token_embedding(input_ids) + self.position_embedding(positions)  # (B, T, D)
         for block in self.blocks:
-            x = block(x)
+            x = block(x, mask)
         logits = F.linear(self.final_norm(x), self.output_head.weight)  # (B, T, V)
         if labels is None:
             return logits, None
+        if attention_mask is not None:
+            labels = labels.masked_fill(~_label_is_real(attention_mask), IGNORED)
         loss = F.cross_entropy(
             logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"
         ) / (labels != IGNORED).sum().clamp(min=1)
         return (logits if return_logits else None), loss
+
+
+def causal_padding_mask(attention_mask: Tensor) -> Tensor:
+    """(B, T) -> (B, 1, T, T): a query sees the tokens up to itself, padding sees itself.
+
+    Softmax over nothing is nothing: kernels differ in what they make of a row without any key.
+    """
+    T = attention_mask.shape[1]
+    causal = torch.ones(T, T, dtype=torch.bool, device=attention_mask.device).tril()
+    itself = torch.eye(T, dtype=torch.bool, device=attention_mask.device)
+    return (causal & attention_mask.bool()[:, None, :] | itself)[:, None]
+
+
+def _label_is_real(attention_mask: Tensor) -> Tensor:
+    """(B, T): true where both the token and the one that follows it are no padding."""
+    real = attention_mask.bool()
+    following = torch.cat([real[:, 1:], real[:, -1:]], dim=1)
+    return real & following
 
 
 @torch.no_grad()

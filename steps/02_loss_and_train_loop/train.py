@@ -5,11 +5,11 @@ python train.py
 
 from __future__ import annotations
 
-import argparse
 import math
 
 import torch
 from config import GPTConfig
+from environment import Flags, run
 from model import GPTModel, init_weights
 from tqdm import tqdm
 
@@ -38,7 +38,7 @@ def train(config: GPTConfig, corpus: MarkovCorpus, steps: int, rows: int = 16) -
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = Flags()
     parser.add_argument("--steps", type=int, default=200)
     steps = parser.parse_args().steps
     print("one process: no rank but this one")
@@ -51,4 +51,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)
