@@ -14,6 +14,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 STEPS = Path(__file__).resolve().parent
@@ -52,8 +53,7 @@ def diff(step: Path) -> str:
     """The unified diff of the Python files from the parent to the step."""
     old = parent(step)
     lines: list[str] = []
-    names = {p.name for folder in (old, step) if folder for p in folder.glob("*.py")}
-    for name in sorted(names):
+    for name in python_files(old, step):
         before, after = (read(folder / name) if folder else [] for folder in (old, step))
         origin = f"{old.name}/{name}" if old and before else "/dev/null"
         lines += difflib.unified_diff(before, after, origin, f"{step.name}/{name}", n=2)
@@ -65,14 +65,21 @@ def read(path: Path) -> list[str]:
 
 
 def added_code(step: Path) -> int:
-    """Lines added since the parent that are code: no blank line, comment or docstring."""
+    """Lines of code that the parent has not: no blank line, comment or docstring, and no line
+    that only moved, within its file or to another."""
     old = parent(step)
-    total = 0
-    for path in step.glob("*.py"):
-        before = code_lines(old / path.name) if old else []
-        changes = difflib.ndiff(before, code_lines(path))
-        total += sum(change.startswith("+ ") for change in changes)
-    return total
+    changes: Counter[str] = Counter()
+    for name in python_files(step, old):
+        before, after = (code_lines(folder / name) if folder else [] for folder in (old, step))
+        for change in difflib.ndiff(before, after):
+            if change[0] in "+-":
+                changes[change[0] + change[1:].strip()] += 1
+    moved = sum(min(n, changes["-" + line[1:]]) for line, n in changes.items() if line[0] == "+")
+    return sum(n for line, n in changes.items() if line[0] == "+") - moved
+
+
+def python_files(*folders: Path | None) -> list[str]:
+    return sorted({path.name for folder in folders if folder for path in folder.glob("*.py")})
 
 
 def code_lines(path: Path) -> list[str]:

@@ -95,10 +95,19 @@ class GPTModel(nn.Module):
         logits = F.linear(self.final_norm(x), self.output_head.weight)  # (B, T, V)
         if labels is None:
             return logits, None
-        loss = F.cross_entropy(
-            logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"
-        ) / (labels != IGNORED).sum().clamp(min=1)
+        loss = mean_loss(logits, labels)
         return (logits if return_logits else None), loss
+
+
+def mean_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """The mean cross-entropy in nats over the labels that count; 0 if none does.
+
+    logits: (B, T, V). labels: (B, T), -100 is ignored.
+    """
+    total = F.cross_entropy(
+        logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"
+    )
+    return total / (labels != IGNORED).sum().clamp(min=1)
 
 
 @torch.no_grad()

@@ -73,10 +73,8 @@ def main() -> None:
     logits, loss = model(input_ids, labels=labels)
     naive = torch.stack([naive_logits(model, ids) for ids in input_ids.tolist()])
     difference = (logits - naive).abs().max().item()
-    print("world_size: 1")
-    print(f"input_ids shape: {tuple(input_ids.shape)}")
-    print(f"logits shape: {tuple(logits.shape)}")
-    print(f"loss: {loss.item():.6f}")
+    print(f"world_size: 1\ninput_ids shape: {tuple(input_ids.shape)}")
+    print(f"logits shape: {tuple(logits.shape)}\nloss: {loss.item():.6f}")
     print(f"max diff vs dense: {difference:.1e}")
     assert difference <= TOLERANCE * naive.abs().max()
 

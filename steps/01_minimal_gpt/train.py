@@ -26,8 +26,7 @@ def main() -> None:
         if step == 1 or step % 10 == 0:
             print(f"step {step:3d}/{STEPS}  loss {loss.item():.6f}")
     logits, _ = model(tokens[:, :-1])
-    said = bytes([LINE[0], *logits[0].argmax(-1).tolist()])
-    print(said.decode())
+    print(bytes([LINE[0], *logits[0].argmax(-1).tolist()]).decode())
 
 
 if __name__ == "__main__":

@@ -13,49 +13,63 @@ import torch
 from config import IGNORED, GPTConfig
 from torch import Tensor
 
+Weights = Mapping[str, Tensor]
 TOLERANCE = 1e-10  # of the dense tensor's largest value, in float64
 
 
-def naive_logits(w: Mapping[str, Tensor], config: GPTConfig, ids: list[int]) -> Tensor:
+def linear(w: Weights, name: str, x: Tensor) -> Tensor:
+    return w[f"{name}.weight"] @ x + w[f"{name}.bias"]
+
+
+def norm(w: Weights, name: str, x: Tensor) -> Tensor:
+    centred = x - x.mean()
+    return (
+        centred / (centred.square().mean() + 1e-5).sqrt() * w[f"{name}.weight"] + w[f"{name}.bias"]
+    )
+
+
+def gelu(x: Tensor) -> Tensor:
+    return x / 2 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def attend(config: GPTConfig, query: Tensor, seen: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """(H*K): what each head of one token makes of the (key, value) that it sees, one at a time."""
+    heads, K = [], config.head_width
+    for own in (slice(first, first + K) for first in range(0, len(query), K)):
+        scores = torch.stack([query[own] @ key[own] / math.sqrt(K) for key, _ in seen])
+        shares = zip(scores.softmax(0), seen, strict=True)
+        heads.append(sum(share * value[own] for share, (_, value) in shares))
+    return torch.cat(heads)
+
+
+def block(w: Weights, config: GPTConfig, name: str, xs: list[Tensor]) -> list[Tensor]:
+    """One transformer block; a token sees itself and what came before it."""
+    at, ff = f"{name}.attention", f"{name}.feed_forward"
+    fused = [linear(w, f"{at}.query_key_value", norm(w, f"{at}_norm", x)).chunk(3) for x in xs]
+    after = []
+    for t, x in enumerate(xs):
+        seen = [f[1:] for f in fused[: t + 1]]
+        x = x + linear(w, f"{at}.dense", attend(config, fused[t][0], seen))
+        hidden = gelu(linear(w, f"{ff}.dense_h_to_4h", norm(w, f"{ff}_norm", x)))
+        after.append(x + linear(w, f"{ff}.dense_4h_to_h", hidden))
+    return after
+
+
+def embed(w: Weights, positions: str, ids: list[int]) -> list[Tensor]:
+    table = w["token_embedding.weight"]
+    return [table[token] + w[f"{positions}.weight"][t] for t, token in enumerate(ids)]
+
+
+def naive_logits(w: Weights, config: GPTConfig, ids: list[int]) -> Tensor:
     """(T, V), one token, one head, one earlier token at a time."""
-
-    def linear(name: str, x: Tensor) -> Tensor:
-        return w[f"{name}.weight"] @ x + w[f"{name}.bias"]
-
-    def norm(name: str, x: Tensor) -> Tensor:
-        centred = x - x.mean()
-        scaled = centred / torch.sqrt((centred**2).mean() + 1e-5)
-        return scaled * w[f"{name}.weight"] + w[f"{name}.bias"]
-
-    def gelu(x: Tensor) -> Tensor:
-        return x / 2 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
-
-    def attend(queries: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
-        scores = [queries @ key / math.sqrt(len(key)) for key in keys]
-        shares = torch.stack(scores).softmax(0)
-        return sum(share * value for share, value in zip(shares, values, strict=True))
-
-    embedded = zip(ids, w["position_embedding.weight"], strict=False)
-    xs = [w["token_embedding.weight"][token] + position for token, position in embedded]
+    xs = embed(w, "position_embedding", ids)
     for layer in range(config.n_layers):
-        at, ff = f"blocks.{layer}.attention", f"blocks.{layer}.feed_forward"
-        fused = [linear(f"{at}.query_key_value", norm(f"{at}_norm", x)) for x in xs]
-        # By position, then q, k or v, then head.
-        parts = [[p.split(config.head_width) for p in f.chunk(3)] for f in fused]
-        for t, x in enumerate(xs):
-            seen = parts[: t + 1]
-            heads = [
-                attend(parts[t][0][h], [s[1][h] for s in seen], [s[2][h] for s in seen])
-                for h in range(config.n_heads)
-            ]
-            x = x + linear(f"{at}.dense", torch.cat(heads))
-            hidden = gelu(linear(f"{ff}.dense_h_to_4h", norm(f"{ff}_norm", x)))
-            xs[t] = x + linear(f"{ff}.dense_4h_to_h", hidden)
-    return torch.stack([w["token_embedding.weight"] @ norm("final_norm", x) for x in xs])
+        xs = block(w, config, f"blocks.{layer}", xs)
+    return torch.stack([w["token_embedding.weight"] @ norm(w, "final_norm", x) for x in xs])
 
 
 def naive_loss(
-    w: Mapping[str, Tensor],
+    w: Weights,
     config: GPTConfig,
     input_ids: Tensor,
     attention_mask: Tensor,
@@ -81,7 +95,7 @@ def difference(name: str, ours: Tensor, dense: Tensor, scale: Tensor | None = No
     return worst
 
 
-def worst_difference(ours: Mapping[str, Tensor], dense: Mapping[str, Tensor]) -> float:
+def worst_difference(ours: Weights, dense: Weights) -> float:
     """The largest difference of all tensors, each held against its own largest value.
 
     But for the key's third of a bias: it moves no attention weight, so its true gradient is zero
@@ -89,9 +103,9 @@ def worst_difference(ours: Mapping[str, Tensor], dense: Mapping[str, Tensor]) ->
     """
     found = []
     for name, whole in dense.items():
-        fused = name.endswith("query_key_value.bias")
-        thirds = zip(*(t.chunk(3 if fused else 1) for t in (ours[name], whole)), strict=True)
-        for index, (a, b) in enumerate(thirds):
-            scale = dense[name.replace("bias", "weight")] if index == 1 else None
+        parts = 3 if name.endswith("query_key_value.bias") else 1
+        pairs = zip(*(t.chunk(parts) for t in (ours[name], whole)), strict=True)
+        for index, (a, b) in enumerate(pairs):
+            scale = dense[name.replace("bias", "weight")] if index == parts - 2 else None
             found.append(difference(name, a, b, scale))
     return max(found)

@@ -92,30 +92,36 @@ def check_ring(context: ParallelContext) -> None:
     difference("all-reduce", gathered, all_reduce(x, context.tp, "forward"))
 
 
-def random_model(context: ParallelContext) -> tuple[GPTModel, dict[str, Tensor]]:
+def random_model(
+    context: ParallelContext, kind: type[nn.Module] = GPTModel
+) -> tuple[nn.Module, dict[str, Tensor]]:
     """A model in float64 and its whole weights: no bias is zero and no norm is one."""
     config = GPTConfig(vocab_size=11, context_length=8, n_heads=8, d_model=24, d_head=5, d_ff=40)
-    model = GPTModel(config, context).double()
+    model = kind(config, context).double()
     noisy = {n: replace(shard_spec(p), init_std=0.3) for n, p in model.named_parameters()}
     whole = {n: draw_whole(s, 2, n).double().to(context.device) for n, s in noisy.items()}
     load_whole(model, whole)
     return model, {name: tensor.requires_grad_() for name, tensor in whole.items()}
 
 
-def check_model(context: ParallelContext, input_ids: Tensor, labels: Tensor) -> None:
-    """Logits, loss and every gradient, with padding at both ends of a row."""
-    mask = torch.ones_like(input_ids)
-    mask[1, 0] = mask[1, 5:] = 0
-    model, whole = random_model(context)
-    dense, dense_loss = naive_loss(whole, model.config, input_ids, mask, labels)
+def compare(
+    context: ParallelContext,
+    model: nn.Module,
+    whole: dict[str, Tensor],
+    inputs: tuple[Tensor, ...],
+    mask: Tensor,
+    dense: list[Tensor],
+    dense_loss: Tensor,
+) -> dict[str, int]:
+    """Logits where the mask is 1, loss, and every gradient; returns the calls of collectives."""
     dense_loss.backward()
     context.tp.ledger.clear()
-    logits, loss = model(input_ids, mask, labels)
+    logits, loss = model(*inputs)
     loss.backward()
     calls = {f"{op} {phase}": t.calls for (op, phase), t in context.tp.ledger.entries.items()}
     say(f"max diff vs rank0: {apart(logits, context):.1e}")
     assert apart(logits, context) == 0, "logits of this rank and of rank 0"
-    say(f"input_ids shape: {tuple(input_ids.shape)}\nlogits shape: {tuple(logits.shape)}")
+    say(f"input_ids shape: {tuple(inputs[0].shape)}\nlogits shape: {tuple(logits.shape)}")
     say(f"loss: {loss.item():.6f}")
     difference("loss", loss, dense_loss)
     say(f"max diff vs dense: {difference('logits', logits[mask.bool()], torch.cat(dense)):.1e}")
@@ -123,6 +129,16 @@ def check_model(context: ParallelContext, input_ids: Tensor, labels: Tensor) -> 
     worst = worst_difference(gradients, {name: t.grad for name, t in whole.items()})
     say(f"max grad diff vs dense: {worst:.1e}")
     say(f"collectives: {calls}")
+    return calls
+
+
+def check_model(context: ParallelContext, input_ids: Tensor, labels: Tensor) -> None:
+    """With padding at both ends of a row; the collectives are counted."""
+    mask = torch.ones_like(input_ids)
+    mask[1, 0] = mask[1, 5:] = 0
+    model, whole = random_model(context)
+    naive = naive_loss(whole, model.config, input_ids, mask, labels)
+    calls = compare(context, model, whole, (input_ids, mask, labels), mask, *naive)
     blocks = model.config.n_layers  # attention gathers q, k, v; the FFN sums, once each way
     expected = {
         "all_gather forward": blocks,
@@ -137,7 +153,7 @@ def check_updates(context: ParallelContext, input_ids: Tensor, labels: Tensor) -
     model, whole = random_model(context)
     batch = own_rows((input_ids, labels), context)
     for _ in range(3):
-        loss = global_backward(model, *batch, context)
+        loss = global_backward(model, batch[:1], batch[1], context)
         _, dense = naive_loss(whole, model.config, input_ids, torch.ones_like(input_ids), labels)
         difference("loss", dense.new_tensor(loss), dense)
         dense.backward()

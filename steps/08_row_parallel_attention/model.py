@@ -160,29 +160,28 @@ class GPTModel(nn.Module):
         T = input_ids.shape[1]
         if self.config.context_length < T:
             raise ValueError(f"{T} tokens exceed context_length={self.config.context_length}")
-        if attention_mask is None:
-            positions = torch.arange(T, device=input_ids.device)  # (T,)
-            mask = None
-        else:
-            positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)  # (B, T)
-            mask = causal_padding_mask(attention_mask)
+        positions = positions_of(input_ids, attention_mask)
+        mask = None if attention_mask is None else causal_padding_mask(attention_mask)
         x = self.token_embedding(input_ids) + self.position_embedding(positions)  # (B, T, D)
         for block in self.blocks:
             x = block(x, mask)
         logits = F.linear(self.final_norm(x), self.output_head.weight)  # (B, T, V)
         if labels is None:
             return logits, None
-        if attention_mask is not None:
-            labels = labels.masked_fill(~_label_is_real(attention_mask), IGNORED)
-        loss = F.cross_entropy(
-            logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"
-        ) / (labels != IGNORED).sum().clamp(min=1)
+        loss = mean_loss(logits, labels, attention_mask)
         return (logits if return_logits else None), loss
 
 
 def residual_std(fan_in: int, config: GPTConfig) -> float:
     """For what is added to the residual stream, 2 x n_layers times: GPT-2 scales it down."""
     return 1 / math.sqrt(fan_in * 2 * config.n_layers)
+
+
+def positions_of(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """(T,), or (B, T) where a mask (B, T) says what is padding: it is not counted."""
+    if attention_mask is None:
+        return torch.arange(input_ids.shape[1], device=input_ids.device)
+    return (attention_mask.cumsum(-1) - 1).clamp(min=0)
 
 
 def causal_padding_mask(attention_mask: Tensor) -> Tensor:
@@ -196,8 +195,16 @@ def causal_padding_mask(attention_mask: Tensor) -> Tensor:
     return (causal & attention_mask.bool()[:, None, :] | itself)[:, None]
 
 
-def _label_is_real(attention_mask: Tensor) -> Tensor:
-    """(B, T): true where both the token and the one that follows it are no padding."""
-    real = attention_mask.bool()
-    following = torch.cat([real[:, 1:], real[:, -1:]], dim=1)
-    return real & following
+def mean_loss(logits: Tensor, labels: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    """The mean cross-entropy in nats over the labels that count; 0 if none does.
+
+    logits: (B, T, V). labels: (B, T), -100 is ignored, and what stands at or before padding.
+    """
+    if attention_mask is not None:
+        real = attention_mask.bool()
+        followed = torch.cat([real[:, 1:], real[:, -1:]], dim=1)
+        labels = labels.masked_fill(~(real & followed), IGNORED)
+    total = F.cross_entropy(
+        logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"
+    )
+    return total / (labels != IGNORED).sum().clamp(min=1)

@@ -14,7 +14,7 @@ from environment import Flags, run, say, world_from_environment
 from model import GPTModel
 from parallel_context import ParallelContext, end_parallel, init_tensor_parallel
 from tensor_parallel import init_weights, shard_spec
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from data import MarkovCorpus
@@ -23,16 +23,16 @@ ROWS = 16  # of the global batch: the work of a step does not depend on the numb
 
 
 def global_backward(
-    model: GPTModel, input_ids: Tensor, labels: Tensor, context: ParallelContext
+    model: nn.Module, inputs: tuple[Tensor, ...], labels: Tensor, context: ParallelContext
 ) -> float:
     """Leaves the global batch's gradient in .grad and returns its mean loss, in nats.
 
-    input_ids, labels: (B/dp, T), this rank's rows. Every token of the global batch weighs the
-    same, so a rank's mean counts by its share of the tokens, and gradients are summed.
+    inputs, labels: this rank's rows. Every token of the global batch weighs the same, so a rank's
+    mean counts by its share of the tokens, and gradients are summed.
     """
     own = (labels != IGNORED).sum().double()
     share = own / all_reduce(own, context.dp, "forward").clamp(min=1)
-    _, loss = model(input_ids, labels=labels, return_logits=False)
+    _, loss = model(*inputs, labels=labels, return_logits=False)
     weighted = loss * share.to(loss.dtype)
     weighted.backward()
     for axis in context.axes:
@@ -69,9 +69,9 @@ def train(
     losses = []
     bar = tqdm(range(steps), unit="step", leave=False, disable=context.rank > 0)
     for step in bar:
-        batch = own_rows(corpus.batch(step, ROWS, config.context_length), context)
+        input_ids, labels = own_rows(corpus.batch(step, ROWS, config.context_length), context)
         optimizer.zero_grad()
-        losses.append(global_backward(model, *batch, context))
+        losses.append(global_backward(model, (input_ids,), labels, context))
         optimizer.step()
         bar.set_postfix_str(f"loss {losses[-1]:.4f}")
     with torch.no_grad():
