@@ -1,168 +1,221 @@
-"""Keeps the steps: python steps/steps.py readme | check | test NN
+"""Reads, tries and keeps the steps: python steps/steps.py COMMAND
 
-readme    writes each README's diff block from the real files
-check     what holds for every step: fresh diffs, at most 200 added lines of code, no import of
-          the package, both languages alike
-test NN   runs the test of step NN, by number or name
+for readers
+  test NN [N]         runs the tests of step NN, on N ranks (2) where it has ranks
+  start NN DIR        the step before, with this step's tests: write the step yourself in DIR
+  test --mine DIR NN  runs the tests of step NN on what you wrote
+  break NN            plants a known mistake, and shows what turns red and what stays green
+
+for keepers
+  readme [NN]         writes each page's diff and excerpts from the real files
+  propagate           carries a fix from its step to those that grow out of it, and to the package
+  check               all of it holds: fresh pages, both languages, 200 lines, the core, propagate
+  new NN_NAME         the next step, a copy of the last one with pages to fill in
 """
 
 from __future__ import annotations
 
-import ast
-import difflib
 import os
 import re
+import shutil
 import subprocess
 import sys
-from collections import Counter
+import tempfile
 from pathlib import Path
 
-STEPS = Path(__file__).resolve().parent
-LARGEST = 200  # added lines of code
-PARENTS: dict[str, str | None] = {"00": None, "01": None}  # a step's parent is the one before it
-BLOCK = re.compile(r"(<!-- diff -->\n).*?(<!-- /diff -->)", re.DOTALL)
+from ladder import STEPS, StepError, added_code, find, folders, parent, python_files
+from pages import readme
+from upkeep import check, propagate, with_mistake
+
+REPORT = """    worst_of_all = worst / max(float(largest), 1e-300)
+    color = "green" if worst <= TOLERANCE * largest else "red"
+    import os
+    os.write(1, f"{color}\\t{name}\\t{worst_of_all:.1e}\\n".encode())
+"""
+SHOWN = 12  # names of tensors in a list
+SECTIONS = (
+    *("Predict first", "The problem", "The idea", "The maths", "Run it", "What you should see"),
+    *("Experiment", "The diff", "Still naive", "If you see this error", "Exercises"),
+)
 
 
-class StepError(Exception):
-    """One line for the reader."""
+def test_files(step: Path) -> list[str]:
+    return [name for name in python_files(step) if name.startswith("test_")]
 
 
-def folders() -> list[Path]:
-    return sorted(path for path in STEPS.iterdir() if re.match(r"\d\d_", path.name))
+def command(script: str, step: Path, ranks: int) -> list[str]:
+    """How to start a script of the step: by torchrun where the step has ranks."""
+    if not (step / "comm.py").exists():
+        return [sys.executable, script]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    return [sys.executable, *torchrun, script]
 
 
-def parent(step: Path) -> Path | None:
-    number = step.name[:2]
-    if number in PARENTS:
-        name = PARENTS[number]
-        return None if name is None else find(name)
-    before = [folder for folder in folders() if folder.name < step.name]
-    return before[-1]
+def environment() -> dict[str, str]:
+    return {"OMP_NUM_THREADS": "1"} | os.environ
 
 
-def find(number: str) -> Path:
-    """The folder of a step. Raises StepError if there is none."""
-    for folder in folders():
-        if folder.name in (number, Path(number).name) or folder.name[:2] == number.zfill(2):
-            return folder
-    known = ", ".join(folder.name[:2] for folder in folders())
-    raise StepError(f"there is no step {number}; it can be {known}")
-
-
-def diff(step: Path) -> str:
-    """The unified diff of the Python files from the parent to the step."""
-    old = parent(step)
-    lines: list[str] = []
-    for name in python_files(old, step):
-        before, after = (read(folder / name) if folder else [] for folder in (old, step))
-        origin = f"{old.name}/{name}" if old and before else "/dev/null"
-        lines += difflib.unified_diff(before, after, origin, f"{step.name}/{name}", n=2)
-    return "".join(lines)
-
-
-def read(path: Path) -> list[str]:
-    return path.read_text().splitlines(keepends=True) if path.exists() else []
-
-
-def added_code(step: Path) -> int:
-    """Lines of code that the parent has not: no blank line, comment or docstring, and no line
-    that only moved, within its file or to another."""
-    old = parent(step)
-    changes: Counter[str] = Counter()
-    for name in python_files(step, old):
-        before, after = (code_lines(folder / name) if folder else [] for folder in (old, step))
-        for change in difflib.ndiff(before, after):
-            if change[0] in "+-":
-                changes[change[0] + change[1:].strip()] += 1
-    moved = sum(min(n, changes["-" + line[1:]]) for line, n in changes.items() if line[0] == "+")
-    return sum(n for line, n in changes.items() if line[0] == "+") - moved
-
-
-def python_files(*folders: Path | None) -> list[str]:
-    return sorted({path.name for folder in folders if folder for path in folder.glob("*.py")})
-
-
-def code_lines(path: Path) -> list[str]:
-    if not path.exists():
-        return []
-    source = path.read_text()
-    documented: set[int] = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
-            documented.update(range(node.lineno, (node.end_lineno or node.lineno) + 1))
-    numbered = enumerate(source.splitlines(), 1)
-    return [s for n, s in numbered if n not in documented and s.strip() and s.strip()[0] != "#"]
-
-
-def with_diff(page: Path) -> str:
-    """The page with its diff block written anew. Raises StepError if it has none."""
-    text = page.read_text()
-    if not BLOCK.search(text):
-        raise StepError(f"{page.relative_to(STEPS)} has no lines <!-- diff --> and <!-- /diff -->")
-    block = f"```diff\n{diff(page.parent)}```\n"
-    return BLOCK.sub(lambda match: match[1] + block + match[2], text)
-
-
-def readme() -> None:
-    for step in folders():
-        for page in pages(step):
-            page.write_text(with_diff(page))
-
-
-def pages(step: Path) -> list[Path]:
-    found = [step / "README.md", step / "README.zh.md"]
-    for page in found:
-        if not page.exists():
-            raise StepError(f"{page.relative_to(STEPS)} is missing")
-    return found
-
-
-def check() -> None:
-    """Raises StepError with the first thing that does not hold."""
-    for step in folders():
-        for page in pages(step):
-            if with_diff(page) != page.read_text():
-                raise StepError(f"{page.relative_to(STEPS)} is stale; run steps.py readme")
-        english, chinese = (page.read_text() for page in pages(step))
-        if re.findall(r"^```.*?^```$", english, re.M | re.S) != re.findall(
-            r"^```.*?^```$", chinese, re.M | re.S
-        ):
-            raise StepError(f"{step.name}: the two languages show different code")
-        if (count := added_code(step)) > LARGEST:
-            raise StepError(f"{step.name} adds {count} lines of code; at most {LARGEST}")
-        for path in step.glob("*.py"):
-            if re.search(r"^\s*(from|import) rosetrainer", path.read_text(), re.M):
-                raise StepError(f"{step.name}/{path.name} imports the package")
-
-
-def test(number: str) -> int:
-    """The exit status of the step's own test."""
+def test(number: str, ranks: int = 2, mine: Path | None = None) -> int:
+    """The exit status of the step's tests, on the reader's files if they are given."""
     step = find(number)
-    (script,) = step.glob("test_*.py")
-    environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    if mine and not mine.is_dir():
+        raise StepError(f"there is no folder {mine}; begin with: steps.py start {number} {mine}")
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = step
+        if mine:
+            folder = Path(scratch)
+            copy(mine, folder, python_files(mine))
+            copy(step, folder, given(step))
+        for script in test_files(step):
+            done = subprocess.run(
+                command(script, step, ranks), cwd=folder, env=environment(), check=False
+            )
+            if done.returncode:
+                return done.returncode
+    return 0
+
+
+def copy(origin: Path, target: Path, names: list[str]) -> None:
+    for name in names:
+        shutil.copy(origin / name, target / name)
+
+
+def given(step: Path) -> list[str]:
+    """The files that a reader who writes the step is given: its tests and their oracle."""
+    return [name for name in python_files(step) if name.startswith("test_") or name == "oracle.py"]
+
+
+def start(number: str, folder: Path) -> None:
+    step = find(number)
+    if folder.exists() and any(folder.iterdir()):
+        raise StepError(f"{folder} is not empty; name a new folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    if before := parent(step):
+        dropped = set(python_files(before)) - set(python_files(step))
+        copy(before, folder, [name for name in python_files(before) if name not in dropped])
+    copy(step, folder, given(step))
+    print(f"{folder}: {before.name if before else 'nothing'}, with the tests of {step.name}")
+    print(f"Write the step, then: python steps/steps.py test --mine {folder} {number}")
+
+
+def plant(number: str) -> int:
+    """Runs the step's tests on a copy with its mistake; status 0 if they turn red."""
+    step = find(number)
+    what, _, patch = (step / "mistake.patch").read_text().partition("\n\n")
+    print(" ".join(what.split()), patch, sep="\n\n")
+    red = False
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        for name, text in with_mistake(step).items():
+            (folder / name).write_text(text)
+        for script in test_files(step):
+            red |= bool(tell(script, step, folder))
+        oracle = folder / "oracle.py"
+        if oracle.exists():
+            asserts = r"    assert worst <= TOLERANCE \* largest,.*\n"
+            oracle.write_text(re.sub(asserts, lambda match: REPORT, oracle.read_text()))
+            compared(step, folder)
+    if not red:
+        print("nothing turned red: the tests do not see this mistake")
+    return 0 if red else 1
+
+
+def tell(script: str, step: Path, folder: Path) -> int:
+    """Runs a test; prints where it stopped. Returns its exit status."""
+    done = capture(command(script, step, 2), folder)
+    if done.returncode == 0:
+        print(f"{script}: green")
+        return 0
+    frames = re.findall(
+        r'File "[^"]*?(\w+\.py)", line (\d+), in (\w+)\n\s*(?:\[rank\d+\]:)?', done.stderr
+    )
+    own = [f"{name} line {line}" for name, line, _ in frames if name in test_files(step)]
+    errors = re.findall(r"AssertionError(?:: .*)?$", done.stderr, re.MULTILINE)
+    print(f"{script}: red, {errors[-1] if errors else 'no assertion'} ({own[-1] if own else '?'})")
+    return done.returncode
+
+
+def capture(words: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, script.name], cwd=step, env=environment, check=False
-    ).returncode
+        words, cwd=folder, env=environment(), capture_output=True, text=True, check=False
+    )
+
+
+def compared(step: Path, folder: Path) -> None:
+    """Prints each compared tensor: red, by how much of its largest value, or green."""
+    worst: dict[str, tuple[bool, float]] = {}
+    for script in test_files(step):
+        for line in capture(command(script, step, 2), folder).stdout.splitlines():
+            color, _, rest = line.partition("\t")
+            if color in ("red", "green"):
+                name, _, size = rest.partition("\t")
+                worst[name] = max(worst.get(name, (False, 0.0)), (color == "red", float(size)))
+    for is_red, title in ((True, "red, and by how much of its largest value"), (False, "green")):
+        names = [name for name in worst if worst[name][0] == is_red]
+        if names:
+            print(f"\n{title}")
+        for name in names[:SHOWN]:
+            print(f"  {worst[name][1]:.1e}  {name}" if is_red else f"  {name}")
+        if len(names) > SHOWN:
+            print(f"  and {len(names) - SHOWN} more")
+
+
+def new(name: str) -> None:
+    last = folders()[-1]
+    if not re.fullmatch(r"\d\d_[a-z0-9_]+", name) or name <= last.name:
+        raise StepError(f"{name} should be like 42_what_it_adds, and come after {last.name}")
+    step = STEPS / name
+    step.mkdir()
+    copy(last, step, python_files(last))
+    for page, switch in (
+        ("README.md", "English | [中文](README.zh.md)"),
+        ("README.zh.md", "[English](README.md) | 中文"),
+    ):
+        text = f"{switch}\n\n# {name[:2]}: {name[3:].replace('_', ' ')}\n"
+        for section in SECTIONS:
+            diff = "\n<!-- diff -->\n<!-- /diff -->\n" if section == "The diff" else ""
+            text += f"\n## {section}\n{diff}"
+        (step / page).write_text(text)
+    print(
+        f"{step}: the files of {last.name}; write mistake.patch and the pages, then: readme, check"
+    )
 
 
 def main(argv: list[str]) -> int:
-    try:
-        if argv == ["readme"]:
-            readme()
-        elif argv == ["check"]:
+    match argv:
+        case ["test", number]:
+            return test(number)
+        case ["test", "--mine", folder, number]:
+            return test(number, mine=Path(folder))
+        case ["test", number, ranks] if ranks.isdecimal() and int(ranks):
+            return test(number, int(ranks))
+        case ["start", number, folder]:
+            start(number, Path(folder))
+        case ["break", number]:
+            return plant(number)
+        case ["readme"]:
+            readme(folders())
+        case ["readme", number]:
+            readme([find(number)])
+        case ["propagate"]:
+            changed = propagate()
+            print("\n".join(changed) or "nothing to carry")
+        case ["check"]:
             check()
             for step in folders():
                 print(f"{step.name}: {added_code(step)} added lines of code")
-        elif len(argv) == 2 and argv[0] == "test":
-            return test(argv[1])
-        else:
+        case ["new", name]:
+            new(name)
+        case [] | ["-h"] | ["--help"]:
             print(__doc__)
-            return 0 if argv in ([], ["-h"], ["--help"]) else 2
-    except StepError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        case _:
+            raise StepError(f"no such command: {' '.join(argv)}; steps.py --help lists them")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except StepError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

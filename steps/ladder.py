@@ -1,0 +1,85 @@
+"""The steps in order: which there are, what each grows out of, and how much it adds."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import re
+from collections import Counter
+from pathlib import Path
+
+STEPS = Path(__file__).resolve().parent
+FIRST = ("00", "01")  # steps that grow out of nothing
+
+
+class StepError(Exception):
+    """One line for the reader."""
+
+
+def folders() -> list[Path]:
+    return sorted(path for path in STEPS.iterdir() if re.match(r"\d\d_", path.name))
+
+
+def find(number: str) -> Path:
+    """The folder of a step. Raises StepError if there is none."""
+    for folder in folders():
+        if folder.name in (number, Path(number).name) or folder.name[:2] == number.zfill(2):
+            return folder
+    known = ", ".join(folder.name[:2] for folder in folders())
+    raise StepError(f"there is no step {number}; it can be {known}")
+
+
+def parent(step: Path) -> Path | None:
+    """The step that this one grows out of: the one before, unless its page's top says otherwise."""
+    if step.name[:2] in FIRST:
+        return None
+    page = step / "README.md"
+    top = "".join(read(page)[:6])
+    if named := re.search(r"[Gg]rows out of (?:step )?\[(\d\d)", top):
+        return find(named[1])
+    return [folder for folder in folders() if folder.name < step.name][-1]
+
+
+def read(path: Path) -> list[str]:
+    return path.read_text().splitlines(keepends=True) if path.exists() else []
+
+
+def python_files(*steps: Path | None) -> list[str]:
+    return sorted({path.name for step in steps if step for path in step.glob("*.py")})
+
+
+def diff(step: Path) -> str:
+    """The unified diff of the Python files from the parent to the step."""
+    old = parent(step)
+    lines: list[str] = []
+    for name in python_files(old, step):
+        before, after = (read(folder / name) if folder else [] for folder in (old, step))
+        origin = f"{old.name}/{name}" if old and before else "/dev/null"
+        lines += difflib.unified_diff(before, after, origin, f"{step.name}/{name}", n=2)
+    return "".join(lines)
+
+
+def added_code(step: Path) -> int:
+    """Lines of code that the parent has not: no blank line, comment or docstring, and no line
+    that only moved, within its file or to another."""
+    old = parent(step)
+    changes: Counter[str] = Counter()
+    for name in python_files(old, step):
+        before, after = (code_lines(folder / name) if folder else [] for folder in (old, step))
+        for change in difflib.ndiff(before, after):
+            if change[0] in "+-":
+                changes[change[0] + change[1:].strip()] += 1
+    added = {line[1:]: n for line, n in changes.items() if line[0] == "+"}
+    return sum(max(n - changes["-" + line], 0) for line, n in added.items())
+
+
+def code_lines(path: Path) -> list[str]:
+    if not path.exists():
+        return []
+    source = path.read_text()
+    documented: set[int] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            documented.update(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+    numbered = enumerate(source.splitlines(), 1)
+    return [s for n, s in numbered if n not in documented and s.strip() and s.strip()[0] != "#"]

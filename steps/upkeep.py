@@ -1,0 +1,167 @@
+"""What holds of every step, and how a fix flows from one to the next; steps.py is the command."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from ladder import STEPS, StepError, added_code, find, folders, parent, python_files, read
+from pages import pages, says, written_anew
+
+PACKAGE = STEPS.parent / "rosetrainer"
+LARGEST = 200  # added lines of code
+CORE = ("comm.py", "parallel_context.py", "tensor_parallel.py", "model.py", "encoder_decoder.py")
+MERGED = STEPS / ".propagate"  # conflicts that were handed to a person, until all is merged
+
+
+def as_package(source: str) -> str:
+    """A step's module as the package would import."""
+    local = "|".join(path.stem for path in PACKAGE.glob("*.py"))
+    return re.sub(rf"^from ({local}) import", r"from rosetrainer.\1 import", source, flags=re.M)
+
+
+def body_and_imports(source: str) -> tuple[str, set[str]]:
+    """The text without its imports, and what they import: their order differs from ours."""
+    lines, imported = source.splitlines(), set()
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.ImportFrom | ast.Import):
+            module = getattr(node, "module", None)
+            imported |= {f"{module} {alias.name} {alias.asname}" for alias in node.names}
+            lines[node.lineno - 1 : node.end_lineno] = [""] * (node.end_lineno - node.lineno + 1)
+    return re.sub(r"\n{2,}", "\n\n", "\n".join(lines)), imported
+
+
+def last_with(name: str) -> Path:
+    return [step / name for step in folders() if (step / name).exists()][-1]
+
+
+LOGITS = """
+import hashlib, sys
+from importlib import import_module
+folder, prefix = sys.argv[1:]
+sys.path.insert(0, folder)
+config, model, tp = (import_module(prefix + m) for m in ("config", "model", "tensor_parallel"))
+import torch
+gpt = model.GPTModel(config.GPTConfig(vocab_size=61, context_length=24, n_layers=3))
+tp.init_weights(gpt, 3)
+ids = torch.randint(61, (3, 20), generator=torch.Generator().manual_seed(0))
+print(hashlib.sha256(gpt(ids)[0].detach().numpy().tobytes()).hexdigest())
+"""
+
+
+def logits_digest(folder: Path, prefix: str) -> str:
+    """A hash of a GPT's logits, of the step in the folder or of the package beside it."""
+    command = [sys.executable, "-c", LOGITS, str(folder), prefix]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def check() -> None:
+    """Raises StepError with the first thing that does not hold."""
+    for step in folders():
+        for page in pages(step):
+            if written_anew(page) != page.read_text():
+                raise StepError(f"{page.relative_to(STEPS)} is stale; run steps.py readme")
+        english, chinese = map(says, pages(step))
+        for what in english:
+            if english[what] != chinese[what]:
+                raise StepError(f"{step.name}: the two languages show different {what}")
+        if (count := added_code(step)) > LARGEST:
+            raise StepError(f"{step.name} adds {count} lines of code; at most {LARGEST}")
+        for path in step.glob("*.py"):
+            if re.search(r"^\s*(from|import) rosetrainer", path.read_text(), re.M):
+                raise StepError(f"{step.name}/{path.name} imports the package")
+        with_mistake(step)
+    for name in CORE:
+        ours = body_and_imports(as_package(last_with(name).read_text()))
+        if ours != body_and_imports((PACKAGE / name).read_text()):
+            raise StepError(f"{last_with(name).relative_to(STEPS)} is not the package's {name}")
+    if path := propagate(write=False):
+        raise StepError(f"{path[0]} lacks a change of its parent; run steps.py propagate")
+    if logits_digest(find("09"), "") != logits_digest(PACKAGE.parent, "rosetrainer."):
+        raise StepError("step 09 and the package compute different logits")
+
+
+def with_mistake(step: Path) -> dict[str, str]:
+    """The step's files by name with its mistake.patch applied. Raises StepError if it does not."""
+    patch = step / "mistake.patch"
+    with tempfile.TemporaryDirectory() as folder:
+        for name in python_files(step):
+            (Path(folder) / name).write_text((step / name).read_text())
+        done = git("apply", str(patch), cwd=Path(folder))
+        if done.returncode:
+            raise StepError(f"{step.name}/mistake.patch does not apply: {done.stderr.strip()}")
+        return {path.name: path.read_text() for path in Path(folder).glob("*.py")}
+
+
+def git(*arguments: str, cwd: Path = STEPS) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["git", *arguments], cwd=cwd, capture_output=True, text=True, check=False)
+
+
+def base_of(origin: Path, file: Path) -> str | None:
+    """`origin` as it was when `file`, which grew out of it, was last committed."""
+    commit = git("log", "-1", "--format=%H", "--", str(file)).stdout.strip() or "HEAD"
+    shown = git("show", f"{commit}:./{origin.relative_to(STEPS)}")
+    return None if shown.returncode else shown.stdout
+
+
+def propagate(write: bool = True) -> list[str]:
+    """Carries what changed in a step to those that grow out of it, and the core to the package.
+
+    Returns the files that changed, or would. Raises StepError at a conflict, with what to do.
+    """
+    changed = []
+    pairs = [
+        (origin / name, step / name)
+        for step in folders()
+        if (origin := parent(step))
+        for name in python_files(origin, step)
+    ]
+    pairs += [(last_with(name), PACKAGE / name) for name in CORE]
+    for origin, file in pairs:
+        to = as_package if file.parent == PACKAGE else str
+        base = base_of(origin, file)
+        theirs = origin.read_text() if origin.exists() else None
+        if base == theirs or base is None:  # unchanged, or new: a file enters by its own step
+            continue
+        merged = merge(file, to(base), None if theirs is None else to(theirs), write)
+        if merged:
+            changed.append(str(file.relative_to(STEPS.parent)))
+    if write:
+        MERGED.unlink(missing_ok=True)
+    return changed
+
+
+def merge(file: Path, base: str, theirs: str | None, write: bool) -> bool:
+    """Whether `file` differs, or would, once base -> theirs is carried into it."""
+    if not file.exists() or theirs is None:
+        return False  # a step that dropped the file, or a parent that did: nothing flows
+    ours = file.read_text()
+    handed = file.as_posix() in read_names()
+    if handed and "<<<<<<<" not in ours:
+        return False
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [Path(folder) / name for name in ("ours", "base", "theirs")]
+        for path, text in zip(paths, (ours, base, theirs), strict=True):
+            path.write_text(text)
+        done = git("merge-file", "-p", *map(str, paths))
+    conflict = done.returncode != 0
+    if conflict and write:
+        with MERGED.open("a") as names:
+            names.write(f"{file.as_posix()}\n")
+        if not handed:
+            file.write_text(done.stdout)
+        where = file.relative_to(STEPS.parent)
+        raise StepError(f"conflict in {where}; mend it at <<<<<<<, then run propagate again")
+    if conflict or done.stdout == ours:
+        return False
+    if write:
+        file.write_text(done.stdout)
+    return True
+
+
+def read_names() -> list[str]:
+    return [line.strip() for line in read(MERGED)]
