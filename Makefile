@@ -9,10 +9,10 @@ WORKS := $(VENV_PYTHON) -c 'import pip' 2>/dev/null
 REMAKE := $(shell $(WORKS) || echo remake)
 
 .DEFAULT_GOAL := help
-.PHONY: help train plan test lint bench clean remake
+.PHONY: help train plan test test-steps lint bench clean remake
 
 help:  ## List these targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 train: plan .venv/.installed  ## Install, prepare data, prove, train for three minutes, sample
 	@$(VENV_PYTHON) -m rosetrainer tour
@@ -28,6 +28,9 @@ plan:
 
 test: .venv/.installed-dev  ## Run all tests
 	$(VENV_PYTHON) -m pytest -q
+
+test-steps: .venv/.installed-dev  ## Run each step's tests and a short training by torchrun
+	$(VENV_PYTHON) steps/steps.py rehearse
 
 lint: .venv/.installed-dev  ## Check style and types
 	$(VENV_PYTHON) -m ruff check .

@@ -10,6 +10,7 @@ for keepers
   readme [NN]         writes each page's diff and excerpts from the real files
   propagate           carries a fix from its step to those that grow out of it, and to the package
   check               all of it holds: fresh pages, both languages, 200 lines, the core, propagate
+  rehearse            runs each step's tests and a short training, on 1, 2 and 4 ranks
   new NN_NAME         the next step, a copy of the last one with pages to fill in
 """
 
@@ -160,6 +161,21 @@ def compared(step: Path, folder: Path) -> None:
             print(f"  and {len(names) - SHOWN} more")
 
 
+def rehearse() -> int:
+    """The first exit status that is not 0, or 0."""
+    for step in folders():
+        scripts = [[name] for name in test_files(step)]
+        scripts += [["train.py", "--steps", "20"]] if (step / "comm.py").exists() else []
+        for ranks in (1, 2, 4) if (step / "comm.py").exists() else (1,):
+            for script, *flags in scripts:
+                print(f"\n{step.name}, {ranks} ranks: {' '.join([script, *flags])}", flush=True)
+                words = [*command(script, step, ranks), *flags]
+                done = subprocess.run(words, cwd=step, env=environment(), check=False)
+                if done.returncode:
+                    return done.returncode
+    return 0
+
+
 def new(name: str) -> None:
     last = folders()[-1]
     if not re.fullmatch(r"\d\d_[a-z0-9_]+", name) or name <= last.name:
@@ -204,6 +220,8 @@ def main(argv: list[str]) -> int:
             check()
             for step in folders():
                 print(f"{step.name}: {added_code(step)} added lines of code")
+        case ["rehearse"]:
+            return rehearse()
         case ["new", name]:
             new(name)
         case [] | ["-h"] | ["--help"]:

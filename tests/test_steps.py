@@ -1,42 +1,199 @@
-"""The steps: each one's own test, and what steps.py keeps; each thing that it keeps can fail."""
+"""Each step's own tests at 1, 2 and 4 ranks, its training, its mistake, and what it shares with us.
+
+Ranks are forked from a process that has torch loaded; `make test-steps` runs the same scripts
+through the real torchrun.
+"""
 
 from __future__ import annotations
 
-import importlib.util
+import contextlib
+import hashlib
+import io
 import os
-import shutil
+import runpy
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 import pytest
+import torch
+from ranks import RankFailure, run_ranks
 
 STEPS = Path(__file__).resolve().parent.parent / "steps"
-NUMBERS = sorted(path.name for path in STEPS.glob("[0-9][0-9]_*"))
+NAMES = sorted(path.name for path in STEPS.glob("[0-9][0-9]_*"))
+WITH_RANKS = [name for name in NAMES if (STEPS / name / "comm.py").exists()]
+TENSOR_PARALLEL = [name for name in WITH_RANKS if name > "05"]
+SCRIPTS = [
+    (name, script.name, n_ranks)
+    for name in NAMES
+    if name > "01"  # step 00 is about torchrun itself
+    for script in sorted((STEPS / name).glob("test_*.py"))
+    for n_ranks in ((1, 2, 4) if name in WITH_RANKS else (1,))
+]
 
 
-def load(folder: Path) -> ModuleType:
-    """steps.py of that folder; it looks at the steps beside it."""
-    spec = importlib.util.spec_from_file_location("steps_tool", folder / "steps.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def enter(folder: str) -> None:
+    """Imports are the folder's from here on; the process is fresh and ends with the test."""
+    os.chdir(folder)
+    sys.path.insert(0, folder)
 
 
-@pytest.fixture
-def copy(tmp_path: Path) -> Path:
-    shutil.copytree(STEPS, tmp_path / "steps", ignore=shutil.ignore_patterns("__pycache__"))
-    return tmp_path / "steps"
+def run_script(folder: str, script: str, *flags: str) -> str:
+    """What the script prints."""
+    enter(folder)
+    sys.argv = [script, *flags]
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(io.StringIO()):
+        runpy.run_path(script, run_name="__main__")
+    return printed.getvalue()
 
 
-def run(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
+@pytest.mark.parametrize("name, script, n_ranks", SCRIPTS)
+def test_the_step_s_own_test_is_green(name: str, script: str, n_ranks: int) -> None:
+    printed = run_ranks(n_ranks, run_script, str(STEPS / name), script, timeout=120)
+    assert f"world_size: {n_ranks}\n" in printed[0]
+    assert not any(printed[1:]), "rank 0 speaks for all"
+
+
+def test_step_00_s_own_test_is_green() -> None:
+    done = subprocess.run(
+        [sys.executable, "test_two_ranks.py"],
+        cwd=STEPS / "00_two_ranks",
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def losses(folder: str, steps: int, dtype: str) -> tuple[list[float], float]:
+    """(the loss of each step, for a corpus with a floor the validation loss too; the floor)"""
+    enter(folder)
+    train, config, context = (import_module(m) for m in ("train", "config", "parallel_context"))
+    data, name = import_module("data"), Path(folder).name
+    if name > "05":
+        ranks = context.init_tensor_parallel()
+    else:  # in step 04 the ranks of train.py are still data-parallel
+        ranks = context.init_parallel(tp_size=1) if name > "04" else context.init_parallel()
+    with contextlib.redirect_stderr(io.StringIO()):
+        if not hasattr(data, "MarkovCorpus"):
+            shape = config.GPTConfig(vocab_size=3 + data.LETTERS, context_length=data.LONGEST + 1)
+            return train.train(shape, steps, ranks, getattr(torch, dtype))[1], 0.0
+        corpus = data.MarkovCorpus()
+        shape = config.GPTConfig(vocab_size=corpus.alphabet)
+        return train.train(shape, corpus, steps, ranks, getattr(torch, dtype)), corpus.floor
+
+
+@pytest.mark.parametrize("name", WITH_RANKS)
+def test_twenty_losses_agree_on_1_2_and_4_ranks(name: str) -> None:
+    alone, _ = run_ranks(1, losses, str(STEPS / name), 20, "float64")[0]
+    for n_ranks in (2, 4):
+        for found, _ in run_ranks(n_ranks, losses, str(STEPS / name), 20, "float64"):
+            assert len(found) == len(alone)
+            assert max(abs(a - b) for a, b in zip(found, alone, strict=True)) <= 1e-8
+
+
+def test_steps_05_to_09_are_one_function() -> None:
+    names = [name for name in TENSOR_PARALLEL if name < "10"]
+    curves = [run_ranks(1, losses, str(STEPS / name), 5, "float64")[0][0] for name in names]
+    for curve in curves[1:]:
+        assert max(abs(a - b) for a, b in zip(curve, curves[0], strict=True)) <= 1e-10
+
+
+@pytest.mark.parametrize("name", [name for name in TENSOR_PARALLEL if name < "10"])
+def test_a_short_training_ends_near_the_floor_and_not_under_it(name: str) -> None:
+    found, floor = run_ranks(2, losses, str(STEPS / name), 100, "float32")[0]
+    assert abs(found[0] - torch.tensor(8.0).log().item()) < 0.1
+    assert -0.01 < found[-1] - floor < 0.05
+
+
+def reversal() -> float:
+    enter(str(STEPS / "10_cross_attention"))
+    train, config, context = (import_module(m) for m in ("train", "config", "parallel_context"))
+    data = import_module("data")
+    shape = config.GPTConfig(vocab_size=3 + data.LETTERS, context_length=data.LONGEST + 1)
+    alone = context.ParallelContext()
+    with contextlib.redirect_stderr(io.StringIO()):
+        model, _ = train.train(shape, 250, alone)
+    attention = [
+        list(map(int, row.split())) for row in train.attention_map(model, alone).split("\n")
+    ]
+    size = len(attention)
+    anti_diagonal = sum(attention[t][size - 1 - t] for t in range(size)) / size
+    assert anti_diagonal > 3 * 9 / size, attention
+    return train.exact_match(model, alone)
+
+
+def test_step_10_learns_to_reverse_lines_that_it_has_never_seen() -> None:
+    (share,) = run_ranks(1, reversal, timeout=180)
+    assert share > 0.95
+
+
+@pytest.mark.parametrize("name", WITH_RANKS)
+def test_train_py_says_first_what_the_ranks_are(name: str) -> None:
+    printed = run_ranks(2, run_script, str(STEPS / name), "train.py", "--steps", "2", timeout=120)
+    kind = "tensor-parallel" if name in TENSOR_PARALLEL else "data-parallel"
+    assert printed[0].startswith(f"2 {kind} ranks: ")
+    assert printed[1] == ""
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name > "01"])
+def test_the_known_mistake_turns_the_step_s_test_red(name: str, tmp_path: Path) -> None:
+    for file in (STEPS / name).glob("*.py"):
+        (tmp_path / file.name).write_text(file.read_text())
+    patch = STEPS / name / "mistake.patch"
+    subprocess.run(["git", "apply", str(patch)], cwd=tmp_path, check=True)
+    red = ""
+    for script in sorted(tmp_path.glob("test_*.py")):
+        try:
+            run_ranks(2 if name in WITH_RANKS else 1, run_script, str(tmp_path), script.name)
+        except RankFailure as failure:
+            red += str(failure)
+    assert "AssertionError" in red
+
+
+def gpt_logits(folder: str, prefix: str, dtype: str) -> list[float]:
+    """Logits of the step in the folder, or with a prefix of the package."""
+    if not prefix:
+        enter(folder)
+    names = ("config", "model", "tensor_parallel", "parallel_context")
+    config, model, tensor_parallel, context = (import_module(prefix + name) for name in names)
+    shape = config.GPTConfig(
+        vocab_size=61, context_length=24, n_layers=3, n_heads=4, d_model=64, tied=False
+    )
+    gpt = model.GPTModel(shape, context.init_tensor_parallel()).to(getattr(torch, dtype))
+    tensor_parallel.init_weights(gpt, 3)
+    ids = torch.randint(61, (3, 20), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, :3] = mask[1, 15:] = 0
+    logits, _ = gpt(ids, mask)
+    return logits[mask.bool()].flatten().tolist()
+
+
+def test_step_09_is_the_package_bitwise_alone_and_to_1e_12_on_two_ranks() -> None:
+    step = str(STEPS / "09_parallel_attention")
+    for dtype in ("float32", "float64"):
+        (ours,), (theirs,) = (
+            run_ranks(1, gpt_logits, step, prefix, dtype) for prefix in ("", "rosetrainer.")
+        )
+        assert digest(ours) == digest(theirs)
+    (alone,) = run_ranks(1, gpt_logits, step, "rosetrainer.", "float64")
+    for found in run_ranks(2, gpt_logits, step, "", "float64"):
+        assert max(abs(a - b) for a, b in zip(found, alone, strict=True)) <= 1e-12
+
+
+def digest(values: list[float]) -> str:
+    return hashlib.sha256(repr(values).encode()).hexdigest()
+
+
+def run(folder: Path, *command: str, **environment: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, *command],
         cwd=folder,
-        env=os.environ,
+        env={**os.environ, **environment},
         capture_output=True,
         text=True,
         timeout=120,
@@ -44,67 +201,37 @@ def run(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("step", NUMBERS)
-def test_the_step_s_own_test_is_green(step: str) -> None:
-    done = run(STEPS.parent, "steps/steps.py", "test", step)
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-def test_what_check_keeps_holds() -> None:
-    done = run(STEPS.parent, "steps/steps.py", "check")
-    assert done.returncode == 0, done.stderr
-    assert [line.split(":")[0] for line in done.stdout.splitlines()] == NUMBERS
-
-
-def test_readme_changes_nothing_in_the_present_tree(copy: Path) -> None:
-    before = {page: page.read_text() for page in copy.glob("*/README*.md")}
-    load(copy).readme()
-    assert {page: page.read_text() for page in copy.glob("*/README*.md")} == before
-
-
-def refused(copy: Path) -> str:
-    tool = load(copy)
-    with pytest.raises(tool.StepError) as caught:
-        tool.check()
-    return str(caught.value)
-
-
-def test_check_fails_on_a_stale_diff(copy: Path) -> None:
-    path = copy / "02_loss_and_train_loop" / "data.py"
-    path.write_text(path.read_text() + "\nEXTRA = 1\n")
-    assert refused(copy) == "02_loss_and_train_loop/README.md is stale; run steps.py readme"
-
-
-def test_check_fails_on_two_hundred_lines_of_code_but_not_of_comments(copy: Path) -> None:
-    path = copy / "02_loss_and_train_loop" / "data.py"
-    source = path.read_text()
-    path.write_text(source + "\n# a comment\n\n" * 200)
-    load(copy).readme()
-    load(copy).check()
-    path.write_text(source + "".join(f"A{n} = {n}\n" for n in range(200)))
-    load(copy).readme()
-    assert "02_loss_and_train_loop adds 2" in refused(copy)
-
-
-def test_check_fails_on_an_import_of_the_package(copy: Path) -> None:
-    path = copy / "00_two_ranks" / "two_ranks.py"
-    path.write_text(path.read_text().replace("import sys\n", "import sys\nimport rosetrainer\n", 1))
-    load(copy).readme()
-    assert refused(copy) == "00_two_ranks/two_ranks.py imports the package"
-
-
-def test_check_fails_where_the_languages_differ_or_one_is_missing(copy: Path) -> None:
-    page = copy / "01_minimal_gpt" / "README.zh.md"
-    page.write_text(page.read_text().replace("python train.py", "python trian.py", 1))
-    assert refused(copy) == "01_minimal_gpt: the two languages show different code"
-    page.unlink()
-    assert refused(copy) == "01_minimal_gpt/README.zh.md is missing"
-
-
-def test_an_unknown_step_is_one_line() -> None:
-    done = run(STEPS.parent, "steps/steps.py", "test", "77")
+@pytest.mark.parametrize("flags", [["--stpes", "3"], ["--steps", "three"]])
+def test_a_wrong_flag_is_one_line(flags: list[str]) -> None:
+    done = run(STEPS / "09_parallel_attention", "train.py", *flags)
     assert done.returncode == 2
-    assert done.stderr == "error: there is no step 77; it can be 00, 01, 02\n"
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_more_ranks_than_heads_are_one_line_before_any_process_group() -> None:
+    rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "8"}
+    for name in TENSOR_PARALLEL:
+        done = run(STEPS / name, "train.py", **rank)
+        assert done.returncode == 2
+        expected = "n_heads=4 is not divisible by tp_size=8; tp_size can be 1, 2, 4"
+        assert done.stderr == f"error: {expected}\n"
+        silent = run(STEPS / name, "train.py", **{**rank, "RANK": "1", "LOCAL_RANK": "1"})
+        assert (silent.returncode, silent.stderr) == (2, "")
+
+
+def test_rows_that_ranks_cannot_share_are_one_line() -> None:
+    rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "3"}
+    done = run(STEPS / "03_data_parallel", "train.py", **rank)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: 16 rows cannot be shared evenly by 3 ranks; start 1, 2,")
+
+
+def test_dropout_is_refused_until_it_has_a_step() -> None:
+    sys_path = "import sys; sys.path.insert(0, '.'); from config import GPTConfig; "
+    for name in (name for name in NAMES if name > "01"):
+        done = run(STEPS / name, "-c", sys_path + "GPTConfig(dropout=0.1).check()")
+        assert "ConfigError: dropout=0.1 is not supported yet; dropout can be 0" in done.stderr
 
 
 def test_a_step_that_needs_torchrun_says_so() -> None:

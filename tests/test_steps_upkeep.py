@@ -1,0 +1,289 @@
+"""What steps.py keeps and does: each thing that it keeps can fail, and a reader's way through."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+NAMES = sorted(path.name for path in (ROOT / "steps").glob("[0-9][0-9]_*"))
+
+
+def steps(root: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "steps/steps.py", *words],
+        cwd=root,
+        env=os.environ,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def git(root: Path, *words: str) -> None:
+    who = ["-c", "user.name=nobody", "-c", "user.email=nobody@example.org"]
+    subprocess.run(["git", *who, *words], cwd=root, check=True, capture_output=True)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """The steps and the package in a repository of their own, all committed."""
+    skip = shutil.ignore_patterns("__pycache__", ".propagate")
+    for name in ("steps", "rosetrainer"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=skip)
+    git(tmp_path, "init", "-q")
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "-qm", "all")
+    return tmp_path
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert text.count(old) == 1, f"{path.name} has {text.count(old)} times {old!r}"
+    path.write_text(text.replace(old, new))
+
+
+def refused(root: Path) -> str:
+    done = steps(root, "check")
+    assert done.returncode == 2, done.stdout
+    assert done.stderr.count("\n") == 1
+    return done.stderr.removeprefix("error: ").rstrip("\n")
+
+
+def test_what_check_keeps_holds() -> None:
+    done = steps(ROOT, "check")
+    assert done.returncode == 0, done.stderr
+    assert [line.split(":")[0] for line in done.stdout.splitlines()] == NAMES
+
+
+def test_readme_changes_nothing_in_the_present_tree(root: Path) -> None:
+    before = {page: page.read_text() for page in root.glob("steps/*/README*.md")}
+    assert steps(root, "readme").returncode == 0
+    assert {page: page.read_text() for page in root.glob("steps/*/README*.md")} == before
+
+
+def test_check_fails_on_a_stale_diff(root: Path) -> None:
+    path = root / "steps/02_loss_and_train_loop/data.py"
+    path.write_text(path.read_text() + "\nEXTRA = 1\n")
+    assert refused(root) == "02_loss_and_train_loop/README.md is stale; run steps.py readme"
+
+
+def test_check_fails_on_a_stale_excerpt(root: Path) -> None:
+    page = root / "steps/04_column_parallel_linear/README.md"
+    name = "ColumnParallelLinear.forward"
+    block = f"\n<!-- code: tensor_parallel.py {name} -->\nold\n<!-- /code -->\n"
+    page.write_text(page.read_text() + block)
+    assert refused(root) == "04_column_parallel_linear/README.md is stale; run steps.py readme"
+    assert steps(root, "readme", "04").returncode == 0
+    assert "        y = F.linear(x, self.weight, self.bias)" in page.read_text().split(name)[-1]
+
+
+def test_an_excerpt_of_nothing_is_refused(root: Path) -> None:
+    page = root / "steps/04_column_parallel_linear/README.md"
+    page.write_text(page.read_text() + "\n<!-- code: comm.py nothing -->\n<!-- /code -->\n")
+    assert refused(root) == "04_column_parallel_linear/comm.py has no nothing"
+
+
+def test_check_fails_on_two_hundred_lines_of_code_but_not_of_comments(root: Path) -> None:
+    path = root / "steps/07_row_parallel_ffn/data.py"
+    source = path.read_text()
+    path.write_text(source + "".join(f"A{n} = {n}\n" for n in range(200)))
+    steps(root, "readme")
+    assert "07_row_parallel_ffn adds 2" in refused(root)
+    # Comments do not count, nor do lines that only moved: then the next thing is found.
+    path.write_text(source + "\n# a comment\n\n" * 200)
+    steps(root, "readme")
+    assert "adds" not in refused(root)
+
+
+def test_check_fails_on_an_import_of_the_package(root: Path) -> None:
+    edit(
+        root / "steps/00_two_ranks/two_ranks.py", "import sys\n", "import sys\nimport rosetrainer\n"
+    )
+    steps(root, "readme")
+    assert refused(root) == "00_two_ranks/two_ranks.py imports the package"
+
+
+@pytest.mark.parametrize(
+    "old, new, what",
+    [
+        ("python train.py\n", "python trian.py\n", "code"),
+        ("\n## 公式\n", "\n### 公式\n", "headings"),
+        ("42.0", "41.9", "figures"),
+    ],
+)
+def test_check_fails_where_the_languages_differ(root: Path, old: str, new: str, what: str) -> None:
+    page = root / "steps/01_minimal_gpt/README.zh.md"
+    text = page.read_text()
+    assert old in text
+    page.write_text(text.replace(old, new, 1))
+    assert refused(root) == f"01_minimal_gpt: the two languages show different {what}"
+
+
+def test_check_fails_on_a_missing_page(root: Path) -> None:
+    (root / "steps/01_minimal_gpt/README.zh.md").unlink()
+    assert refused(root) == "01_minimal_gpt/README.zh.md is missing"
+
+
+def test_check_fails_on_a_mistake_that_does_not_apply(root: Path) -> None:
+    edit(root / "steps/09_parallel_attention/mistake.patch", "stride=3, tp=tp", "stride=4, tp=tp")
+    assert refused(root).startswith("09_parallel_attention/mistake.patch does not apply: error: ")
+
+
+def test_check_fails_where_the_core_is_not_the_package_s(root: Path) -> None:
+    edit(
+        root / "rosetrainer/comm.py",
+        "    return x if axis.size == 1 else _Copy",
+        "    return _Copy",
+    )
+    assert refused(root) == "10_cross_attention/comm.py is not the package's comm.py"
+
+
+def test_check_fails_where_the_core_imports_something_else(root: Path) -> None:
+    edit(root / "rosetrainer/comm.py", "import torch.distributed as dist\n", "import os\n")
+    assert refused(root) == "10_cross_attention/comm.py is not the package's comm.py"
+
+
+def test_check_fails_where_the_package_computes_something_else(root: Path) -> None:
+    """Outside the core too: here the config's idea of the feed-forward layer's width."""
+    edit(root / "rosetrainer/config.py", "else 4 * self.d_model", "else 3 * self.d_model")
+    assert refused(root) == "step 09 and the package compute different logits"
+
+
+FIX = ("x - x.mean()", "x - x.sum() / len(x)")
+
+
+def test_propagate_of_the_present_tree_changes_nothing(root: Path) -> None:
+    done = steps(root, "propagate")
+    assert (done.returncode, done.stdout) == (0, "nothing to carry\n")
+    assert subprocess.run(["git", "diff", "--quiet"], cwd=root, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("committed", [False, True])
+def test_check_fails_on_a_fix_that_was_not_carried_on(root: Path, committed: bool) -> None:
+    edit(root / "steps/02_loss_and_train_loop/oracle.py", *FIX)
+    steps(root, "readme")
+    if committed:
+        git(root, "commit", "-qam", "a fix in one step alone")
+    first = "steps/03_data_parallel/oracle.py"
+    assert refused(root) == f"{first} lacks a change of its parent; run steps.py propagate"
+
+
+def test_propagate_carries_a_fix_to_all_that_grow_out_of_it_and_to_the_package(root: Path) -> None:
+    edit(root / "steps/02_loss_and_train_loop/oracle.py", *FIX)
+    name, better = "def own_slice(", "# A slice.\ndef own_slice("
+    edit(root / "steps/04_column_parallel_linear/comm.py", name, better)
+    done = steps(root, "propagate")
+    assert done.returncode == 0, done.stderr
+    later = [folder for folder in NAMES if folder > "03"]
+    for folder in later:
+        assert FIX[1] in (root / "steps" / folder / "oracle.py").read_text()
+    assert all(f"steps/{folder}/oracle.py" in done.stdout for folder in later)
+    for path in (root / "steps/10_cross_attention/comm.py", root / "rosetrainer/comm.py"):
+        assert better in path.read_text()
+    assert steps(root, "propagate").stdout == "nothing to carry\n"
+    steps(root, "readme")
+    done = steps(root, "check")
+    assert done.returncode == 0, done.stderr
+
+
+def test_propagate_stops_at_a_conflict_and_goes_on_once_it_is_mended(root: Path) -> None:
+    file = "comm.py"
+    old = "    width = tensor.shape[dim] // axis.size\n"
+    edit(root / "steps/06_row_parallel_linear" / file, old, old + "    width = int(width)\n")
+    git(root, "commit", "-qam", "step 06 has its own line")
+    edit(root / "steps/04_column_parallel_linear" / file, old, old + "    assert width\n")
+    done = steps(root, "propagate")
+    assert done.returncode == 2
+    conflict = "steps/06_row_parallel_linear/comm.py"
+    assert done.stderr == (
+        f"error: conflict in {conflict}; mend it at <<<<<<<, then run propagate again\n"
+    )
+    assert "    assert width\n" in (root / "steps/05_use_column_parallel" / file).read_text()
+    again = steps(root, "propagate")
+    assert again.stderr == done.stderr, "it is not mended yet"
+    text = (root / conflict).read_text()
+    before, rest = text.split("<<<<<<<")
+    _, after = rest.split(">>>>>>>")
+    mended = "    width = int(width)\n    assert width\n"
+    (root / conflict).write_text(before + mended + after.split("\n", 1)[1])
+    done = steps(root, "propagate")
+    assert done.returncode == 0, done.stderr
+    for folder in ("07_row_parallel_ffn", "10_cross_attention"):
+        assert mended in (root / "steps" / folder / file).read_text()
+    assert mended in (root / "rosetrainer" / file).read_text()
+
+
+def test_start_gives_the_step_before_with_this_step_s_tests(root: Path) -> None:
+    done = steps(root, "start", "07", "mine")
+    assert done.returncode == 0, done.stderr
+    mine, six, seven = (
+        root / "mine",
+        root / "steps/06_row_parallel_linear",
+        root / "steps/07_row_parallel_ffn",
+    )
+    test = "test_forward_tp.py"
+    assert (mine / "model.py").read_text() == (six / "model.py").read_text()
+    assert (mine / test).read_text() == (seven / test).read_text()
+    assert "test --mine mine 07" in done.stdout
+    assert steps(root, "start", "07", "mine").stderr == (
+        "error: mine is not empty; name a new folder\n"
+    )
+
+
+def test_mine_is_red_until_it_is_written_and_green_then(root: Path) -> None:
+    assert steps(root, "start", "02", "mine").returncode == 0
+    done = steps(root, "test", "--mine", "mine", "02")
+    assert done.returncode == 1
+    assert "ImportError" in done.stderr or "ModuleNotFoundError" in done.stderr
+    for file in (root / "steps/02_loss_and_train_loop").glob("*.py"):
+        shutil.copy(file, root / "mine")
+    (root / "mine/test_forward.py").write_text("raise SystemExit(3)")  # the step's own counts
+    assert steps(root, "test", "--mine", "mine", "02").returncode == 0
+    missing = steps(root, "test", "--mine", "yours", "02")
+    assert (
+        missing.stderr == "error: there is no folder yours; begin with: steps.py start 02 yours\n"
+    )
+
+
+def test_break_shows_what_turns_red_and_what_stays_green() -> None:
+    done = steps(ROOT, "break", "04")
+    assert done.returncode == 0, done.stderr
+    told, _, listed = done.stdout.partition("\nred, and by how much of its largest value\n")
+    assert told.startswith("`f` is left out")
+    assert "test_forward_tp.py: red, AssertionError: gradient of X differs by" in told
+    red, _, green = listed.partition("\ngreen\n")
+    assert [line.split("  ")[-1] for line in red.split("\n") if line] == ["gradient of X"]
+    assert "gradient of W" in green or "more" in green
+
+
+def test_new_makes_the_next_step_with_pages_to_fill_in(root: Path) -> None:
+    done = steps(root, "new", "11_mesh_and_clip")
+    assert done.returncode == 0, done.stderr
+    step = root / "steps/11_mesh_and_clip"
+    assert (step / "model.py").exists()
+    assert "<!-- diff -->" in (step / "README.zh.md").read_text()
+    again = steps(root, "new", "11_mesh_and_clip")
+    assert again.stderr.startswith("error: 11_mesh_and_clip should be like 42_what_it_adds")
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (
+            ["test", "77"],
+            f"there is no step 77; it can be {', '.join(n[:2] for n in NAMES)}",
+        ),
+        (["tset", "01"], "no such command: tset 01; steps.py --help lists them"),
+        (["test", "03", "0"], "no such command: test 03 0; steps.py --help lists them"),
+    ],
+)
+def test_a_wrong_call_is_one_line(words: list[str], message: str) -> None:
+    done = steps(ROOT, *words)
+    assert (done.returncode, done.stderr) == (2, f"error: {message}\n")
