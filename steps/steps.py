@@ -11,7 +11,7 @@ for keepers
   propagate           carries a fix from its step to those that grow out of it, and to the package
   check               all of it holds: fresh pages, both languages, 200 lines, the core, propagate
   rehearse            runs each step's tests and a short training, on 1, 2 and 4 ranks
-  new NN_NAME         the next step, a copy of the last one with pages to fill in
+  new NN_NAME [NN]    the next step, a copy of the last one (or of NN) with pages to fill in
 """
 
 from __future__ import annotations
@@ -176,25 +176,27 @@ def rehearse() -> int:
     return 0
 
 
-def new(name: str) -> None:
+def new(name: str, out_of: str | None = None) -> None:
     last = folders()[-1]
+    origin = find(out_of) if out_of else last
     if not re.fullmatch(r"\d\d_[a-z0-9_]+", name) or name <= last.name:
         raise StepError(f"{name} should be like 42_what_it_adds, and come after {last.name}")
     step = STEPS / name
     step.mkdir()
-    copy(last, step, python_files(last))
+    copy(origin, step, python_files(origin))
     for page, switch in (
         ("README.md", "English | [中文](README.zh.md)"),
         ("README.zh.md", "[English](README.md) | 中文"),
     ):
         text = f"{switch}\n\n# {name[:2]}: {name[3:].replace('_', ' ')}\n"
+        if origin != last:
+            text += f"\nIt grows out of [{origin.name[:2]}](../{origin.name}/{page}).\n"
         for section in SECTIONS:
             diff = "\n<!-- diff -->\n<!-- /diff -->\n" if section == "The diff" else ""
             text += f"\n## {section}\n{diff}"
         (step / page).write_text(text)
-    print(
-        f"{step}: the files of {last.name}; write mistake.patch and the pages, then: readme, check"
-    )
+    print(f"steps/{name}: the files of {origin.name}; write mistake.patch and the pages,")
+    print("then: steps.py readme, steps.py check")
 
 
 def main(argv: list[str]) -> int:
@@ -215,15 +217,15 @@ def main(argv: list[str]) -> int:
             readme([find(number)])
         case ["propagate"]:
             changed = propagate()
-            print("\n".join(changed) or "nothing to carry")
+            print("\n".join(changed) or "nothing to carry: no step differs from the last commit")
         case ["check"]:
             check()
             for step in folders():
                 print(f"{step.name}: {added_code(step)} added lines of code")
         case ["rehearse"]:
             return rehearse()
-        case ["new", name]:
-            new(name)
+        case ["new", name, *out_of] if len(out_of) < 2:
+            new(name, *out_of)
         case [] | ["-h"] | ["--help"]:
             print(__doc__)
         case _:

@@ -46,7 +46,8 @@ folder, prefix = sys.argv[1:]
 sys.path.insert(0, folder)
 config, model, tp = (import_module(prefix + m) for m in ("config", "model", "tensor_parallel"))
 import torch
-gpt = model.GPTModel(config.GPTConfig(vocab_size=61, context_length=24, n_layers=3))
+shape = dict(vocab_size=61, context_length=24, n_layers=3, n_heads=4, d_model=64)
+gpt = model.GPTModel(config.GPTConfig(**shape))
 tp.init_weights(gpt, 3)
 ids = torch.randint(61, (3, 20), generator=torch.Generator().manual_seed(0))
 print(hashlib.sha256(gpt(ids)[0].detach().numpy().tobytes()).hexdigest())
@@ -62,6 +63,9 @@ def logits_digest(folder: Path, prefix: str) -> str:
 def check() -> None:
     """Raises StepError with the first thing that does not hold."""
     for step in folders():
+        for path in step.glob("*.py"):
+            if "<<<<<<< " in path.read_text():
+                raise StepError(f"{path.relative_to(STEPS)} holds a conflict; mend it at <<<<<<<")
         for page in pages(step):
             if written_anew(page) != page.read_text():
                 raise StepError(f"{page.relative_to(STEPS)} is stale; run steps.py readme")
@@ -79,8 +83,9 @@ def check() -> None:
         ours = body_and_imports(as_package(last_with(name).read_text()))
         if ours != body_and_imports((PACKAGE / name).read_text()):
             raise StepError(f"{last_with(name).relative_to(STEPS)} is not the package's {name}")
-    if path := propagate(write=False):
-        raise StepError(f"{path[0]} lacks a change of its parent; run steps.py propagate")
+    for since in ("HEAD", "HEAD~1"):
+        if path := propagate(write=False, since=since):
+            raise StepError(f"{path[0]} lacks a change of its parent; run steps.py propagate")
     if logits_digest(find("09"), "") != logits_digest(PACKAGE.parent, "rosetrainer."):
         raise StepError("step 09 and the package compute different logits")
 
@@ -101,17 +106,17 @@ def git(*arguments: str, cwd: Path = STEPS) -> subprocess.CompletedProcess[str]:
     return subprocess.run(["git", *arguments], cwd=cwd, capture_output=True, text=True, check=False)
 
 
-def base_of(origin: Path, file: Path) -> str | None:
-    """`origin` as it was when `file`, which grew out of it, was last committed."""
-    commit = git("log", "-1", "--format=%H", "--", str(file)).stdout.strip() or "HEAD"
-    shown = git("show", f"{commit}:./{origin.relative_to(STEPS)}")
+def committed(file: Path, commit: str) -> str | None:
+    """The file as it was in the commit; None if it was not there."""
+    shown = git("show", f"{commit}:./{file.relative_to(STEPS)}")
     return None if shown.returncode else shown.stdout
 
 
-def propagate(write: bool = True) -> list[str]:
-    """Carries what changed in a step to those that grow out of it, and the core to the package.
+def propagate(write: bool = True, since: str = "HEAD") -> list[str]:
+    """Carries what changed in a step since a commit to those that grow out of it, the core to us.
 
-    Returns the files that changed, or would. Raises StepError at a conflict, with what to do.
+    Returns the files that changed, or would. Raises StepError at a conflict, with what to do;
+    without `write`, a conflict is not judged: the file may hold the change in its own way.
     """
     changed = []
     pairs = [
@@ -123,19 +128,19 @@ def propagate(write: bool = True) -> list[str]:
     pairs += [(last_with(name), PACKAGE / name) for name in CORE]
     for origin, file in pairs:
         to = as_package if file.parent == PACKAGE else str
-        base = base_of(origin, file)
+        base = committed(origin, since)
         theirs = origin.read_text() if origin.exists() else None
         if base == theirs or base is None:  # unchanged, or new: a file enters by its own step
             continue
-        merged = merge(file, to(base), None if theirs is None else to(theirs), write)
-        if merged:
+        carried = None if theirs is None else to(theirs)
+        if merge(file, to(base), carried, origin.parent.name, write):
             changed.append(str(file.relative_to(STEPS.parent)))
     if write:
         MERGED.unlink(missing_ok=True)
     return changed
 
 
-def merge(file: Path, base: str, theirs: str | None, write: bool) -> bool:
+def merge(file: Path, base: str, theirs: str | None, origin: str, write: bool) -> bool:
     """Whether `file` differs, or would, once base -> theirs is carried into it."""
     if not file.exists() or theirs is None:
         return False  # a step that dropped the file, or a parent that did: nothing flows
@@ -147,7 +152,9 @@ def merge(file: Path, base: str, theirs: str | None, write: bool) -> bool:
         paths = [Path(folder) / name for name in ("ours", "base", "theirs")]
         for path, text in zip(paths, (ours, base, theirs), strict=True):
             path.write_text(text)
-        done = git("merge-file", "-p", *map(str, paths))
+        names = (file.parent.name, f"{origin}, committed", origin)
+        labels = [word for name in names for word in ("-L", name)]
+        done = git("merge-file", "-p", *labels, *map(str, paths))
     conflict = done.returncode != 0
     if conflict and write:
         with MERGED.open("a") as names:

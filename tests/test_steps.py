@@ -15,7 +15,6 @@ import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -189,11 +188,10 @@ def digest(values: list[float]) -> str:
     return hashlib.sha256(repr(values).encode()).hexdigest()
 
 
-def run(folder: Path, *command: str, **environment: Any) -> subprocess.CompletedProcess[str]:
+def run(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, *command],
         cwd=folder,
-        env={**os.environ, **environment},
         capture_output=True,
         text=True,
         timeout=120,
@@ -201,7 +199,9 @@ def run(folder: Path, *command: str, **environment: Any) -> subprocess.Completed
     )
 
 
-@pytest.mark.parametrize("flags", [["--stpes", "3"], ["--steps", "three"]])
+@pytest.mark.parametrize(
+    "flags", [["--stpes", "3"], ["--steps", "three"], ["--steps", "0"], ["--step", "3"]]
+)
 def test_a_wrong_flag_is_one_line(flags: list[str]) -> None:
     done = run(STEPS / "09_parallel_attention", "train.py", *flags)
     assert done.returncode == 2
@@ -209,28 +209,33 @@ def test_a_wrong_flag_is_one_line(flags: list[str]) -> None:
     assert done.stderr.count("\n") == 1
 
 
-def test_more_ranks_than_heads_are_one_line_before_any_process_group() -> None:
-    rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "8"}
-    for name in TENSOR_PARALLEL:
-        done = run(STEPS / name, "train.py", **rank)
-        assert done.returncode == 2
-        expected = "n_heads=4 is not divisible by tp_size=8; tp_size can be 1, 2, 4"
-        assert done.stderr == f"error: {expected}\n"
-        silent = run(STEPS / name, "train.py", **{**rank, "RANK": "1", "LOCAL_RANK": "1"})
-        assert (silent.returncode, silent.stderr) == (2, "")
+def refusal(folder: str, rank: int, world_size: int) -> tuple[int, str]:
+    """(exit status, stderr) of train.py on one of the ranks; no process group may start."""
+    enter(folder)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
+    os.environ.update(WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size))
+    sys.argv = ["train.py"]
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said), pytest.raises(SystemExit) as ended:
+        runpy.run_path("train.py", run_name="__main__")
+    assert not torch.distributed.is_initialized()
+    return int(str(ended.value.code)), said.getvalue()
 
 
-def test_rows_that_ranks_cannot_share_are_one_line() -> None:
-    rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "3"}
-    done = run(STEPS / "03_data_parallel", "train.py", **rank)
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: 16 rows cannot be shared evenly by 3 ranks; start 1, 2,")
+@pytest.mark.parametrize("name", WITH_RANKS)
+def test_ranks_that_cannot_share_are_one_line_before_any_process_group(name: str) -> None:
+    if name in TENSOR_PARALLEL:
+        line, ranks = "n_heads=4 is not divisible by tp_size=8; tp_size can be 1, 2, 4", 8
+    else:
+        line, ranks = "16 rows cannot be shared evenly by 3 ranks; start 1, 2, 4, 8 or 16", 3
+    folder = str(STEPS / name)
+    assert run_ranks(1, refusal, folder, 0, ranks) == [(2, f"error: {line}\n")]
+    assert run_ranks(1, refusal, folder, 1, ranks) == [(2, "")], "one rank speaks for all"
 
 
 def test_dropout_is_refused_until_it_has_a_step() -> None:
-    sys_path = "import sys; sys.path.insert(0, '.'); from config import GPTConfig; "
     for name in (name for name in NAMES if name > "01"):
-        done = run(STEPS / name, "-c", sys_path + "GPTConfig(dropout=0.1).check()")
+        done = run(STEPS / name, "-c", "from config import *; GPTConfig(dropout=0.1).check()")
         assert "ConfigError: dropout=0.1 is not supported yet; dropout can be 0" in done.stderr
 
 

@@ -156,12 +156,13 @@ def test_check_fails_where_the_package_computes_something_else(root: Path) -> No
     assert refused(root) == "step 09 and the package compute different logits"
 
 
+NOTHING = "nothing to carry: no step differs from the last commit\n"
 FIX = ("x - x.mean()", "x - x.sum() / len(x)")
 
 
 def test_propagate_of_the_present_tree_changes_nothing(root: Path) -> None:
     done = steps(root, "propagate")
-    assert (done.returncode, done.stdout) == (0, "nothing to carry\n")
+    assert (done.returncode, done.stdout) == (0, NOTHING)
     assert subprocess.run(["git", "diff", "--quiet"], cwd=root, check=False).returncode == 0
 
 
@@ -187,7 +188,7 @@ def test_propagate_carries_a_fix_to_all_that_grow_out_of_it_and_to_the_package(r
     assert all(f"steps/{folder}/oracle.py" in done.stdout for folder in later)
     for path in (root / "steps/10_cross_attention/comm.py", root / "rosetrainer/comm.py"):
         assert better in path.read_text()
-    assert steps(root, "propagate").stdout == "nothing to carry\n"
+    assert steps(root, "propagate").stdout == NOTHING
     steps(root, "readme")
     done = steps(root, "check")
     assert done.returncode == 0, done.stderr
@@ -208,6 +209,7 @@ def test_propagate_stops_at_a_conflict_and_goes_on_once_it_is_mended(root: Path)
     assert "    assert width\n" in (root / "steps/05_use_column_parallel" / file).read_text()
     again = steps(root, "propagate")
     assert again.stderr == done.stderr, "it is not mended yet"
+    assert refused(root) == f"{conflict[6:]} holds a conflict; mend it at <<<<<<<"
     text = (root / conflict).read_text()
     before, rest = text.split("<<<<<<<")
     _, after = rest.split(">>>>>>>")
@@ -269,6 +271,11 @@ def test_new_makes_the_next_step_with_pages_to_fill_in(root: Path) -> None:
     step = root / "steps/11_mesh_and_clip"
     assert (step / "model.py").exists()
     assert "<!-- diff -->" in (step / "README.zh.md").read_text()
+    assert "grows out of" not in (step / "README.md").read_text()
+    assert steps(root, "new", "12_from_09", "09").returncode == 0
+    assert not (root / "steps/12_from_09/encoder_decoder.py").exists()
+    page = (root / "steps/12_from_09/README.md").read_text()
+    assert "It grows out of [09](../09_parallel_attention/README.md)." in page
     again = steps(root, "new", "11_mesh_and_clip")
     assert again.stderr.startswith("error: 11_mesh_and_clip should be like 42_what_it_adds")
 

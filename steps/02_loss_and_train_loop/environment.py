@@ -13,8 +13,18 @@ from config import ConfigError
 class Flags(argparse.ArgumentParser):
     """A mistake in the flags is a ConfigError, like any other of the user's."""
 
+    def __init__(self) -> None:
+        super().__init__(allow_abbrev=False)
+
     def error(self, message: str) -> NoReturn:
         raise ConfigError(message)
+
+
+def count(text: str) -> int:
+    """The type of a flag: an integer from 1 on."""
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
 
 
 def run(main: Callable[[], None]) -> None:

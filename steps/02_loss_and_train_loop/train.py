@@ -9,7 +9,7 @@ import math
 
 import torch
 from config import GPTConfig
-from environment import Flags, run
+from environment import Flags, count, run
 from model import GPTModel, init_weights
 from tqdm import tqdm
 
@@ -39,7 +39,7 @@ def train(config: GPTConfig, corpus: MarkovCorpus, steps: int, rows: int = 16) -
 
 def main() -> None:
     parser = Flags()
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=count, default=200)
     steps = parser.parse_args().steps
     print("one process: no rank but this one")
     corpus = MarkovCorpus()

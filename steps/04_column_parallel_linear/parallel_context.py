@@ -94,7 +94,10 @@ def init_parallel(
     """
     _, world_size, local_rank, local_world_size = world_from_environment()
     if world_size % tp_size:
-        raise ConfigError(f"world size {world_size} is not divisible by tp_size={tp_size}")
+        raise ConfigError(
+            f"world size {world_size} is not divisible by tp_size={tp_size}; "
+            f"start a multiple of {tp_size} ranks"
+        )
     chosen = choose_device(device, local_rank, local_world_size)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)

@@ -10,7 +10,7 @@ import math
 import torch
 import torch.distributed as dist
 from comm import all_reduce, broadcast_
-from config import IGNORED, GPTConfig
+from config import IGNORED, ConfigError, GPTConfig
 from environment import run, say
 from model import GPTModel, init_weights
 from oracle import difference, naive_loss, worst_difference
@@ -112,6 +112,8 @@ def check_training(context: ParallelContext) -> None:
 
 def main() -> None:
     context = init_parallel(tp_size=1)
+    if 4 % context.dp.size:
+        raise ConfigError(f"{context.dp.size} ranks cannot share 4 rows; start 1, 2 or 4")
     config = GPTConfig(vocab_size=11, context_length=8, n_heads=4, d_model=24, d_head=5, d_ff=40)
     rows = ("3141592", "2718281", "1414213", "1618033")
     input_ids = torch.tensor([list(map(int, row)) for row in rows], device=context.device)

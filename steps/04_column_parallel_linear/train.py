@@ -10,7 +10,7 @@ import math
 import torch
 from comm import all_reduce, all_reduce_
 from config import IGNORED, ConfigError, GPTConfig
-from environment import Flags, run, say, world_from_environment
+from environment import Flags, count, run, say, world_from_environment
 from model import GPTModel, init_weights
 from parallel_context import Axis, ParallelContext, end_parallel, init_parallel
 from torch import Tensor
@@ -74,7 +74,7 @@ def train(
 
 def main() -> None:
     parser = Flags()
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=count, default=200)
     parser.add_argument("--dtype", choices=["float32", "float64"], default="float32")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     flags = parser.parse_args()

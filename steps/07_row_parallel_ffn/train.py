@@ -10,7 +10,7 @@ import math
 import torch
 from comm import all_reduce, all_reduce_
 from config import IGNORED, GPTConfig
-from environment import Flags, run, say, world_from_environment
+from environment import Flags, count, run, say, world_from_environment
 from model import GPTModel
 from parallel_context import ParallelContext, end_parallel, init_tensor_parallel
 from tensor_parallel import init_weights, shard_spec
@@ -82,7 +82,7 @@ def train(
 
 def main() -> None:
     parser = Flags()
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=count, default=200)
     parser.add_argument("--dtype", choices=["float32", "float64"], default="float32")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     flags = parser.parse_args()

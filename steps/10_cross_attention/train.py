@@ -9,7 +9,7 @@ import torch
 from comm import all_reduce, all_reduce_
 from config import IGNORED, GPTConfig
 from encoder_decoder import EncoderDecoderModel
-from environment import Flags, run, say, world_from_environment
+from environment import Flags, count, run, say, world_from_environment
 from parallel_context import ParallelContext, end_parallel, init_tensor_parallel
 from tensor_parallel import init_weights, shard_spec
 from torch import Tensor, nn
@@ -96,7 +96,7 @@ def attention_map(model: EncoderDecoderModel, context: ParallelContext) -> str:
 
 def main() -> None:
     parser = Flags()
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=count, default=300)
     parser.add_argument("--dtype", choices=["float32", "float64"], default="float32")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     flags = parser.parse_args()
