@@ -62,10 +62,10 @@ def logits_digest(folder: Path, prefix: str) -> str:
 
 def check() -> None:
     """Raises StepError with the first thing that does not hold."""
+    for path in sorted(STEPS.glob("*/*.py")):
+        if "<<<<<<< " in path.read_text():
+            raise StepError(f"{path.relative_to(STEPS)} holds a conflict; mend it at <<<<<<<")
     for step in folders():
-        for path in step.glob("*.py"):
-            if "<<<<<<< " in path.read_text():
-                raise StepError(f"{path.relative_to(STEPS)} holds a conflict; mend it at <<<<<<<")
         for page in pages(step):
             if written_anew(page) != page.read_text():
                 raise StepError(f"{page.relative_to(STEPS)} is stale; run steps.py readme")
@@ -98,7 +98,8 @@ def with_mistake(step: Path) -> dict[str, str]:
             (Path(folder) / name).write_text((step / name).read_text())
         done = git("apply", str(patch), cwd=Path(folder))
         if done.returncode:
-            raise StepError(f"{step.name}/mistake.patch does not apply: {done.stderr.strip()}")
+            reason = done.stderr.partition("\n")[0].removeprefix("error: ")
+            raise StepError(f"{step.name}/mistake.patch does not apply: {reason}")
         return {path.name: path.read_text() for path in Path(folder).glob("*.py")}
 
 
