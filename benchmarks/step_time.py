@@ -52,7 +52,8 @@ def measure(bench: Bench) -> None:
     from rosetrainer.config import OptimConfig
     from rosetrainer.data_parallel import accumulate_gradients
     from rosetrainer.model import GPTModel
-    from rosetrainer.optim import build_optimizer, clip_gradients
+    from rosetrainer.clip import clip_gradients
+from rosetrainer.optim import build_optimizer
     from rosetrainer.parallel_context import init_tensor_parallel
     from rosetrainer.performance import autocast_for, choose_dtype, flops_per_token, matmul_peak
     from rosetrainer.tensor_parallel import init_weights

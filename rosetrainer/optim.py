@@ -1,4 +1,4 @@
-"""AdamW with decay by the shard spec, its schedule, and clipping by the true global norm."""
+"""AdamW with decay by the shard spec, and its schedule."""
 
 from __future__ import annotations
 
@@ -7,10 +7,8 @@ import math
 import torch
 from torch import nn
 
-from rosetrainer.comm import all_reduce_
 from rosetrainer.config import OptimConfig
-from rosetrainer.parallel_context import Axis
-from rosetrainer.tensor_parallel import ShardSpec, shard_spec
+from rosetrainer.tensor_parallel import shard_spec
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
@@ -39,34 +37,3 @@ def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
     progress = (step - config.warmup_steps) / max(steps - 1 - config.warmup_steps, 1)
     cosine = (1 + math.cos(math.pi * min(progress, 1.0))) / 2
     return config.learning_rate * (config.min_lr_ratio + (1 - config.min_lr_ratio) * cosine)
-
-
-@torch.no_grad()
-def clip_gradients(model: nn.Module, tp: Axis, max_norm: float) -> float:
-    """Scales all gradients so that their global norm is at most max_norm; returns the norm before.
-
-    The norm is that of the whole gradients: each part counts once, on the first rank that holds
-    it. A max_norm of 0 only measures.
-    """
-    parameters = list(model.parameters())
-    square = torch.zeros((), dtype=torch.float64, device=parameters[0].device)
-    for parameter in parameters:
-        assert parameter.grad is not None
-        if counts_here(shard_spec(parameter), tp):
-            norm = torch.linalg.vector_norm(parameter.grad, dtype=_sum_dtype(parameter))
-            square += norm.double() ** 2
-    norm = math.sqrt(all_reduce_(square, tp, "optimizer").item())
-    if 0 < max_norm < norm:
-        for parameter in parameters:
-            assert parameter.grad is not None
-            parameter.grad.mul_(max_norm / norm)
-    return norm
-
-
-def counts_here(spec: ShardSpec, tp: Axis) -> bool:
-    """Whether this rank is the first of those that hold this part: so each part counts once."""
-    return tp.rank % (tp.size // spec.parts) == 0
-
-
-def _sum_dtype(parameter: nn.Parameter) -> torch.dtype:
-    return torch.float64 if parameter.dtype == torch.float64 else torch.float32

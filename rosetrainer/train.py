@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from rosetrainer.checkpoint import check_run_folder, describe_run, new_run_folder, save_weights
+from rosetrainer.clip import clip_gradients
 from rosetrainer.comm import all_reduce
 from rosetrainer.config import TrainConfig
 from rosetrainer.data import Corpus, open_corpus
@@ -26,7 +27,7 @@ from rosetrainer.fields import ConfigError, Count, check_fields
 from rosetrainer.flags import parse_flags, ranks_to_start
 from rosetrainer.launch import launch
 from rosetrainer.model import GPTModel
-from rosetrainer.optim import build_optimizer, clip_gradients, learning_rate
+from rosetrainer.optim import build_optimizer, learning_rate
 from rosetrainer.parallel_context import (
     ParallelContext,
     choose_device,

@@ -16,7 +16,7 @@ FLOORS = [
     {"comm", "flags", "launch", "corpus_files", "performance"},
     {"tensor_parallel"},
     {"model"},
-    {"encoder_decoder", "data", "data_parallel", "optim", "checkpoint", "run_log"},
+    {"encoder_decoder", "data", "data_parallel", "clip", "optim", "checkpoint", "run_log"},
     {"parity", "evaluation"},
     {"train", "generate", "tour"},
     {"__main__"},

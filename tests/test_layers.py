@@ -8,8 +8,8 @@ from oracle import assert_equal
 from ranks import run_ranks
 from torch import Tensor
 
+from rosetrainer.clip import counts_here
 from rosetrainer.fields import ConfigError
-from rosetrainer.optim import counts_here
 from rosetrainer.parallel_context import Axis, init_tensor_parallel
 from rosetrainer.tensor_parallel import (
     ColumnParallelLinear,

@@ -8,10 +8,11 @@ from oracle import assert_all_equal, assert_equal, dense_model, gradients, rando
 from ranks import run_ranks
 from torch import Tensor
 
+from rosetrainer.clip import clip_gradients
 from rosetrainer.config import GPTConfig, OptimConfig, ParallelConfig
 from rosetrainer.data_parallel import accumulate_gradients, buckets
 from rosetrainer.model import GPTModel
-from rosetrainer.optim import build_optimizer, clip_gradients, learning_rate
+from rosetrainer.optim import build_optimizer, learning_rate
 from rosetrainer.parallel_context import init_parallel
 from rosetrainer.tensor_parallel import gather_whole, load_whole, shard_spec
 
