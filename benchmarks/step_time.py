@@ -49,11 +49,11 @@ def measure(bench: Bench) -> None:
     """One rank of one round: rank 0 prints its seconds a step and its matmul rate as JSON."""
     import torch
 
+    from rosetrainer.clip import clip_gradients
     from rosetrainer.config import OptimConfig
     from rosetrainer.data_parallel import accumulate_gradients
     from rosetrainer.model import GPTModel
-    from rosetrainer.clip import clip_gradients
-from rosetrainer.optim import build_optimizer
+    from rosetrainer.optim import build_optimizer
     from rosetrainer.parallel_context import init_tensor_parallel
     from rosetrainer.performance import autocast_for, choose_dtype, flops_per_token, matmul_peak
     from rosetrainer.tensor_parallel import init_weights

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import io
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -87,9 +88,9 @@ def losses(folder: str, steps: int, dtype: str) -> tuple[list[float], float]:
 
 
 @pytest.mark.parametrize("name", WITH_RANKS)
-def test_twenty_losses_agree_on_1_2_and_4_ranks(name: str) -> None:
+def test_twenty_losses_agree_on_1_and_2_ranks_and_on_4_at_the_end(name: str) -> None:
     alone, _ = run_ranks(1, losses, str(STEPS / name), 20, "float64")[0]
-    for n_ranks in (2, 4):
+    for n_ranks in (2, 4) if name == WITH_RANKS[-1] else (2,):
         for found, _ in run_ranks(n_ranks, losses, str(STEPS / name), 20, "float64"):
             assert len(found) == len(alone)
             assert max(abs(a - b) for a, b in zip(found, alone, strict=True)) <= 1e-8
@@ -102,7 +103,7 @@ def test_steps_05_to_09_are_one_function() -> None:
         assert max(abs(a - b) for a, b in zip(curve, curves[0], strict=True)) <= 1e-10
 
 
-@pytest.mark.parametrize("name", [name for name in TENSOR_PARALLEL if name < "10"])
+@pytest.mark.parametrize("name", [name for name in TENSOR_PARALLEL if "10" not in name])
 def test_a_short_training_ends_near_the_floor_and_not_under_it(name: str) -> None:
     found, floor = run_ranks(2, losses, str(STEPS / name), 100, "float32")[0]
     assert abs(found[0] - torch.tensor(8.0).log().item()) < 0.1
@@ -134,8 +135,8 @@ def test_step_10_learns_to_reverse_lines_that_it_has_never_seen() -> None:
 @pytest.mark.parametrize("name", WITH_RANKS)
 def test_train_py_says_first_what_the_ranks_are(name: str) -> None:
     printed = run_ranks(2, run_script, str(STEPS / name), "train.py", "--steps", "2", timeout=120)
-    kind = "tensor-parallel" if name in TENSOR_PARALLEL else "data-parallel"
-    assert printed[0].startswith(f"2 {kind} ranks: ")
+    kinds = "tensor-parallel( x 1 data-parallel)?" if name in TENSOR_PARALLEL else "data-parallel"
+    assert re.match(f"2 {kinds} ranks: ", printed[0])
     assert printed[1] == ""
 
 

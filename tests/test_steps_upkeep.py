@@ -133,7 +133,9 @@ def test_check_fails_on_a_missing_page(root: Path) -> None:
 
 def test_check_fails_on_a_mistake_that_does_not_apply(root: Path) -> None:
     edit(root / "steps/09_parallel_attention/mistake.patch", "stride=3, tp=tp", "stride=4, tp=tp")
-    assert refused(root).startswith("09_parallel_attention/mistake.patch does not apply: patch failed: ")
+    assert refused(root).startswith(
+        "09_parallel_attention/mistake.patch does not apply: patch failed: "
+    )
 
 
 def test_check_fails_where_the_core_is_not_the_package_s(root: Path) -> None:
@@ -142,12 +144,12 @@ def test_check_fails_where_the_core_is_not_the_package_s(root: Path) -> None:
         "    return x if axis.size == 1 else _Copy",
         "    return _Copy",
     )
-    assert refused(root) == "10_cross_attention/comm.py is not the package's comm.py"
+    assert refused(root) == "11_mesh_and_clip/comm.py is not the package's comm.py"
 
 
 def test_check_fails_where_the_core_imports_something_else(root: Path) -> None:
     edit(root / "rosetrainer/comm.py", "import torch.distributed as dist\n", "import os\n")
-    assert refused(root) == "10_cross_attention/comm.py is not the package's comm.py"
+    assert refused(root) == "11_mesh_and_clip/comm.py is not the package's comm.py"
 
 
 def test_check_fails_where_the_package_computes_something_else(root: Path) -> None:
@@ -256,29 +258,29 @@ def test_mine_is_red_until_it_is_written_and_green_then(root: Path) -> None:
 
 
 def test_break_shows_what_turns_red_and_what_stays_green() -> None:
-    done = steps(ROOT, "break", "04")
+    done = steps(ROOT, "break", "06")
     assert done.returncode == 0, done.stderr
     told, _, listed = done.stdout.partition("\nred, and by how much of its largest value\n")
-    assert told.startswith("`f` is left out")
-    assert "test_forward_tp.py: red, AssertionError: gradient of X differs by" in told
+    assert told.startswith("Every rank adds the bias before the sum")
+    assert "test_forward_tp.py: red, AssertionError: Y differs by" in told
     red, _, green = listed.partition("\ngreen\n")
-    assert [line.split("  ")[-1] for line in red.split("\n") if line] == ["gradient of X"]
-    assert "gradient of W" in green or "more" in green
+    assert [line.split("  ")[-1] for line in red.split("\n") if line] == ["Y"]
+    assert "  logits\n" in green
 
 
 def test_new_makes_the_next_step_with_pages_to_fill_in(root: Path) -> None:
-    done = steps(root, "new", "11_mesh_and_clip")
+    done = steps(root, "new", "12_from_the_last")
     assert done.returncode == 0, done.stderr
-    step = root / "steps/11_mesh_and_clip"
+    step = root / "steps/12_from_the_last"
     assert (step / "model.py").exists()
     assert "<!-- diff -->" in (step / "README.zh.md").read_text()
     assert "grows out of" not in (step / "README.md").read_text()
-    assert steps(root, "new", "12_from_09", "09").returncode == 0
-    assert not (root / "steps/12_from_09/encoder_decoder.py").exists()
-    page = (root / "steps/12_from_09/README.md").read_text()
+    assert steps(root, "new", "13_from_09", "09").returncode == 0
+    assert not (root / "steps/13_from_09/encoder_decoder.py").exists()
+    page = (root / "steps/13_from_09/README.md").read_text()
     assert "It grows out of [09](../09_parallel_attention/README.md)." in page
-    again = steps(root, "new", "11_mesh_and_clip")
-    assert again.stderr.startswith("error: 11_mesh_and_clip should be like 42_what_it_adds")
+    again = steps(root, "new", "12_from_the_last")
+    assert again.stderr.startswith("error: 12_from_the_last should be like 42_what_it_adds")
 
 
 @pytest.mark.parametrize(

@@ -60,8 +60,11 @@ class ParallelConfig:
 
     def resolve(self, world_size: int) -> tuple[int, int]:
         """(tp_size, dp_size); one that is not given takes the ranks that the other leaves."""
-        tp = self.tp_size or max(world_size // (self.dp_size or 1), 1)
-        dp = self.dp_size or max(world_size // tp, 1)
-        if tp * dp != world_size:
-            raise ConfigError(f"world size {world_size} is not tp_size x dp_size = {tp} x {dp}")
+        tp = self.tp_size if self.tp_size is not None else world_size // (self.dp_size or 1)
+        dp = self.dp_size if self.dp_size is not None else max(world_size // max(tp, 1), 1)
+        if min(tp, dp) < 1 or tp * dp != world_size:
+            raise ConfigError(
+                f"world size {world_size} is not tp_size x dp_size = {tp} x {dp}; "
+                f"sizes can be from 1 on, and their product {world_size}"
+            )
         return tp, dp

@@ -14,8 +14,7 @@ from config import ConfigError
 def world_from_environment() -> tuple[int, int, int, int]:
     """(rank, world size, local rank, local world size) as torchrun set them; (0, 1, 0, 1) alone."""
     names = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-    rank, world_size, *local = (int(os.environ.get(name, alone)) for name, alone in names.items())
-    return rank, world_size, local[0], local[1]
+    return tuple(int(os.environ.get(name, alone)) for name, alone in names.items())
 
 
 def say(text: str) -> None:
@@ -27,8 +26,18 @@ def say(text: str) -> None:
 class Flags(argparse.ArgumentParser):
     """A mistake in the flags is a ConfigError, like any other of the user's."""
 
+    def __init__(self) -> None:
+        super().__init__(allow_abbrev=False)
+
     def error(self, message: str) -> NoReturn:
         raise ConfigError(message)
+
+
+def count(text: str) -> int:
+    """The type of a flag: an integer from 1 on."""
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
 
 
 def run(main: Callable[[], None]) -> None:

@@ -11,7 +11,7 @@ import torch
 from clip import clip_gradients
 from comm import all_reduce, all_reduce_
 from config import IGNORED, ConfigError, GPTConfig, ParallelConfig
-from environment import Flags, run, say, world_from_environment
+from environment import Flags, count, run, say, world_from_environment
 from model import GPTModel
 from parallel_context import ParallelContext, end_parallel, init_parallel
 from tensor_parallel import init_weights, shard_spec
@@ -85,10 +85,10 @@ def train(
 
 def main() -> None:
     parser = Flags()
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=count, default=200)
     parser.add_argument("--dtype", choices=["float32", "float64"], default="float32")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    parser.add_argument("--tp-size", type=int, help="all ranks unless given; the rest is dp")
+    parser.add_argument("--tp-size", type=count, help="all ranks unless given; the rest is dp")
     parser.add_argument("--max-norm", type=float, default=1.0, help="0 does not clip")
     flags = parser.parse_args()
     parallel = ParallelConfig(flags.tp_size)
@@ -97,7 +97,7 @@ def main() -> None:
     config = GPTConfig(vocab_size=corpus.alphabet)
     config.check(tp_size)
     if ROWS % dp_size:
-        raise ConfigError(f"{ROWS} rows cannot be shared evenly by dp_size={dp_size}")
+        raise ConfigError(f"dp_size={dp_size} cannot share {ROWS} rows; it can be 1, 2, 4, 8 or 16")
     context = init_parallel(parallel, flags.device)
     say(f"{tp_size} tensor-parallel x {dp_size} data-parallel ranks: {ROWS // dp_size} rows each")
     dtype = getattr(torch, flags.dtype)
