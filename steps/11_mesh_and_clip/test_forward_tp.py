@@ -177,34 +177,46 @@ def check_mesh(context: ParallelContext, input_ids: Tensor) -> None:
     assert torch.equal(together, input_ids), "the data-parallel ranks' rows are not the batch"
 
 
-def check_updates(
+def dense_updates(
     context: ParallelContext, input_ids: Tensor, labels: Tensor, optimizer: type, updates: int
-) -> None:
-    """Clipped to half the first norm. SGD hides no factor of a gradient; token counts differ."""
+) -> tuple[list[Tensor], list[Tensor], dict[str, Tensor]]:
+    """(losses, norms, weights) of one process; gradients are clipped to half the first norm."""
     model, whole = random_model(context)
-    batch = own_rows((input_ids, labels), context)
-    ours, theirs = (optimizer(p, lr=1e-3) for p in (model.parameters(), whole.values()))
-    limit = 0.0
+    theirs = optimizer(whole.values(), lr=1e-3)
+    losses, norms = [], []
     for _ in range(updates):
-        ours.zero_grad()
         theirs.zero_grad()
-        loss = global_backward(model, batch[:1], batch[1], context)
-        _, dense = naive_loss(whole, model.config, input_ids, torch.ones_like(input_ids), labels)
-        difference("loss", dense.new_tensor(loss), dense)
-        dense.backward()
-        dense_norm = torch.cat([w.grad.flatten() for w in whole.values()]).norm()
-        limit = limit or dense_norm.item() / 2
-        norm = clip_gradients(model, context.tp, limit)
-        difference("global norm", dense_norm.new_tensor(norm), dense_norm)
+        _, loss = naive_loss(whole, model.config, input_ids, torch.ones_like(input_ids), labels)
+        loss.backward()
+        losses.append(loss.detach())
+        norms.append(torch.cat([w.grad.flatten() for w in whole.values()]).norm())
         for tensor in whole.values():  # torch's own clip adds 1e-6 to the norm
-            tensor.grad.mul_((limit / dense_norm).clamp(max=1.0))
-        ours.step()
+            tensor.grad.mul_((norms[0] / 2 / norms[-1]).clamp(max=1.0))
         theirs.step()
+    return losses, norms, whole
+
+
+def check_updates(
+    context: ParallelContext, input_ids: Tensor, labels: Tensor, optimizer: type, dense: tuple
+) -> None:
+    """SGD hides no factor of a gradient; AdamW is what trains. Token counts differ between rows."""
+    model, _ = random_model(context)
+    batch = own_rows((input_ids, labels), context)
+    ours = optimizer(model.parameters(), lr=1e-3)
+    losses, norms, whole = dense
+    limit = norms[0].item() / 2
+    for expected_loss, expected_norm in zip(losses, norms, strict=True):
+        ours.zero_grad()
+        loss = global_backward(model, batch[:1], batch[1], context)
+        difference("loss", expected_loss.new_tensor(loss), expected_loss)
+        norm = clip_gradients(model, context.tp, limit)
+        difference("global norm", expected_norm.new_tensor(norm), expected_norm)
+        ours.step()
     worst = worst_difference(gather_whole(model, context.tp), whole)
     for name, parameter in model.named_parameters():
         if shard_spec(parameter).parts == 1:
             assert apart(parameter, context) == 0, f"the replicas of {name} drifted"
-    layout = f"tp {context.tp.size} x dp {context.dp.size}, {updates} x {optimizer.__name__}"
+    layout = f"tp {context.tp.size} x dp {context.dp.size}, {len(losses)} x {optimizer.__name__}"
     say(f"{layout}: norm {norm:.4f} to {limit:.4f}, max weight diff {worst:.1e}")
 
 
@@ -218,11 +230,13 @@ def main() -> None:
     labels = labels.masked_fill(torch.arange(7, device=context.device) >= ends, IGNORED)
     check_model(context, input_ids, labels)
     check_loading(context)
+    runs = ((torch.optim.SGD, 3), (torch.optim.AdamW, 10))
+    dense = [dense_updates(context, input_ids, labels, *run) for run in runs]
     for tp_size in [size for size in (1, 2, 4) if context.world_size % size == 0]:
         mesh = init_parallel(ParallelConfig(tp_size))
         check_mesh(mesh, input_ids)
-        check_updates(mesh, input_ids, labels, torch.optim.SGD, 3)
-        check_updates(mesh, input_ids, labels, torch.optim.AdamW, 10)
+        for (optimizer, _), expected in zip(runs, dense, strict=True):
+            check_updates(mesh, input_ids, labels, optimizer, expected)
     for gather, stride in ((False, 1), (True, 1), (False, 3), (True, 3)):
         say(f"column-parallel, gather_output={gather}, stride={stride}")
         layer = ColumnParallelLinear(IN, OUT, True, gather, stride, tp=context.tp)
