@@ -44,9 +44,13 @@ def test_files(step: Path) -> list[str]:
     return [name for name in python_files(step) if name.startswith("test_")]
 
 
+def has_ranks(step: Path) -> bool:
+    return (step / "comm.py").exists()
+
+
 def command(script: str, step: Path, ranks: int) -> list[str]:
     """How to start a script of the step: by torchrun where the step has ranks."""
-    if not (step / "comm.py").exists():
+    if not has_ranks(step):
         return [sys.executable, script]
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     return [sys.executable, *torchrun, script]
@@ -127,10 +131,8 @@ def tell(script: str, step: Path, folder: Path) -> int:
     if done.returncode == 0:
         print(f"{script}: green")
         return 0
-    frames = re.findall(
-        r'File "[^"]*?(\w+\.py)", line (\d+), in (\w+)\n\s*(?:\[rank\d+\]:)?', done.stderr
-    )
-    own = [f"{name} line {line}" for name, line, _ in frames if name in test_files(step)]
+    frames = re.findall(r'File "[^"]*?(\w+\.py)", line (\d+)', done.stderr)
+    own = [f"{name} line {line}" for name, line in frames if name in test_files(step)]
     errors = re.findall(r"AssertionError(?:: .*)?$", done.stderr, re.MULTILINE)
     print(f"{script}: red, {errors[-1] if errors else 'no assertion'} ({own[-1] if own else '?'})")
     return done.returncode
@@ -165,8 +167,8 @@ def rehearse() -> int:
     """The first exit status that is not 0, or 0."""
     for step in folders():
         scripts = [[name] for name in test_files(step)]
-        scripts += [["train.py", "--steps", "20"]] if (step / "comm.py").exists() else []
-        for ranks in (1, 2, 4) if (step / "comm.py").exists() else (1,):
+        scripts += [["train.py", "--steps", "20"]] if has_ranks(step) else []
+        for ranks in (1, 2, 4) if has_ranks(step) else (1,):
             for script, *flags in scripts:
                 print(f"\n{step.name}, {ranks} ranks: {' '.join([script, *flags])}", flush=True)
                 words = [*command(script, step, ranks), *flags]

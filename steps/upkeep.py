@@ -149,7 +149,7 @@ def merge(file: Path, base: str, theirs: str | None, origin: str, write: bool) -
     if not file.exists() or theirs is None:
         return False  # a step that dropped the file, or a parent that did: nothing flows
     ours = file.read_text()
-    handed = file.as_posix() in read_names()
+    handed = f"{file.as_posix()}\n" in read(MERGED)
     if handed and "<<<<<<<" not in ours:
         return False
     with tempfile.TemporaryDirectory() as folder:
@@ -161,8 +161,8 @@ def merge(file: Path, base: str, theirs: str | None, origin: str, write: bool) -
         done = git("merge-file", "-p", *labels, *map(str, paths))
     conflict = done.returncode != 0
     if conflict and write:
-        with MERGED.open("a") as names:
-            names.write(f"{file.as_posix()}\n")
+        with MERGED.open("a") as note:
+            note.write(f"{file.as_posix()}\n")
         if not handed:
             file.write_text(done.stdout)
         where = file.relative_to(STEPS.parent)
@@ -172,7 +172,3 @@ def merge(file: Path, base: str, theirs: str | None, origin: str, write: bool) -
     if write:
         file.write_text(done.stdout)
     return True
-
-
-def read_names() -> list[str]:
-    return [line.strip() for line in read(MERGED)]
