@@ -94,6 +94,38 @@ def scatter_to_tensor_parallel_region(x: Tensor, axis: Axis) -> Tensor:
     return x if axis.size == 1 else _Scatter.apply(x, axis)
 
 
+def enter_tensor_parallel_region(x: Tensor, axis: Axis) -> Tensor:
+    """What a layer cut over the axis reads: (B, T, D). `f`; under sequence parallelism from
+    (B, T/n, D), forward: all-gather of the tokens; backward: reduce-scatter.
+    """
+    if axis.sequence_parallel and axis.size > 1:
+        return _GatherTokens.apply(x, axis)
+    return copy_to_tensor_parallel_region(x, axis)
+
+
+def leave_tensor_parallel_region(x: Tensor, axis: Axis) -> Tensor:
+    """What a layer cut over the axis gives: the sum of partial (B, T, D). `g`; under sequence
+    parallelism (B, T/n, D) of it, forward: reduce-scatter; backward: all-gather.
+    """
+    if axis.sequence_parallel and axis.size > 1:
+        return _ScatterTokens.apply(x, axis)
+    return reduce_from_tensor_parallel_region(x, axis)
+
+
+def own_tokens(x: Tensor, axis: Axis) -> Tensor:
+    """(.., T) -> (.., T/n) under sequence parallelism. Raises ValueError if n does not divide T."""
+    if not axis.sequence_parallel:
+        return x
+    if x.shape[-1] % axis.size:
+        raise ValueError(f"{x.shape[-1]} tokens cannot be divided by tp_size={axis.size}")
+    return own_slice(x, axis)
+
+
+def first_token(x: Tensor, axis: Axis) -> int:
+    """Where in its sequence x, (B, T or T/n, D) between two layers, begins on this rank."""
+    return axis.rank * x.shape[1] if axis.sequence_parallel else 0
+
+
 class _Copy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
@@ -135,3 +167,25 @@ class _Scatter(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return all_gather(gradient, ctx.axis, "backward"), None
+
+
+class _GatherTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return all_gather(x, axis, "forward", dim=-2)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return reduce_scatter(gradient, ctx.axis, "backward", dim=-2), None
+
+
+class _ScatterTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return reduce_scatter(x, axis, "forward", dim=-2)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return all_gather(gradient, ctx.axis, "backward", dim=-2), None

@@ -35,7 +35,7 @@ class GPTConfig:
     def ff_width(self) -> int:
         return self.d_ff if self.d_ff is not None else 4 * self.d_model
 
-    def check(self, tp_size: int = 1) -> None:
+    def check(self, tp_size: int = 1, sequence_parallel: bool = False) -> None:
         """Raises ConfigError if no such model exists, or tp_size ranks cannot share it."""
         if self.d_head is None and self.d_model % self.n_heads:
             raise ConfigError(f"d_model={self.d_model} is not divisible by n_heads={self.n_heads}")
@@ -49,6 +49,11 @@ class GPTConfig:
                     f"{name}={value} is not divisible by tp_size={tp_size}; "
                     f"tp_size can be {possible}"
                 )
+        if sequence_parallel and self.context_length % tp_size:
+            raise ConfigError(
+                f"context_length={self.context_length} is not divisible by tp_size={tp_size}, over "
+                f"which sequence parallelism divides it; it can be a multiple of {tp_size}"
+            )
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,7 @@ class ParallelConfig:
 
     tp_size: int | None = None
     dp_size: int | None = None
+    sequence_parallel: bool = False
 
     def resolve(self, world_size: int) -> tuple[int, int]:
         """(tp_size, dp_size); one that is not given takes the ranks that the other leaves."""

@@ -10,15 +10,14 @@ import math
 
 import torch
 import torch.nn.functional as F
-from comm import gather_from_tensor_parallel_region
+from comm import first_token, gather_from_tensor_parallel_region, own_tokens
 from config import IGNORED, GPTConfig
 from dropout import Dropout, Seed, name_sites
 from parallel_context import Axis, ParallelContext
 from tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
-    ShardSpec,
-    new_parameter,
+    replicated_parameter,
 )
 from torch import Tensor, nn
 from vocab_parallel import VocabParallelEmbedding, vocab_parallel_cross_entropy
@@ -29,10 +28,10 @@ EMBEDDING_STD = 0.02
 class LayerNorm(nn.Module):
     """Layer norm over D, the same on every rank."""
 
-    def __init__(self, d_model: int, bias: bool) -> None:
+    def __init__(self, d_model: int, bias: bool, tp: Axis) -> None:
         super().__init__()
-        self.weight = new_parameter(ShardSpec((d_model,), init_mean=1.0))
-        self.bias = new_parameter(ShardSpec((d_model,))) if bias else None
+        self.weight = replicated_parameter((d_model,), tp, init_mean=1.0)
+        self.bias = replicated_parameter((d_model,), tp) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, eps=1e-5)
@@ -41,9 +40,9 @@ class LayerNorm(nn.Module):
 class PositionEmbedding(nn.Module):
     """(..) positions -> (.., D): a table (n, D), the same on every rank."""
 
-    def __init__(self, n: int, d_model: int) -> None:
+    def __init__(self, n: int, d_model: int, tp: Axis) -> None:
         super().__init__()
-        self.weight = new_parameter(ShardSpec((n, d_model), init_std=EMBEDDING_STD))
+        self.weight = replicated_parameter((n, d_model), tp, init_std=EMBEDDING_STD)
 
     def forward(self, positions: Tensor) -> Tensor:
         return F.embedding(positions, self.weight)
@@ -99,43 +98,51 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Attention and feed-forward, each normed before and added to the residual stream."""
+    """Attention and feed-forward, each normed before and added to the residual stream.
+
+    The stream is (B, T, D), the same on every rank, or under sequence parallelism (B, T/tp, D), a
+    rank's own tokens ("Reducing Activation Recomputation in Large Transformer Models", Korthikanti
+    et al.).
+    """
 
     def __init__(self, config: GPTConfig, tp: Axis) -> None:
         super().__init__()
-        self.attention_norm = LayerNorm(config.d_model, config.bias)
+        self.tp = tp
+        self.attention_norm = LayerNorm(config.d_model, config.bias, tp)
         self.attention = MultiHeadSelfAttention(config, tp)
         self.attention_dropout = Dropout(config.dropout)
-        self.feed_forward_norm = LayerNorm(config.d_model, config.bias)
+        self.feed_forward_norm = LayerNorm(config.d_model, config.bias, tp)
         self.feed_forward = FeedForward(config, tp)
         self.feed_forward_dropout = Dropout(config.dropout)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, seed: Seed = None) -> Tensor:
+        first = (first_token(x, self.tp),)
         attended = self.attention(self.attention_norm(x), mask, seed)
-        x = x + self.attention_dropout(attended, seed, (0,))
+        x = x + self.attention_dropout(attended, seed, first)
         fed = self.feed_forward(self.feed_forward_norm(x))
-        return x + self.feed_forward_dropout(fed, seed, (0,))
+        return x + self.feed_forward_dropout(fed, seed, first)
 
 
 class GPTModel(nn.Module):
     """A decoder-only transformer. Weights are empty until init_weights or load_whole fills them.
 
-    Raises ConfigError if context.tp cannot share the heads or the feed-forward layer.
+    Raises ConfigError if context.tp cannot share the heads, the feed-forward layer or the tokens.
     """
 
     def __init__(self, config: GPTConfig, context: ParallelContext | None = None) -> None:
         super().__init__()
         context = context or ParallelContext()
-        config.check(context.tp.size)
+        config.check(context.tp.size, context.tp.sequence_parallel)
         self.config, self.tp = config, context.tp
         with context.device:
             self.token_embedding = token_table(config, context.tp)
-            self.position_embedding = PositionEmbedding(config.context_length, config.d_model)
+            length = config.context_length
+            self.position_embedding = PositionEmbedding(length, config.d_model, context.tp)
             self.embedding_dropout = Dropout(config.dropout)
             self.blocks = nn.ModuleList(
                 TransformerBlock(config, context.tp) for _ in range(config.n_layers)
             )
-            self.final_norm = LayerNorm(config.d_model, config.bias)
+            self.final_norm = LayerNorm(config.d_model, config.bias, context.tp)
             # Tied, it is the same module under a second name, and its weight one parameter.
             self.output_head = (
                 self.token_embedding if config.tied else token_table(config, context.tp)
@@ -159,7 +166,8 @@ class GPTModel(nn.Module):
         and whatever stands at or before padding, is ignored. loss: the mean over the rest, in
         nats; 0 if nothing is left.
         seed: for dropout, in training; without it nothing is dropped.
-        Raises ValueError if T exceeds context_length, or for an id outside the vocabulary.
+        Raises ValueError if T exceeds context_length, for an id outside the vocabulary, and under
+        sequence parallelism if tp does not divide T.
         """
         local = self.local_logits(input_ids, attention_mask, seed)  # (B, T, V/tp)
         logits = loss = None
@@ -179,10 +187,11 @@ class GPTModel(nn.Module):
         T = input_ids.shape[1]
         if self.config.context_length < T:
             raise ValueError(f"{T} tokens exceed context_length={self.config.context_length}")
-        positions = positions_of(input_ids, attention_mask)
+        positions = own_tokens(positions_of(input_ids, attention_mask), self.tp)
         mask = None if attention_mask is None else causal_padding_mask(attention_mask)
-        x = self.token_embedding(input_ids) + self.position_embedding(positions)  # (B, T, D)
-        x = self.embedding_dropout(x, seed, (0,))
+        # Between the cut layers x is (B, T, D), or (B, T/tp, D) under sequence parallelism.
+        x = self.token_embedding(input_ids) + self.position_embedding(positions)
+        x = self.embedding_dropout(x, seed, (first_token(x, self.tp),))
         for block in self.blocks:
             x = block(x, mask, seed)
         return self.output_head.logits(self.final_norm(x))

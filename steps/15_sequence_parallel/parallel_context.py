@@ -6,7 +6,7 @@ because they talk most and neighbours share a machine.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 
 import torch
@@ -43,7 +43,8 @@ class Ledger:
 class Axis:
     """One way of dividing the work: `size` ranks, of which this is number `rank`.
 
-    An axis of size 1 needs no process group: comm.py then communicates nothing.
+    An axis of size 1 needs no process group: comm.py then communicates nothing. Under sequence
+    parallelism the axis also divides the tokens wherever it divides nothing else.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Axis:
     rank: int = 0
     group: dist.ProcessGroup | None = None
     ledger: Ledger = field(default_factory=Ledger, repr=False)
+    sequence_parallel: bool = False
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,8 @@ def init_parallel(
         group = mesh.get_group(name)
         return Axis(name, dist.get_world_size(group), dist.get_rank(group), group)
 
-    return ParallelContext(axis("tp"), axis("dp"), chosen)
+    tp = replace(axis("tp"), sequence_parallel=parallel.sequence_parallel)
+    return ParallelContext(tp, axis("dp"), chosen)
 
 
 def end_parallel() -> None:

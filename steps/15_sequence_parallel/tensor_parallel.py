@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from comm import (
     all_gather,
-    copy_to_tensor_parallel_region,
+    enter_tensor_parallel_region,
     gather_from_tensor_parallel_region,
-    reduce_from_tensor_parallel_region,
+    leave_tensor_parallel_region,
     scatter_to_tensor_parallel_region,
 )
 from config import ConfigError
@@ -92,6 +92,15 @@ def new_parameter(spec: ShardSpec) -> nn.Parameter:
     return parameter
 
 
+def replicated_parameter(shape: tuple[int, ...], tp: Axis, **initial: float) -> nn.Parameter:
+    """An empty parameter that every rank holds and adds to, or multiplies, between the cut layers.
+
+    Under sequence parallelism a rank sees only its own tokens there, so its gradient is partial.
+    """
+    partial_over = ("dp", tp.name) if tp.sequence_parallel else ("dp",)
+    return new_parameter(ShardSpec(shape, partial_over=partial_over, **initial))
+
+
 def shard_spec(parameter: nn.Parameter) -> ShardSpec:
     spec = getattr(parameter, "shard_spec", None)
     assert isinstance(spec, ShardSpec), "a parameter without a shard spec: use new_parameter"
@@ -155,9 +164,10 @@ def gather_whole(model: nn.Module, tp: Axis, gradients: bool = False) -> dict[st
 class ColumnParallelLinear(nn.Module):
     """Y = X Wᵀ + b with W's rows split over tp: "column" is meant of Wᵀ.
 
-    (B, T, I) -> (B, T, O/tp), or (B, T, O) with gather_output: every rank reads all of X and makes
-    its slice of Y. With stride s the output features are s blocks of O/s, and each block is split:
-    the local output is this rank's slice of the first block, then of the second, and so on.
+    (B, T, I) -> (B, T, O/tp), or (B, T, O) with gather_output: every rank reads all of X, which
+    under sequence parallelism it gathers from (B, T/tp, I), and makes its slice of Y. With stride
+    s the output features are s blocks of O/s, and each block is split: the local output is this
+    rank's slice of the first block, then of the second, and so on.
     Raises ConfigError if out_features is not divisible by stride x tp.
     """
 
@@ -191,7 +201,7 @@ class ColumnParallelLinear(nn.Module):
         self.bias = new_parameter(cut) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        x = copy_to_tensor_parallel_region(x, self.tp)  # (B, T, I)    backward: all-reduce
+        x = enter_tensor_parallel_region(x, self.tp)  # (B, T, I)    backward: sum over tp
         bias = self.bias.flatten() if self.bias is not None else None
         y = F.linear(x, self.weight.reshape(-1, x.shape[-1]), bias)  # (B, T, O/tp)
         if self.gather_output:
@@ -204,7 +214,8 @@ class RowParallelLinear(nn.Module):
     """Y = X Wᵀ + b with W's columns split over tp: each rank multiplies its slice of X.
 
     (B, T, I/tp) -> (B, T, O), or from (B, T, I) with input_is_parallel=False, which takes the
-    slice first. The products are partial sums; the bias is added once, after they are summed.
+    slice first; under sequence parallelism (B, T/tp, O). The products are partial sums; the bias
+    is added once, after they are summed.
     Raises ConfigError if in_features is not divisible by tp.
     """
 
@@ -230,11 +241,11 @@ class RowParallelLinear(nn.Module):
         self.weight = new_parameter(
             ShardSpec((out_features, in_features), 1, tp.size, tp.rank, init_std=std, decay=True)
         )  # (O, I/tp)
-        self.bias = new_parameter(ShardSpec((out_features,))) if bias else None  # (O,)
+        self.bias = replicated_parameter((out_features,), tp) if bias else None  # (O,)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.input_is_parallel:
             x = scatter_to_tensor_parallel_region(x, self.tp)  # (B, T, I/tp)
         partial = F.linear(x, self.weight)  # (B, T, O) partial
-        y = reduce_from_tensor_parallel_region(partial, self.tp)  # (B, T, O)    all-reduce
+        y = leave_tensor_parallel_region(partial, self.tp)  # (B, T, O)    sum over tp
         return y if self.bias is None else y + self.bias

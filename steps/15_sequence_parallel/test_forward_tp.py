@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import product
 
 import torch
 import torch.distributed as dist
@@ -16,9 +17,15 @@ from comm import all_gather, all_reduce, broadcast_, own_slice, reduce_scatter
 from config import IGNORED, ConfigError, GPTConfig, ParallelConfig
 from dropout import Dropout, DropoutSeed, Seed
 from environment import run, say
-from model import GPTModel
+from model import GPTModel, TransformerBlock
 from oracle import Masks, difference, naive_loss, worst_difference
-from parallel_context import ParallelContext, end_parallel, init_parallel, init_tensor_parallel
+from parallel_context import (
+    Axis,
+    ParallelContext,
+    end_parallel,
+    init_parallel,
+    init_tensor_parallel,
+)
 from tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -29,12 +36,14 @@ from tensor_parallel import (
     shard_spec,
 )
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.benchmark import Timer
-from train import global_backward, own_rows
+from train import global_backward, own_rows, sum_gradients
 from vocab_parallel import VocabParallelEmbedding, vocab_parallel_cross_entropy
 
 IN, OUT = 24, 48
 UPDATES_DROPOUT = 0.2
+PHASES = ("forward", "backward")
 V, PADDED = 139, 256  # so that four ranks hold 64, 64, 11 and 0 rows, the rest is pad
 
 
@@ -205,6 +214,7 @@ def compare(
     loss.backward()
     calls = {f"{op} {phase}": t.calls for (op, phase), t in context.tp.ledger.entries.items()}
     payload = sum(t.payload_bytes for t in context.tp.ledger.entries.values()) // 8  # of float64
+    sum_gradients(model, context)
     logits, same_loss = model(*inputs, seed=seed)
     assert torch.equal(loss, same_loss)
     say(f"max diff vs rank0: {apart(logits, context):.1e}")
@@ -234,9 +244,15 @@ def check_model(
     same = torch.equal(model(*inputs)[1], model(*inputs, seed=seed)[1])
     assert same == (dropout == 0), "without a seed there is no dropout"
     sums = 2 * model.config.n_layers + 1  # one for the embedding, one for the head's input
-    expected = {"all_reduce forward": sums + 3, "all_reduce backward": sums}  # 3 for the loss
+    expected = {"all_reduce forward": 3}  # the loss
+    if context.tp.sequence_parallel:  # an all-reduce is a reduce-scatter and an all-gather
+        pairs = [f"{op} {phase}" for op in ("reduce_scatter", "all_gather") for phase in PHASES]
+        expected |= dict.fromkeys(pairs, sums)
+    else:
+        expected |= {"all_reduce forward": sums + 3, "all_reduce backward": sums}
     assert calls == (expected if context.tp.size > 1 else {}), calls
-    expected_payload = input_ids.numel() * (2 * sums * model.config.d_model + 3)
+    expected_payload = input_ids.numel() * (sum(expected.values()) - 3) * model.config.d_model
+    expected_payload += 3 * input_ids.numel()
     assert payload == (expected_payload if context.tp.size > 1 else 0), payload
 
 
@@ -272,6 +288,38 @@ def check_dropout(context: ParallelContext) -> None:
     for call in ("Dropout(0.1)(x, seed, (0,))", "F.dropout(x, 0.1)"):
         took = Timer(call, globals=globals() | {"x": x, "seed": seed}).timeit(20).mean * 1e3
         say(f"  {call}: {took:.2f} ms")
+
+
+def run_block(config: GPTConfig, tp: Axis, x: Tensor) -> tuple[int, int]:
+    """(elements of its ring traffic x n / (n-1), whole (B, T, D) tensors saved for backward)."""
+    block = TransformerBlock(config, tp).to(x)
+    init_weights(block, seed=1)
+    saved: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    tp.ledger.clear()
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        own = x.chunk(tp.size, dim=1)[tp.rank] if tp.sequence_parallel else x
+        y = block(own.requires_grad_())
+    y.backward(torch.ones_like(y))
+    ring = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1}
+    moved = sum(ring[op] * t.payload_bytes for (op, _), t in tp.ledger.entries.items())
+    whole = sum(t.numel() == x.numel() and t.shape[-1] == x.shape[-1] for t in saved)
+    return moved // x.element_size(), whole
+
+
+def check_pair(context: ParallelContext) -> None:
+    """A block's ring traffic is that of the all-reduces; the gathered inputs are still saved."""
+    x, config = random(context, 2, 8, 24, seed=8), random_model(context)[0].config
+    replicated, saved = run_block(config, replace(context.tp, sequence_parallel=False), x)
+    divided, still_saved = run_block(config, context.tp, x)
+    say(f"ring traffic of a block x n / (n-1): {replicated} elements, sequence-parallel {divided}")
+    say(f"whole (B, T, D) tensors saved: {saved}, sequence-parallel {still_saved}")
+    assert replicated == divided, (replicated, divided)
+    assert (saved, still_saved) == (4, 2 if context.tp.size > 1 else 4), (saved, still_saved)
 
 
 def check_loading(context: ParallelContext) -> None:
@@ -344,26 +392,30 @@ def check_updates(
         if shard_spec(parameter).parts == 1:
             assert apart(parameter, context) == 0, f"the replicas of {name} drifted"
     layout = f"tp {context.tp.size} x dp {context.dp.size}, {len(losses)} x {optimizer.__name__}"
+    layout += ", sequence-parallel" * context.tp.sequence_parallel
     say(f"{layout}: norm {norm:.4f} to {limit:.4f}, max weight diff {worst:.1e}")
 
 
 def main() -> None:
     context = init_tensor_parallel()
     say(f"world_size: {context.world_size}")
-    rows = ("3141592", "2718281", "1414213", "1618033")
+    rows = ("31415926", "27182818", "14142135", "16180339")
     input_ids = torch.tensor([[15 * int(t) for t in row] for row in rows], device=context.device)
     labels = input_ids.roll(-1, dims=1)
-    ends = torch.tensor([[7], [4], [1], [2]], device=context.device)
-    labels = labels.masked_fill(torch.arange(7, device=context.device) >= ends, IGNORED)
-    for dropout in (0.0, 0.1):
-        say(f"dropout {dropout}")
-        check_model(context, input_ids, labels, dropout)
+    ends = torch.tensor([[8], [4], [1], [2]], device=context.device)
+    labels = labels.masked_fill(torch.arange(8, device=context.device) >= ends, IGNORED)
+    sequence = init_parallel(ParallelConfig(context.tp.size, sequence_parallel=True))
+    for ranks, dropout in ((context, 0.0), (context, 0.1), (sequence, 0.0), (sequence, 0.1)):
+        say(f"dropout {dropout}, sequence-parallel {ranks.tp.sequence_parallel}")
+        check_model(ranks, input_ids, labels, dropout)
+    check_pair(sequence)
     check_dropout(context)
     check_loading(context)
     runs = ((torch.optim.SGD, 3), (torch.optim.AdamW, 10))
     dense = [dense_updates(context, input_ids, labels, *run) for run in runs]
-    for tp_size in [size for size in (1, 2, 4) if context.world_size % size == 0]:
-        mesh = init_parallel(ParallelConfig(tp_size))
+    sizes = [size for size in (1, 2, 4) if context.world_size % size == 0]
+    for tp_size, divided in [(1, False), *product(sizes[1:], (False, True))]:
+        mesh = init_parallel(ParallelConfig(tp_size, sequence_parallel=divided))
         check_mesh(mesh, input_ids)
         for (optimizer, _), expected in zip(runs, dense, strict=True):
             check_updates(mesh, input_ids, labels, optimizer, expected)

@@ -44,6 +44,12 @@ def global_backward(
     _, loss = model(*inputs, labels=labels, return_logits=False, seed=seed)
     weighted = loss * share.to(loss.dtype)
     weighted.backward()
+    sum_gradients(model, context)
+    return all_reduce(weighted, context.dp, "forward").item()
+
+
+def sum_gradients(model: nn.Module, context: ParallelContext) -> None:
+    """Sums each gradient over the axes on which its shard spec says that it is partial."""
     for axis in context.axes:
         specs = {p: shard_spec(p) for p in model.parameters()}
         partial = [p.grad for p, spec in specs.items() if axis.name in spec.partial_over]
@@ -52,7 +58,6 @@ def global_backward(
             parts = all_reduce_(flat, axis, "backward").split([g.numel() for g in partial])
             for gradient, summed in zip(partial, parts, strict=True):
                 gradient.copy_(summed.view_as(gradient))
-    return all_reduce(weighted, context.dp, "forward").item()
 
 
 def own_rows(batch: tuple[Tensor, Tensor], context: ParallelContext) -> tuple[Tensor, Tensor]:
@@ -97,14 +102,15 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "float64"], default="float32")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--tp-size", type=count, help="all ranks unless given; the rest is dp")
+    parser.add_argument("--sequence-parallel", action="store_true")
     parser.add_argument("--dropout", type=float, default=0.0, help="from 0 to below 1")
     parser.add_argument("--max-norm", type=float, default=1.0, help="0 does not clip")
     flags = parser.parse_args()
-    parallel = ParallelConfig(flags.tp_size)
+    parallel = ParallelConfig(flags.tp_size, sequence_parallel=flags.sequence_parallel)
     tp_size, dp_size = parallel.resolve(world_from_environment()[1])
     corpus = MarkovCorpus()
     config = GPTConfig(vocab_size=corpus.alphabet, dropout=flags.dropout)
-    config.check(tp_size)
+    config.check(tp_size, flags.sequence_parallel)
     if ROWS % dp_size:
         raise ConfigError(f"dp_size={dp_size} cannot share {ROWS} rows; it can be 1, 2, 4, 8 or 16")
     context = init_parallel(parallel, flags.device)

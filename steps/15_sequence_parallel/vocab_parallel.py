@@ -14,8 +14,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from comm import (
     all_reduce_,
-    copy_to_tensor_parallel_region,
-    reduce_from_tensor_parallel_region,
+    enter_tensor_parallel_region,
+    leave_tensor_parallel_region,
 )
 from config import IGNORED
 from parallel_context import Axis
@@ -26,7 +26,8 @@ PADDED_TO = 128  # rows: a multiple that most tp sizes divide, and that matrix p
 
 
 class VocabParallelEmbedding(nn.Module):
-    """(..) ids -> (.., D): a table (V, D) whose rows are split over tp; (V/tp, D) on a rank.
+    """(B, T) ids -> (B, T, D), or (B, T/tp, D) under sequence parallelism: a table (V, D) whose
+    rows are split over tp, (V/tp, D) on a rank.
 
     V is padded with rows of zeros to a multiple of 128, and of tp where tp does not divide that.
     No id reads a pad row, `logits` of one mean nothing, and no checkpoint holds it.
@@ -48,11 +49,11 @@ class VocabParallelEmbedding(nn.Module):
         elsewhere = (local < 0) | (local >= rows)
         x = F.embedding(local.masked_fill(elsewhere, 0), self.weight)
         x = x.masked_fill(elsewhere[..., None], 0)  # the rank that holds the row adds it
-        return reduce_from_tensor_parallel_region(x, self.tp)  # (.., D)    all-reduce
+        return leave_tensor_parallel_region(x, self.tp)  # (.., D)    sum over tp
 
     def logits(self, x: Tensor) -> Tensor:
         """The table as output head, column-parallel. (B, T, D) -> (B, T, V/tp), pad rows too."""
-        x = copy_to_tensor_parallel_region(x, self.tp)  # backward: all-reduce
+        x = enter_tensor_parallel_region(x, self.tp)  # (B, T, D)    backward: sum over tp
         return F.linear(x, self.weight)
 
 
