@@ -161,6 +161,13 @@ def gather_whole(model: nn.Module, tp: Axis, gradients: bool = False) -> dict[st
     return whole
 
 
+def for_product(x: Tensor) -> Tensor:
+    """x in autocast's dtype, if it is on: what travels is then as short as what is multiplied."""
+    if torch.is_autocast_enabled(x.device.type):
+        return x.to(torch.get_autocast_dtype(x.device.type))
+    return x
+
+
 class ColumnParallelLinear(nn.Module):
     """Y = X Wᵀ + b with W's rows split over tp: "column" is meant of Wᵀ.
 
@@ -201,7 +208,7 @@ class ColumnParallelLinear(nn.Module):
         self.bias = new_parameter(cut) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        x = enter_tensor_parallel_region(x, self.tp)  # (B, T, I)    backward: sum over tp
+        x = enter_tensor_parallel_region(for_product(x), self.tp)  # (B, T, I)    backward: sum
         bias = self.bias.flatten() if self.bias is not None else None
         y = F.linear(x, self.weight.reshape(-1, x.shape[-1]), bias)  # (B, T, O/tp)
         if self.gather_output:

@@ -8,10 +8,12 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from itertools import product
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import train as trainer
 from clip import clip_gradients
 from comm import all_gather, all_reduce, broadcast_, own_slice, reduce_scatter
 from config import IGNORED, ConfigError, GPTConfig, ParallelConfig
@@ -26,6 +28,7 @@ from parallel_context import (
     init_parallel,
     init_tensor_parallel,
 )
+from precision import autocast_for
 from tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -40,6 +43,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.benchmark import Timer
 from train import global_backward, own_rows, sum_gradients
 from vocab_parallel import VocabParallelEmbedding, vocab_parallel_cross_entropy
+
+from data import MarkovCorpus
 
 IN, OUT = 24, 48
 UPDATES_DROPOUT = 0.2
@@ -376,6 +381,90 @@ def check_recompute(parallel: ParallelConfig, input_ids: Tensor, dropout: float)
     say(f"  again: {results['block'][1]}; gradients: bitwise the same")
 
 
+def check_short_products(context: ParallelContext) -> None:
+    """200 steps in bf16 stay near those in fp32; weights and gradients are fp32, products bf16."""
+    corpus = MarkovCorpus()
+    config = GPTConfig(vocab_size=corpus.alphabet)
+    curves = [
+        torch.tensor(trainer.train(config, corpus, 200, context, dtype))
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
+    difference = (curves[0] - curves[1]).abs()
+    say(f"200 steps in bf16: every loss within {difference[:-1].max():.4f} of fp32's")
+    say(f"  validation loss {curves[1][-1]:.4f}, fp32 {curves[0][-1]:.4f}")
+    assert 0 < difference[:-1].max() < 0.02 and difference[-1] < 0.003, difference
+
+    model = GPTModel(config, context)
+    init_weights(model, seed=1)
+    inputs, labels = (t.to(context.device) for t in corpus.batch(0, 4, 32))
+    for _ in range(2):
+        context.tp.ledger.clear()
+        autocast = autocast_for(torch.bfloat16, context.device)
+        global_backward(model, (inputs,), labels, context, autocast=autocast)
+    for name, parameter in model.named_parameters():
+        assert parameter.dtype == parameter.grad.dtype == torch.float32, name
+    moved = {phase: t.payload_bytes for (op, phase), t in context.tp.ledger.entries.items()}
+    x, products = inputs.numel() * config.d_model, 2 * config.n_layers
+    # In fp32: the embedding's sum, three numbers a token in the loss.
+    expected = {"forward": 2 * products * x + 4 * x + 3 * 4 * inputs.numel()}
+    expected |= {"backward": 2 * (products + 1) * x, "optimizer": 8}
+    assert moved == (expected if context.tp.size > 1 else {}), (moved, expected)
+
+
+def check_skipping(context: ParallelContext, input_ids: Tensor, labels: Tensor) -> None:
+    """A gradient with nan on the last rank: nobody updates, everybody knows rank and parameter."""
+    real, step, name = trainer.init_weights, 0, "blocks.1.feed_forward.dense_h_to_4h.weight"
+    optimizers: list[torch.optim.AdamW] = []
+    seen: list[list[Tensor]] = []
+
+    class Watched(torch.optim.AdamW):
+        def __init__(self, *arguments: object, **options: object) -> None:
+            super().__init__(*arguments, **options)
+            optimizers.append(self)
+
+    def poison(parameter: Tensor) -> None:
+        nonlocal step
+        step += 1
+        held = [*optimizers[-1].state.values(), dict(enumerate(whole))]
+        seen.append([t.detach().clone() for tensors in held for t in tensors.values()])
+        if step == 3 and context.rank == context.world_size - 1:
+            parameter.grad.view(-1)[-1] = math.inf
+
+    def init_and_watch(model: nn.Module, seed: int) -> None:
+        real(model, seed)
+        whole[:] = model.parameters()
+        dict(model.named_parameters())[name].register_post_accumulate_grad_hook(poison)
+
+    whole: list[Tensor] = []
+    says = f"rank {context.world_size - 1} has nan or inf in a gradient: {name}"
+    corpus = MarkovCorpus()
+    config = GPTConfig(vocab_size=corpus.alphabet)
+    with (
+        mock.patch.object(trainer, "init_weights", init_and_watch),
+        mock.patch.object(torch.optim, "AdamW", Watched),
+    ):
+        losses = trainer.train(config, corpus, 4, context, max_skipped=1)
+        assert [math.isnan(loss) for loss in losses] == [False, False, True, False, False], losses
+        assert not all(map(torch.equal, seen[1], seen[2])), "step 2 changed nothing"
+        assert all(map(torch.equal, seen[2], seen[3])), "the skipped step changed something"
+        step = 0
+        try:
+            trainer.train(config, corpus, 4, context)
+        except ConfigError as error:
+            assert str(error) == f"steps skipped: 1, max_skipped=0; {says}", error
+        else:
+            raise AssertionError("a skipped step with max_skipped=0 did not stop")
+    model, _ = random_model(context)
+    with torch.no_grad():
+        model.final_norm.weight[0] = math.nan
+    try:
+        global_backward(model, (input_ids,), labels, context)
+    except ConfigError as error:
+        assert str(error).startswith("the loss is nan"), error
+    else:
+        raise AssertionError("a loss of nan did not stop")
+
+
 def check_loading(context: ParallelContext) -> None:
     """Weights that do not fit are refused by name, before anything is changed."""
     model, whole = random_model(context)
@@ -462,6 +551,8 @@ def main() -> None:
     for ranks, dropout in ((context, 0.0), (context, 0.1), (sequence, 0.0), (sequence, 0.1)):
         say(f"dropout {dropout}, sequence-parallel {ranks.tp.sequence_parallel}")
         check_model(ranks, input_ids, labels, dropout)
+    check_short_products(context)
+    check_skipping(init_parallel(ParallelConfig(tp_size=1)), input_ids, labels)
     check_pair(sequence)
     for divided, dropout in product((False, True), (0.0, 0.1)):
         check_recompute(ParallelConfig(sequence_parallel=divided), input_ids, dropout)

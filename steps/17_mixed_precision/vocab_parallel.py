@@ -19,7 +19,7 @@ from comm import (
 )
 from config import IGNORED
 from parallel_context import Axis
-from tensor_parallel import ShardSpec, new_parameter
+from tensor_parallel import ShardSpec, for_product, new_parameter
 from torch import Tensor, nn
 
 PADDED_TO = 128  # rows: a multiple that most tp sizes divide, and that matrix products like
@@ -53,7 +53,7 @@ class VocabParallelEmbedding(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """The table as output head, column-parallel. (B, T, D) -> (B, T, V/tp), pad rows too."""
-        x = enter_tensor_parallel_region(x, self.tp)  # (B, T, D)    backward: sum over tp
+        x = enter_tensor_parallel_region(for_product(x), self.tp)  # (B, T, D)    backward: sum
         return F.linear(x, self.weight)
 
 
