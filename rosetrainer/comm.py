@@ -1,9 +1,10 @@
 """Every collective of the program, each with its backward, each counted on its axis's ledger.
 
-Shape letters: n = axis.size. The four "region" functions are Megatron's `f` and `g` and their
-relatives (Shoeybi et al., "Megatron-LM: Training Multi-Billion Parameter Language Models Using
-Model Parallelism"): a tensor is either replicated over the axis or split along its last dimension,
-and each function leads from one region to the other, forward and backward.
+Shape letters: n = axis.size. The "region" functions are Megatron's `f` and `g` and their relatives
+(Shoeybi et al., "Megatron-LM: Training Multi-Billion Parameter Language Models Using Model
+Parallelism"): a tensor is replicated over the axis, or split along its last dimension, or, under
+sequence parallelism, along its tokens, and each function leads from one region to another, forward
+and backward.
 """
 
 from __future__ import annotations

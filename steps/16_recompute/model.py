@@ -52,8 +52,8 @@ class PositionEmbedding(nn.Module):
 class MultiHeadSelfAttention(nn.Module):
     """Causal self-attention, heads split over tp. (B, T, D) -> (B, T, D)
 
-    A rank computes H/tp heads from first to last: one all-reduce forward (after `dense`), one
-    backward (before `query_key_value`).
+    A rank computes H/tp heads from first to last: one sum over tp forward (after `dense`), one
+    backward (before `query_key_value`). Under sequence parallelism (B, T/tp, D) in and out.
     """
 
     def __init__(self, config: GPTConfig, tp: Axis, recompute: bool = False) -> None:
@@ -83,7 +83,7 @@ class FeedForward(nn.Module):
     """Column then row, nothing gathered between. (B, T, D) -> (B, T, D)
 
     GELU acts on each feature alone, so a slice of the features can pass through it; a partial sum
-    could not. One all-reduce forward, one backward.
+    could not. One sum over tp forward, one backward.
     """
 
     def __init__(self, config: GPTConfig, tp: Axis) -> None:
