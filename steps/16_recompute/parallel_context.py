@@ -6,8 +6,6 @@ because they talk most and neighbours share a machine.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 
@@ -43,14 +41,22 @@ class Ledger:
     def clear(self) -> None:
         self.entries.clear()
 
-    @contextmanager
-    def recomputing(self) -> Iterator[None]:
-        """Inside, what a forward pass moves counts as recompute."""
-        self.again = True
-        try:
-            yield
-        finally:
-            self.again = False
+    def recomputing(self) -> Recomputing:
+        """Inside this context, what a forward pass moves counts as recompute."""
+        return Recomputing(self)
+
+
+@dataclass(frozen=True)
+class Recomputing:
+    """A context that can be entered again, as a second backward pass of one graph does."""
+
+    ledger: Ledger
+
+    def __enter__(self) -> None:
+        self.ledger.again = True
+
+    def __exit__(self, *_: object) -> None:
+        self.ledger.again = False
 
 
 @dataclass(frozen=True, eq=False)

@@ -68,6 +68,8 @@ class ParallelConfig:
 
     def resolve(self, world_size: int) -> tuple[int, int]:
         """(tp_size, dp_size); one that is not given takes the ranks that the other leaves."""
+        if self.recompute not in (modes := ("none", "attention", "block")):
+            raise ConfigError(f"recompute={self.recompute}: it can be {', '.join(modes)}")
         tp = self.tp_size if self.tp_size is not None else world_size // (self.dp_size or 1)
         dp = self.dp_size if self.dp_size is not None else max(world_size // max(tp, 1), 1)
         if min(tp, dp) < 1 or tp * dp != world_size:

@@ -40,6 +40,7 @@ from tensor_parallel import (
 )
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.benchmark import Timer
 from train import global_backward, own_rows, sum_gradients
 from vocab_parallel import VocabParallelEmbedding, vocab_parallel_cross_entropy
@@ -253,6 +254,7 @@ def check_model(
     if context.tp.sequence_parallel:  # an all-reduce is a reduce-scatter and an all-gather
         pairs = [f"{op} {phase}" for op in ("reduce_scatter", "all_gather") for phase in PHASES]
         expected |= dict.fromkeys(pairs, sums)
+        expected["all_gather backward"] += sums * context.tp.overlap  # the inputs, once more
     else:
         expected |= {"all_reduce forward": sums + 3, "all_reduce backward": sums}
     assert calls == (expected if context.tp.size > 1 else {}), calls
@@ -317,14 +319,25 @@ def run_block(config: GPTConfig, tp: Axis, x: Tensor) -> tuple[int, int]:
 
 
 def check_pair(context: ParallelContext) -> None:
-    """A block's ring traffic is that of the all-reduces; the gathered inputs are still saved."""
+    """A block's ring traffic is that of the all-reduces, and what it saves of the whole sequence.
+
+    With overlap nothing: its two inputs are gathered again, half as much traffic as a sum.
+    """
     x, config = random(context, 2, 8, 24, seed=8), random_model(context)[0].config
-    replicated, saved = run_block(config, replace(context.tp, sequence_parallel=False), x)
-    divided, still_saved = run_block(config, context.tp, x)
-    say(f"ring traffic of a block x n / (n-1): {replicated} elements, sequence-parallel {divided}")
-    say(f"whole (B, T, D) tensors saved: {saved}, sequence-parallel {still_saved}")
-    assert replicated == divided, (replicated, divided)
-    assert (saved, still_saved) == (4, 2 if context.tp.size > 1 else 4), (saved, still_saved)
+    layouts = product((False, True), (False, True))
+    found = {
+        how: run_block(config, replace(context.tp, sequence_parallel=how[0], overlap=how[1]), x)
+        for how in layouts
+    }
+    for (divided, overlap), (ring, whole) in found.items():
+        say(
+            f"a block, sequence-parallel {divided}, overlap {overlap}: ring traffic {ring} elements"
+        )
+        say(f"  x (n-1) / n a rank; whole (B, T, D) tensors saved: {whole}")
+    sums = 4 * 2 * x.numel()
+    expected = {(False, False): (sums, 4), (True, False): (sums, 2)}
+    expected |= {(False, True): (sums, 4), (True, True): (sums + 2 * x.numel(), 0)}
+    assert found == (expected if context.tp.size > 1 else dict.fromkeys(found, (0, 4))), found
 
 
 def kept(
@@ -343,9 +356,12 @@ def kept(
     with saved_tensors_hooks(keep, lambda tensor: tensor):
         _, loss = model(input_ids, None, input_ids, False, DropoutSeed(1, 2))
     size = sum(n for address, (_, n) in storages.items() if address not in weights)
-    loss.backward()
+    loss.backward(retain_graph=True)
     again = {op: t.calls for (op, phase), t in tp.ledger.entries.items() if phase == "recompute"}
-    return {name: p.grad for name, p in model.named_parameters()}, size, again
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    loss.backward()  # a graph can be run through twice
+    assert all(torch.equal(p.grad, 2 * gradients[n]) for n, p in model.named_parameters())
+    return gradients, size, again
 
 
 def check_recompute(parallel: ParallelConfig, input_ids: Tensor, dropout: float) -> None:
@@ -367,7 +383,8 @@ def check_recompute(parallel: ParallelConfig, input_ids: Tensor, dropout: float)
     # shares before and after it, and what was dropped: 8 + 8 + 1 bytes each, and the mask.
     attention = cut * H * T * 17 // 8 + T * T if dropout else cut * H
     # A norm keeps its input, mean and deviation; a linear layer its input; GELU its own.
-    block = 2 * own * (D + 2) + 2 * whole * D + cut * (4 * H * K + 2 * F) + attention
+    inputs = own if tp.overlap else whole
+    block = 2 * own * (D + 2) + 2 * inputs * D + cut * (4 * H * K + 2 * F) + attention
     block += 2 * own * D // 8 if dropout else 0
     layers, sizes = config.n_layers, {mode: size for mode, (size, _) in results.items()}
     if context.device.type == "cpu":  # another kernel keeps other things
@@ -409,6 +426,54 @@ def check_short_products(context: ParallelContext) -> None:
     expected = {"forward": 2 * products * x + 4 * x + 3 * 4 * inputs.numel()}
     expected |= {"backward": 2 * (products + 1) * x, "optimizer": 8}
     assert moved == (expected if context.tp.size > 1 else {}), (moved, expected)
+
+
+def check_overlap(context: ParallelContext) -> None:
+    """Gradients are bitwise the same in every dtype; a trace shows sums and products together."""
+    config = GPTConfig(vocab_size=V, context_length=64, n_heads=8, d_model=96)
+    ids = torch.arange(128, device=context.device).view(2, 64)
+    for dtype, divided in product((torch.float64, torch.float32, torch.bfloat16), (False, True)):
+        gradients = []
+        for overlap in (False, True):
+            tp = replace(context.tp, sequence_parallel=divided, overlap=overlap)
+            model = GPTModel(config, replace(context, tp=tp))
+            model.to(torch.float64 if dtype == torch.float64 else torch.float32)
+            init_weights(model, seed=1)
+            with autocast_for(dtype, context.device)():
+                _, loss = model(ids, labels=ids, return_logits=False)
+            loss.backward()
+            gradients.append([p.grad for p in model.parameters()])
+        assert all(map(torch.equal, *gradients)), (dtype, divided)
+    say("overlap on and off: gradients bitwise the same in float64, float32 and bfloat16")
+    if context.tp.size > 1 and context.device.type == "cpu":
+        for divided, overlap in product((False, True), (False, True)):
+            tp = replace(context.tp, sequence_parallel=divided, overlap=overlap)
+            # A busy machine may have done with a sum before the product begins: three chances.
+            together = set().union(*(in_flight_together(tp) for _ in range(3)))
+            say(f"  sequence-parallel {divided}, overlap {overlap}: products run during {together}")
+            # gloo makes its reduce-scatter of an all-reduce.
+            sums = {"all_reduce", "all_gather"} if divided else {"all_reduce"}
+            assert together == (sums if overlap else set()), together
+
+
+def in_flight_together(tp: Axis) -> set[str]:
+    """The collectives during which, a trace of a layer's backward pass says, products were run."""
+    layer = ColumnParallelLinear(512, 512, tp=tp)
+    init_weights(layer, seed=1)
+    tokens = 512 // tp.size if tp.sequence_parallel else 512
+    y = layer(torch.ones(8, tokens, 512, requires_grad=True))
+    with profile(activities=[ProfilerActivity.CPU]) as trace:
+        y.sum().backward()
+    spans = {name: [] for name in ("gloo:", "aten::mm")}
+    for event in trace.events():
+        for name, found in spans.items():
+            if event.name.startswith(name):
+                found.append((event.time_range.start, event.time_range.end, event.name))
+    return {
+        name.removeprefix("gloo:")
+        for start, end, name in spans["gloo:"]
+        if any(start < mm_end and mm_start < end for mm_start, mm_end, _ in spans["aten::mm"])
+    }
 
 
 def check_skipping(context: ParallelContext, input_ids: Tensor, labels: Tensor) -> None:
@@ -548,14 +613,18 @@ def main() -> None:
     ends = torch.tensor([[8], [4], [1], [2]], device=context.device)
     labels = labels.masked_fill(torch.arange(8, device=context.device) >= ends, IGNORED)
     sequence = init_parallel(ParallelConfig(context.tp.size, sequence_parallel=True))
-    for ranks, dropout in ((context, 0.0), (context, 0.1), (sequence, 0.0), (sequence, 0.1)):
-        say(f"dropout {dropout}, sequence-parallel {ranks.tp.sequence_parallel}")
+    for ranks, overlap, dropout in product((context, sequence), (False, True), (0.0, 0.1)):
+        divided = ranks.tp.sequence_parallel
+        say(f"dropout {dropout}, sequence-parallel {divided}, overlap {overlap}")
+        ranks = replace(ranks, tp=replace(ranks.tp, overlap=overlap))
         check_model(ranks, input_ids, labels, dropout)
     check_short_products(context)
     check_skipping(init_parallel(ParallelConfig(tp_size=1)), input_ids, labels)
+    check_overlap(context)
     check_pair(sequence)
-    for divided, dropout in product((False, True), (0.0, 0.1)):
-        check_recompute(ParallelConfig(sequence_parallel=divided), input_ids, dropout)
+    for divided, overlap, dropout in product((False, True), (False, True), (0.0, 0.1)):
+        parallel = ParallelConfig(sequence_parallel=divided, overlap=overlap)
+        check_recompute(parallel, input_ids, dropout)
     check_dropout(context)
     check_loading(context)
     runs = ((torch.optim.SGD, 3), (torch.optim.AdamW, 10))
