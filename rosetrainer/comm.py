@@ -9,6 +9,8 @@ and backward.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,10 +24,32 @@ _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather
 _reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
+@dataclass(frozen=True)
+class Pending:
+    """A collective under way; its input must stay as it is until wait() gives the result."""
+
+    work: dist.Work | None
+    finish: Callable[[], Tensor]
+
+    def wait(self) -> Tensor:
+        if self.work is not None:
+            self.work.wait()
+        return self.finish()
+
+
 def all_reduce(tensor: Tensor, axis: Axis, phase: str, op: Any = dist.ReduceOp.SUM) -> Tensor:
     """A new tensor: the sum (or `op`) of all ranks' tensors, the same on every rank."""
     total = tensor.detach().clone(memory_format=torch.contiguous_format)
     return all_reduce_(total, axis, phase, op)
+
+
+def start_all_reduce(buffer: Tensor, axis: Axis, phase: str) -> Pending:
+    """all_reduce_, the sum, under way; buffer is contiguous and becomes the result."""
+    work = None
+    if axis.size > 1:
+        axis.ledger.record("all_reduce", phase, buffer.numel() * buffer.element_size())
+        work = dist.all_reduce(buffer, group=axis.group, async_op=True)
+    return Pending(work, lambda: buffer)
 
 
 def all_reduce_(buffer: Tensor, axis: Axis, phase: str, op: Any = dist.ReduceOp.SUM) -> Tensor:
@@ -38,25 +62,36 @@ def all_reduce_(buffer: Tensor, axis: Axis, phase: str, op: Any = dist.ReduceOp.
 
 def all_gather(tensor: Tensor, axis: Axis, phase: str, dim: int = -1) -> Tensor:
     """(.., d, ..) on each rank -> (.., n*d, ..) on every rank, concatenated along `dim` by rank."""
+    return start_all_gather(tensor, axis, phase, dim).wait()
+
+
+def start_all_gather(tensor: Tensor, axis: Axis, phase: str, dim: int = -1) -> Pending:
+    """all_gather, under way."""
     if axis.size == 1:
-        return tensor
+        return Pending(None, lambda: tensor)
     # The collective stacks along dimension 0, so `dim` travels there and back.
     part = tensor.detach().movedim(dim, 0).contiguous()
     whole = part.new_empty((axis.size * part.shape[0], *part.shape[1:]))
     axis.ledger.record("all_gather", phase, whole.numel() * whole.element_size())
-    _all_gather_single(whole, part, group=axis.group)
-    return whole.movedim(0, dim).contiguous()
+    work = _all_gather_single(whole, part, group=axis.group, async_op=True)
+    # The input has to live until the work is done, so the closure holds it.
+    return Pending(work, lambda part=part: whole.movedim(0, dim).contiguous())
 
 
 def reduce_scatter(tensor: Tensor, axis: Axis, phase: str, dim: int = -1) -> Tensor:
     """(.., n*d, ..) on each rank -> (.., d, ..): this rank's slice of the sum over the ranks."""
+    return start_reduce_scatter(tensor, axis, phase, dim).wait()
+
+
+def start_reduce_scatter(tensor: Tensor, axis: Axis, phase: str, dim: int = -1) -> Pending:
+    """reduce_scatter, under way."""
     if axis.size == 1:
-        return tensor
+        return Pending(None, lambda: tensor)
     whole = tensor.detach().movedim(dim, 0).contiguous()
     part = whole.new_empty((whole.shape[0] // axis.size, *whole.shape[1:]))
     axis.ledger.record("reduce_scatter", phase, whole.numel() * whole.element_size())
-    _reduce_scatter_single(part, whole, group=axis.group)
-    return part.movedim(0, dim).contiguous()
+    work = _reduce_scatter_single(part, whole, group=axis.group, async_op=True)
+    return Pending(work, lambda whole=whole: part.movedim(0, dim).contiguous())
 
 
 def broadcast_(buffer: Tensor, axis: Axis, phase: str) -> Tensor:
@@ -94,6 +129,38 @@ def gather_from_tensor_parallel_region(x: Tensor, axis: Axis) -> Tensor:
 def scatter_to_tensor_parallel_region(x: Tensor, axis: Axis) -> Tensor:
     """(.., n*d) -> (.., d). forward: this rank's slice; backward: all-gather."""
     return x if axis.size == 1 else _Scatter.apply(x, axis)
+
+
+def enter_tensor_parallel_region(x: Tensor, axis: Axis) -> Tensor:
+    """What a layer cut over the axis reads: (B, T, D). `f`; under sequence parallelism from
+    (B, T/n, D), forward: all-gather of the tokens; backward: reduce-scatter.
+    """
+    if axis.sequence_parallel and axis.size > 1:
+        return _GatherTokens.apply(x, axis)
+    return copy_to_tensor_parallel_region(x, axis)
+
+
+def leave_tensor_parallel_region(x: Tensor, axis: Axis) -> Tensor:
+    """What a layer cut over the axis gives: the sum of partial (B, T, D). `g`; under sequence
+    parallelism (B, T/n, D) of it, forward: reduce-scatter; backward: all-gather.
+    """
+    if axis.sequence_parallel and axis.size > 1:
+        return _ScatterTokens.apply(x, axis)
+    return reduce_from_tensor_parallel_region(x, axis)
+
+
+def own_tokens(x: Tensor, axis: Axis) -> Tensor:
+    """(.., T) -> (.., T/n) under sequence parallelism. Raises ValueError if n does not divide T."""
+    if not axis.sequence_parallel:
+        return x
+    if x.shape[-1] % axis.size:
+        raise ValueError(f"{x.shape[-1]} tokens cannot be divided by tp_size={axis.size}")
+    return own_slice(x, axis)
+
+
+def first_token(x: Tensor, axis: Axis) -> int:
+    """Where in its sequence x, (B, T or T/n, D) between two layers, begins on this rank."""
+    return axis.rank * x.shape[1] if axis.sequence_parallel else 0
 
 
 class _Copy(torch.autograd.Function):
@@ -137,3 +204,25 @@ class _Scatter(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return all_gather(gradient, ctx.axis, "backward"), None
+
+
+class _GatherTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return all_gather(x, axis, "forward", dim=-2)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return reduce_scatter(gradient, ctx.axis, "backward", dim=-2), None
+
+
+class _ScatterTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return reduce_scatter(x, axis, "forward", dim=-2)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return all_gather(gradient, ctx.axis, "backward", dim=-2), None

@@ -49,7 +49,7 @@ class GPTConfig:
     tied: bool = True
     """The output head shares the token embedding's weights."""
     dropout: BelowOne = 0.0
-    """Must be 0: dropout is not supported yet."""
+    """Share of activations that training drops: embeddings, attention, and what blocks add."""
 
     @property
     def head_width(self) -> int:
@@ -59,7 +59,7 @@ class GPTConfig:
     def ff_width(self) -> int:
         return self.d_ff if self.d_ff is not None else 4 * self.d_model
 
-    def check(self, tp_size: int = 1) -> None:
+    def check(self, tp_size: int = 1, sequence_parallel: bool = False) -> None:
         """Raises ConfigError if no such model exists, or tp_size ranks cannot share it."""
         check_fields(self)
         if self.d_head is None and self.d_model % self.n_heads:
@@ -67,8 +67,6 @@ class GPTConfig:
                 f"d_model={self.d_model} is not divisible by n_heads={self.n_heads}; "
                 f"n_heads can be {one_of(divisors(self.d_model))}, or give d_head"
             )
-        if self.dropout > 0:
-            raise ConfigError(f"dropout={self.dropout} is not supported yet; dropout can be 0")
         for name, value in (("n_heads", self.n_heads), ("d_ff", self.ff_width)):
             if value % tp_size:
                 possible = divisors(math.gcd(self.n_heads, self.ff_width))
@@ -76,16 +74,27 @@ class GPTConfig:
                     f"{name}={value} is not divisible by tp_size={tp_size}; "
                     f"tp_size can be {one_of(possible)}"
                 )
+        if sequence_parallel and self.context_length % tp_size:
+            raise ConfigError(
+                f"context_length={self.context_length} is not divisible by tp_size={tp_size}, over "
+                f"which sequence parallelism divides it; it can be a multiple of {tp_size}"
+            )
 
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """The layout: how many ranks share one model (tp), how many copies of it there are (dp)."""
+    """The layout: how many ranks share a model (tp), how many copies there are (dp), and how."""
 
     tp_size: Count | None = None
     """Tensor-parallel size; the number of ranks / dp_size unless given."""
     dp_size: Count | None = None
     """Data-parallel size; the number of ranks / tp_size unless given."""
+    sequence_parallel: bool = False
+    """Between tensor-parallel layers each rank holds its own tokens only: less memory."""
+    recompute: Literal["none", "attention", "block"] = "none"
+    """What the backward pass computes again instead of keeping: less memory, more time."""
+    overlap: bool = True
+    """The backward pass computes while its tensor-parallel collectives are under way."""
 
     def resolve(self, world_size: int) -> tuple[int, int]:
         """(tp_size, dp_size), their product world_size. Raises ConfigError if there is none."""
@@ -169,6 +178,10 @@ class RunConfig:
     """auto takes CUDA when each local rank has a GPU of its own."""
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
     """bfloat16 is autocast over fp32 parameters; auto takes it where the hardware multiplies it."""
+    max_skipped: CountOrZero = 0
+    """Steps with nan or inf in a gradient that may be skipped before the run stops."""
+    check_replicas: CountOrZero = 0
+    """Steps between two comparisons of what several ranks hold alike; 0 never compares."""
     threads: CountOrZero = 0
     """CPU threads of a rank; 0 shares the cores among the local ranks."""
 
@@ -186,5 +199,5 @@ class TrainConfig:
         """Raises ConfigError for anything that cannot work with world_size ranks."""
         check_fields(self)
         tp_size, dp_size = self.parallel.resolve(world_size)
-        self.model.check(tp_size)
+        self.model.check(tp_size, self.parallel.sequence_parallel)
         self.optim.accumulation(dp_size)

@@ -6,16 +6,19 @@ each rank divides by the step's global token count, and gradients are summed, no
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from rosetrainer.comm import all_reduce, all_reduce_
 from rosetrainer.config import IGNORED
+from rosetrainer.dropout import Seed
 from rosetrainer.parallel_context import ParallelContext
-from rosetrainer.performance import Autocast
+from rosetrainer.precision import Autocast, check_gradients
 from rosetrainer.tensor_parallel import shard_spec
 
 BUCKET_BYTES = 25 * 2**20  # as large as DistributedDataParallel's: few calls, little memory
@@ -26,23 +29,33 @@ def accumulate_gradients(
     micro_batches: list[tuple[Tensor, Tensor]],
     context: ParallelContext,
     autocast: Autocast = nullcontext,
+    seed: Seed = None,
 ) -> float:
     """Adds the global batch's gradient to every parameter's .grad; returns its mean loss in nats.
 
     micro_batches: this rank's (input_ids, labels), each (b, T); all dp ranks have equally many.
+    The first micro-batches of all dp ranks are the global batch's first rows, in order of rank.
+    seed: for dropout, of the global batch. If the loss is not finite, gradients are not summed.
+    Raises NonFiniteGradientError on every rank if a gradient of one is not finite.
     """
     counts = [int((labels != IGNORED).sum()) for _, labels in micro_batches]
     local = torch.tensor(sum(counts), dtype=torch.float64)
     tokens = max(float(_sum_over_dp(local, context)), 1.0)
     total = torch.zeros((), dtype=torch.float64)
-    for (input_ids, labels), count in zip(micro_batches, counts, strict=True):
+    for index, ((input_ids, labels), count) in enumerate(zip(micro_batches, counts, strict=True)):
+        if seed:
+            first = (index * context.dp.size + context.dp.rank) * len(labels)
+            seed = replace(seed, first_row=first)
         with autocast():
-            _, loss = model(input_ids, labels=labels, return_logits=False)
+            _, loss = model(input_ids, labels=labels, return_logits=False, seed=seed)
         share = loss * (count / tokens)
         share.backward()
         total += share.detach().to("cpu", torch.float64)
-    reduce_gradients(model, context)
-    return float(_sum_over_dp(total, context))
+    mean = float(_sum_over_dp(total, context))
+    if math.isfinite(mean):
+        check_gradients(model, context)
+        reduce_gradients(model, context)
+    return mean
 
 
 def reduce_gradients(model: nn.Module, context: ParallelContext) -> None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
 from rosetrainer.comm import all_reduce
 from rosetrainer.config import IGNORED, TrainConfig
 from rosetrainer.data import Corpus, leak_report, mean_and_error
 from rosetrainer.model import GPTModel
 from rosetrainer.parallel_context import ParallelContext
-from rosetrainer.performance import Autocast
+from rosetrainer.precision import Autocast
+from rosetrainer.vocab_parallel import vocab_parallel_cross_entropy
 
 
 @torch.no_grad()
@@ -28,15 +28,11 @@ def evaluate(
     sums = torch.zeros(4, dtype=torch.float64)  # labels, loss, loss - floor, its square
     for inputs, labels in corpus.val_batches(*split):
         with autocast():
-            logits, _ = model(torch.from_numpy(inputs).to(context.device))
+            logits = model.local_logits(torch.from_numpy(inputs).to(context.device))
         target = torch.from_numpy(labels)
-        losses = F.cross_entropy(
-            logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32)),
-            target.flatten().to(context.device),
-            ignore_index=IGNORED,
-            reduction="none",
-        )
-        losses = losses.to("cpu", torch.float64)  # 0 where there is no label
+        known = config.model.vocab_size
+        losses = vocab_parallel_cross_entropy(logits, target.to(context.device), known, context.tp)
+        losses = losses.flatten().to("cpu", torch.float64)  # 0 where there is no label
         above = losses - torch.from_numpy(next(floors)).flatten() if floors else losses
         count = (target != IGNORED).sum().double()
         sums += torch.stack([count, losses.sum(), above.sum(), above.square().sum()])

@@ -10,15 +10,18 @@ import math
 
 import torch
 import torch.nn.functional as F
+from dropout import Dropout, Seed, name_sites
+from recompute import recompute
 from torch import Tensor, nn
+from vocab_parallel import VocabParallelEmbedding, vocab_parallel_cross_entropy
 
+from rosetrainer.comm import first_token, gather_from_tensor_parallel_region, own_tokens
 from rosetrainer.config import IGNORED, GPTConfig
 from rosetrainer.parallel_context import Axis, ParallelContext
 from rosetrainer.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
-    ShardSpec,
-    new_parameter,
+    replicated_parameter,
 )
 
 EMBEDDING_STD = 0.02
@@ -27,24 +30,24 @@ EMBEDDING_STD = 0.02
 class LayerNorm(nn.Module):
     """Layer norm over D, the same on every rank."""
 
-    def __init__(self, d_model: int, bias: bool) -> None:
+    def __init__(self, d_model: int, bias: bool, tp: Axis) -> None:
         super().__init__()
-        self.weight = new_parameter(ShardSpec((d_model,), init_mean=1.0))
-        self.bias = new_parameter(ShardSpec((d_model,))) if bias else None
+        self.weight = replicated_parameter((d_model,), tp, init_mean=1.0)
+        self.bias = replicated_parameter((d_model,), tp) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, eps=1e-5)
 
 
-class Embedding(nn.Module):
-    """(..) ids -> (.., D): a table (n, D), the same on every rank."""
+class PositionEmbedding(nn.Module):
+    """(..) positions -> (.., D): a table (n, D), the same on every rank."""
 
-    def __init__(self, n: int, d_model: int, decay: bool) -> None:
+    def __init__(self, n: int, d_model: int, tp: Axis) -> None:
         super().__init__()
-        self.weight = new_parameter(ShardSpec((n, d_model), init_std=EMBEDDING_STD, decay=decay))
+        self.weight = replicated_parameter((n, d_model), tp, init_std=EMBEDDING_STD)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        return F.embedding(ids, self.weight)
+    def forward(self, positions: Tensor) -> Tensor:
+        return F.embedding(positions, self.weight)
 
 
 class MultiHeadSelfAttention(nn.Module):
@@ -54,25 +57,26 @@ class MultiHeadSelfAttention(nn.Module):
     backward (before `query_key_value`). Under sequence parallelism (B, T/tp, D) in and out.
     """
 
-    def __init__(self, config: GPTConfig, tp: Axis) -> None:
+    def __init__(self, config: GPTConfig, tp: Axis, recompute: bool = False) -> None:
         super().__init__()
         width = config.n_heads * config.head_width  # H*K, which need not be D
         self.head_width = config.head_width
         self.query_key_value = ColumnParallelLinear(
             config.d_model, 3 * width, config.bias, stride=3, tp=tp
         )
+        self.tp, self.recompute = tp, recompute
+        self.dropout = Dropout(config.dropout)
         self.dense = RowParallelLinear(
             width, config.d_model, config.bias, tp=tp, init_std=residual_std(width, config)
         )
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None, seed: Seed = None) -> Tensor:
         """mask: (B, 1, T, T), true where a query may look at a key; causal unless given."""
         fused = self.query_key_value(x)  # (B, T, 3*H/tp*K)
         fused = fused.unflatten(-1, (3, -1, self.head_width))  # (B, T, 3, H/tp, K)
         query, key, value = fused.permute(2, 0, 3, 1, 4)  # (B, H/tp, T, K) each
-        heads = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=mask is None
-        )
+        inputs = (query, key, value, mask, self.dropout, seed, self.tp)
+        heads = recompute(attend, *inputs, enabled=self.recompute, tp=self.tp)
         return self.dense(heads.transpose(1, 2).flatten(2))  # (B, T, H/tp*K) -> (B, T, D)
 
 
@@ -97,44 +101,61 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Attention and feed-forward, each normed before and added to the residual stream."""
+    """Attention and feed-forward, each normed before and added to the residual stream.
 
-    def __init__(self, config: GPTConfig, tp: Axis) -> None:
+    The stream is (B, T, D), the same on every rank, or under sequence parallelism (B, T/tp, D), a
+    rank's own tokens ("Reducing Activation Recomputation in Large Transformer Models", Korthikanti
+    et al.).
+    """
+
+    def __init__(self, config: GPTConfig, tp: Axis, recompute: str = "none") -> None:
         super().__init__()
-        self.attention_norm = LayerNorm(config.d_model, config.bias)
-        self.attention = MultiHeadSelfAttention(config, tp)
-        self.feed_forward_norm = LayerNorm(config.d_model, config.bias)
+        self.tp, self.recompute = tp, recompute
+        self.attention_norm = LayerNorm(config.d_model, config.bias, tp)
+        self.attention = MultiHeadSelfAttention(config, tp, recompute == "attention")
+        self.attention_dropout = Dropout(config.dropout)
+        self.feed_forward_norm = LayerNorm(config.d_model, config.bias, tp)
         self.feed_forward = FeedForward(config, tp)
+        self.feed_forward_dropout = Dropout(config.dropout)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), mask)
-        return x + self.feed_forward(self.feed_forward_norm(x))
+    def forward(self, x: Tensor, mask: Tensor | None = None, seed: Seed = None) -> Tensor:
+        again = self.recompute == "block"
+        return recompute(self.layers, x, mask, seed, enabled=again, tp=self.tp)
+
+    def layers(self, x: Tensor, mask: Tensor | None, seed: Seed) -> Tensor:
+        first = (first_token(x, self.tp),)
+        attended = self.attention(self.attention_norm(x), mask, seed)
+        x = x + self.attention_dropout(attended, seed, first)
+        fed = self.feed_forward(self.feed_forward_norm(x))
+        return x + self.feed_forward_dropout(fed, seed, first)
 
 
 class GPTModel(nn.Module):
     """A decoder-only transformer. Weights are empty until init_weights or load_whole fills them.
 
-    Raises ConfigError if context.tp cannot share the heads or the feed-forward layer.
+    Raises ConfigError if context.tp cannot share the heads, the feed-forward layer or the tokens.
     """
 
     def __init__(self, config: GPTConfig, context: ParallelContext | None = None) -> None:
         super().__init__()
         context = context or ParallelContext()
-        config.check(context.tp.size)
-        self.config = config
+        config.check(context.tp.size, context.tp.sequence_parallel)
+        self.config, self.tp = config, context.tp
         with context.device:
-            self.token_embedding = Embedding(config.vocab_size, config.d_model, decay=True)
-            self.position_embedding = Embedding(config.context_length, config.d_model, decay=False)
+            self.token_embedding = token_table(config, context.tp)
+            length = config.context_length
+            self.position_embedding = PositionEmbedding(length, config.d_model, context.tp)
+            self.embedding_dropout = Dropout(config.dropout)
             self.blocks = nn.ModuleList(
-                TransformerBlock(config, context.tp) for _ in range(config.n_layers)
+                TransformerBlock(config, context.tp, context.recompute)
+                for _ in range(config.n_layers)
             )
-            self.final_norm = LayerNorm(config.d_model, config.bias)
+            self.final_norm = LayerNorm(config.d_model, config.bias, context.tp)
             # Tied, it is the same module under a second name, and its weight one parameter.
             self.output_head = (
-                self.token_embedding
-                if config.tied
-                else Embedding(config.vocab_size, config.d_model, decay=True)
+                self.token_embedding if config.tied else token_table(config, context.tp)
             )
+        name_sites(self)
 
     def forward(
         self,
@@ -142,6 +163,7 @@ class GPTModel(nn.Module):
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         return_logits: bool = True,
+        seed: Seed = None,
     ) -> tuple[Tensor | None, Tensor | None]:
         """(logits, loss); logits are None with labels and return_logits=False.
 
@@ -151,21 +173,66 @@ class GPTModel(nn.Module):
         labels: (B, T), the token that should FOLLOW each input, so already shifted by one; -100,
         and whatever stands at or before padding, is ignored. loss: the mean over the rest, in
         nats; 0 if nothing is left.
-        Raises ValueError if T exceeds context_length.
+        seed: for dropout, in training; without it nothing is dropped.
+        Raises ValueError if T exceeds context_length, for an id outside the vocabulary, and under
+        sequence parallelism if tp does not divide T.
         """
+        local = self.local_logits(input_ids, attention_mask, seed)  # (B, T, V/tp)
+        logits = loss = None
+        if labels is not None:
+            labels = labels_that_count(labels, attention_mask)
+            losses = vocab_parallel_cross_entropy(local, labels, self.config.vocab_size, self.tp)
+            loss = mean_loss(losses, labels)
+        if labels is None or return_logits:
+            logits = gather_from_tensor_parallel_region(local, self.tp)  # (B, T, V)    all-gather
+            logits = logits[..., : self.config.vocab_size]  # without the pad
+        return logits, loss
+
+    def local_logits(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, seed: Seed = None
+    ) -> Tensor:
+        """(B, T) -> (B, T, V/tp): this rank's slice of the logits, pad rows too."""
         T = input_ids.shape[1]
         if self.config.context_length < T:
             raise ValueError(f"{T} tokens exceed context_length={self.config.context_length}")
-        positions = positions_of(input_ids, attention_mask)
+        positions = own_tokens(positions_of(input_ids, attention_mask), self.tp)
         mask = None if attention_mask is None else causal_padding_mask(attention_mask)
-        x = self.token_embedding(input_ids) + self.position_embedding(positions)  # (B, T, D)
+        # Between the cut layers x is (B, T, D), or (B, T/tp, D) under sequence parallelism.
+        x = self.token_embedding(input_ids) + self.position_embedding(positions)
+        x = self.embedding_dropout(x, seed, (first_token(x, self.tp),))
         for block in self.blocks:
-            x = block(x, mask)
-        logits = F.linear(self.final_norm(x), self.output_head.weight)  # (B, T, V)
-        if labels is None:
-            return logits, None
-        loss = mean_loss(logits, labels, attention_mask)
-        return (logits if return_logits else None), loss
+            x = block(x, mask, seed)
+        return self.output_head.logits(self.final_norm(x))
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout: Dropout,
+    seed: Seed,
+    tp: Axis,
+) -> Tensor:
+    """(B, H/tp, T, K) queries on (B, H/tp, S, K) keys and values -> (B, H/tp, T, K).
+
+    Causal where no mask is given. The fused kernels draw their own dropout masks, so with dropout
+    the softmax is written out, (B, H/tp, T, S).
+    """
+    if seed is None or dropout.p == 0:
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=mask is None
+        )
+    scores = query @ key.transpose(-2, -1) / math.sqrt(query.shape[-1])
+    if mask is None:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    shares = scores.masked_fill(~mask, -math.inf).softmax(-1)
+    return dropout(shares, seed, (tp.rank * query.shape[1], 0)) @ value  # from its first head on
+
+
+def token_table(config: GPTConfig, tp: Axis) -> VocabParallelEmbedding:
+    """Token embedding or output head: (V, D), rows split over tp."""
+    return VocabParallelEmbedding(config.vocab_size, config.d_model, tp=tp, init_std=EMBEDDING_STD)
 
 
 def residual_std(fan_in: int, config: GPTConfig) -> float:
@@ -191,16 +258,15 @@ def causal_padding_mask(attention_mask: Tensor) -> Tensor:
     return (causal & attention_mask.bool()[:, None, :] | itself)[:, None]
 
 
-def mean_loss(logits: Tensor, labels: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-    """The mean cross-entropy in nats over the labels that count; 0 if none does.
+def labels_that_count(labels: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """(B, T): labels, with -100 also for what stands at or before padding."""
+    if attention_mask is None:
+        return labels
+    real = attention_mask.bool()
+    followed = torch.cat([real[:, 1:], real[:, -1:]], dim=1)
+    return labels.masked_fill(~(real & followed), IGNORED)
 
-    logits: (B, T, V). labels: (B, T), -100 is ignored, and what stands at or before padding.
-    """
-    if attention_mask is not None:
-        real = attention_mask.bool()
-        followed = torch.cat([real[:, 1:], real[:, -1:]], dim=1)
-        labels = labels.masked_fill(~(real & followed), IGNORED)
-    total = F.cross_entropy(
-        logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"
-    )
-    return total / (labels != IGNORED).sum().clamp(min=1)
+
+def mean_loss(losses: Tensor, labels: Tensor) -> Tensor:
+    """The mean of losses (B, T) over the labels (B, T) that are not -100; 0 if all are."""
+    return losses.sum() / (labels != IGNORED).sum().clamp(min=1)

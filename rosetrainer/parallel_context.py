@@ -6,7 +6,7 @@ because they talk most and neighbours share a machine.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 
 import torch
@@ -30,8 +30,11 @@ class Ledger:
     """Counts an axis's collectives by (operation, phase); comm.py writes it."""
 
     entries: dict[tuple[str, str], Traffic] = field(default_factory=dict)
+    again: bool = False
 
     def record(self, operation: str, phase: str, payload_bytes: int) -> None:
+        if self.again and phase == "forward":
+            phase = "recompute"
         entry = self.entries.setdefault((operation, phase), Traffic())
         entry.calls += 1
         entry.payload_bytes += payload_bytes
@@ -39,12 +42,30 @@ class Ledger:
     def clear(self) -> None:
         self.entries.clear()
 
+    def recomputing(self) -> Recomputing:
+        """Inside this context, what a forward pass moves counts as recompute."""
+        return Recomputing(self)
+
+
+@dataclass(frozen=True)
+class Recomputing:
+    """A context that can be entered again, as a second backward pass of one graph does."""
+
+    ledger: Ledger
+
+    def __enter__(self) -> None:
+        self.ledger.again = True
+
+    def __exit__(self, *_: object) -> None:
+        self.ledger.again = False
+
 
 @dataclass(frozen=True, eq=False)
 class Axis:
     """One way of dividing the work: `size` ranks, of which this is number `rank`.
 
-    An axis of size 1 needs no process group: comm.py then communicates nothing.
+    An axis of size 1 needs no process group: comm.py then communicates nothing. Under sequence
+    parallelism the axis also divides the tokens wherever it divides nothing else.
     """
 
     name: str
@@ -52,6 +73,8 @@ class Axis:
     rank: int = 0
     group: dist.ProcessGroup | None = None
     ledger: Ledger = field(default_factory=Ledger, repr=False)
+    sequence_parallel: bool = False
+    overlap: bool = True  # of a layer's backward pass with its collectives
 
 
 @dataclass(frozen=True)
@@ -61,6 +84,7 @@ class ParallelContext:
     tp: Axis = field(default_factory=lambda: Axis("tp"))
     dp: Axis = field(default_factory=lambda: Axis("dp"))
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    recompute: str = "none"  # or "attention", or "block": what is computed again, not kept
 
     @property
     def axes(self) -> tuple[Axis, ...]:
@@ -106,7 +130,7 @@ def init_parallel(
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if world_size == 1:
-        return ParallelContext(device=chosen)
+        return ParallelContext(device=chosen, recompute=parallel.recompute)
     if not dist.is_initialized():
         dist.init_process_group(
             "nccl" if chosen.type == "cuda" else "gloo",
@@ -119,7 +143,9 @@ def init_parallel(
         group = mesh.get_group(name)
         return Axis(name, dist.get_world_size(group), dist.get_rank(group), group)
 
-    return ParallelContext(axis("tp"), axis("dp"), chosen)
+    how = {"sequence_parallel": parallel.sequence_parallel, "overlap": parallel.overlap}
+    tp = replace(axis("tp"), **how)
+    return ParallelContext(tp, axis("dp"), chosen, parallel.recompute)
 
 
 def end_parallel() -> None:

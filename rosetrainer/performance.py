@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from pathlib import Path
 
 import torch
 
 from rosetrainer.config import GPTConfig
-
-Autocast = Callable[[], AbstractContextManager[object]]
 
 
 def has_native_bf16(device: torch.device) -> bool:
@@ -34,17 +29,6 @@ def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:
     dtype = getattr(torch, wanted)
     assert isinstance(dtype, torch.dtype)
     return dtype
-
-
-def autocast_for(dtype: torch.dtype, device: torch.device) -> Autocast:
-    """Makes a context in which fp32 parameters multiply in bf16; for other dtypes it does nothing.
-
-    Norms, softmax and the loss stay in fp32 there ("Mixed Precision Training", Micikevicius et
-    al.; bf16 needs no loss scale).
-    """
-    if dtype != torch.bfloat16:
-        return nullcontext
-    return partial(torch.autocast, device.type, dtype)
 
 
 def flops_per_token(config: GPTConfig) -> int:

@@ -15,13 +15,13 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
+from overlap import column_linear
 from torch import Tensor, nn
 
 from rosetrainer.comm import (
     all_gather,
-    copy_to_tensor_parallel_region,
     gather_from_tensor_parallel_region,
-    reduce_from_tensor_parallel_region,
+    leave_tensor_parallel_region,
     scatter_to_tensor_parallel_region,
 )
 from rosetrainer.config import ConfigError
@@ -35,7 +35,9 @@ class ShardSpec:
     `shape` is the whole tensor as the layer would hold it alone. It is cut along `dim` into
     `parts` equal contiguous slices, of which this rank holds number `part`; a replicated tensor
     is one part. A fused projection has its stride (3 for q, k, v) as leading dimension, so that
-    q, k and v are each cut; `dense_shape` is nn.Linear's shape for the same numbers.
+    q, k and v are each cut; `dense_shape` is nn.Linear's shape for the same numbers. `pad` rows of
+    zeros follow the last along `dim` so that the parts are equal: ranks hold them, the whole does
+    not.
     """
 
     shape: tuple[int, ...]
@@ -43,6 +45,7 @@ class ShardSpec:
     parts: int = 1
     part: int = 0
     stride: int = 1
+    pad: int = 0
     init_mean: float = 0.0
     init_std: float = 0.0
     decay: bool = False
@@ -55,13 +58,20 @@ class ShardSpec:
             return self.shape
         return (self.shape[0] * self.shape[1], *self.shape[2:])
 
+    @property
+    def width(self) -> int:
+        """Of a part, along `dim`."""
+        return (self.shape[self.dim] + self.pad) // self.parts
+
     def shard(self, whole: Tensor) -> Tensor:
         """This rank's slice of a tensor of `dense_shape`; a copy."""
         if tuple(whole.shape) != self.dense_shape:
             raise ConfigError(f"shape {tuple(whole.shape)} does not fit {self.dense_shape}")
         whole = whole.reshape(self.shape)
-        width = self.shape[self.dim] // self.parts
-        return whole.narrow(self.dim, self.part * width, width).clone()
+        if self.pad:
+            zeros = whole.new_zeros(*self.shape[: self.dim], self.pad, *self.shape[self.dim + 1 :])
+            whole = torch.cat([whole, zeros], self.dim)
+        return whole.narrow(self.dim, self.part * self.width, self.width).clone()
 
     def unshard(self, local: Tensor, tp: Axis, phase: str) -> Tensor:
         """The whole tensor, of `dense_shape`, on every rank; all-gathers over tp if it is cut."""
@@ -70,16 +80,26 @@ class ShardSpec:
             # With fewer parts than ranks, neighbours hold the same part: one of them is enough.
             by_part = gathered.unflatten(self.dim, (self.parts, tp.size // self.parts, -1))
             local = by_part.select(self.dim + 1, 0).flatten(self.dim, self.dim + 1)
+        local = local.narrow(self.dim, 0, self.shape[self.dim])  # without the pad
         return local.reshape(self.dense_shape)
 
 
 def new_parameter(spec: ShardSpec) -> nn.Parameter:
     """An empty parameter of this rank's shape, with its spec."""
     local = list(spec.shape)
-    local[spec.dim] //= spec.parts
+    local[spec.dim] = spec.width
     parameter = nn.Parameter(torch.empty(local))
     parameter.shard_spec = spec  # type: ignore[attr-defined]
     return parameter
+
+
+def replicated_parameter(shape: tuple[int, ...], tp: Axis, **initial: float) -> nn.Parameter:
+    """An empty parameter that every rank holds and adds to, or multiplies, between the cut layers.
+
+    Under sequence parallelism a rank sees only its own tokens there, so its gradient is partial.
+    """
+    partial_over = ("dp", tp.name) if tp.sequence_parallel else ("dp",)
+    return new_parameter(ShardSpec(shape, partial_over=partial_over, **initial))
 
 
 def shard_spec(parameter: nn.Parameter) -> ShardSpec:
@@ -145,9 +165,10 @@ def gather_whole(model: nn.Module, tp: Axis, gradients: bool = False) -> dict[st
 class ColumnParallelLinear(nn.Module):
     """Y = X Wᵀ + b with W's rows split over tp: "column" is meant of Wᵀ.
 
-    (B, T, I) -> (B, T, O/tp), or (B, T, O) with gather_output: every rank reads all of X and makes
-    its slice of Y. With stride s the output features are s blocks of O/s, and each block is split:
-    the local output is this rank's slice of the first block, then of the second, and so on.
+    (B, T, I) -> (B, T, O/tp), or (B, T, O) with gather_output: every rank reads all of X, which
+    under sequence parallelism it gathers from (B, T/tp, I), and makes its slice of Y. With stride
+    s the output features are s blocks of O/s, and each block is split: the local output is this
+    rank's slice of the first block, then of the second, and so on.
     Raises ConfigError if out_features is not divisible by stride x tp.
     """
 
@@ -181,9 +202,9 @@ class ColumnParallelLinear(nn.Module):
         self.bias = new_parameter(cut) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        x = copy_to_tensor_parallel_region(x, self.tp)  # (B, T, I)    backward: all-reduce
         bias = self.bias.flatten() if self.bias is not None else None
-        y = F.linear(x, self.weight.reshape(-1, x.shape[-1]), bias)  # (B, T, O/tp)
+        weight = self.weight.reshape(-1, x.shape[-1])
+        y = column_linear(x, weight, bias, self.tp)  # (B, T, O/tp)    backward: sum over tp
         if self.gather_output:
             y = y.unflatten(-1, (self.stride, -1))  # (B, T, s, O/s/tp)
             y = gather_from_tensor_parallel_region(y, self.tp).flatten(-2)  # (B, T, O)
@@ -194,7 +215,8 @@ class RowParallelLinear(nn.Module):
     """Y = X Wᵀ + b with W's columns split over tp: each rank multiplies its slice of X.
 
     (B, T, I/tp) -> (B, T, O), or from (B, T, I) with input_is_parallel=False, which takes the
-    slice first. The products are partial sums; the bias is added once, after they are summed.
+    slice first; under sequence parallelism (B, T/tp, O). The products are partial sums; the bias
+    is added once, after they are summed.
     Raises ConfigError if in_features is not divisible by tp.
     """
 
@@ -220,11 +242,11 @@ class RowParallelLinear(nn.Module):
         self.weight = new_parameter(
             ShardSpec((out_features, in_features), 1, tp.size, tp.rank, init_std=std, decay=True)
         )  # (O, I/tp)
-        self.bias = new_parameter(ShardSpec((out_features,))) if bias else None  # (O,)
+        self.bias = replicated_parameter((out_features,), tp) if bias else None  # (O,)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.input_is_parallel:
             x = scatter_to_tensor_parallel_region(x, self.tp)  # (B, T, I/tp)
         partial = F.linear(x, self.weight)  # (B, T, O) partial
-        y = reduce_from_tensor_parallel_region(partial, self.tp)  # (B, T, O)    all-reduce
+        y = leave_tensor_parallel_region(partial, self.tp)  # (B, T, O)    sum over tp
         return y if self.bias is None else y + self.bias
