@@ -55,7 +55,8 @@ def measure(bench: Bench) -> None:
     from rosetrainer.model import GPTModel
     from rosetrainer.optim import build_optimizer
     from rosetrainer.parallel_context import init_tensor_parallel
-    from rosetrainer.performance import autocast_for, choose_dtype, flops_per_token, matmul_peak
+    from rosetrainer.performance import choose_dtype, flops_per_token, matmul_peak
+    from rosetrainer.precision import autocast_for
     from rosetrainer.tensor_parallel import init_weights
 
     context = init_tensor_parallel(device="cpu")

@@ -30,6 +30,7 @@ class Pending:
 
     work: dist.Work | None
     finish: Callable[[], Tensor]
+    held: Tensor | None = None  # the input, which has to live that long
 
     def wait(self) -> Tensor:
         if self.work is not None:
@@ -74,8 +75,7 @@ def start_all_gather(tensor: Tensor, axis: Axis, phase: str, dim: int = -1) -> P
     whole = part.new_empty((axis.size * part.shape[0], *part.shape[1:]))
     axis.ledger.record("all_gather", phase, whole.numel() * whole.element_size())
     work = _all_gather_single(whole, part, group=axis.group, async_op=True)
-    # The input has to live until the work is done, so the closure holds it.
-    return Pending(work, lambda part=part: whole.movedim(0, dim).contiguous())
+    return Pending(work, lambda: whole.movedim(0, dim).contiguous(), part)
 
 
 def reduce_scatter(tensor: Tensor, axis: Axis, phase: str, dim: int = -1) -> Tensor:
@@ -91,7 +91,7 @@ def start_reduce_scatter(tensor: Tensor, axis: Axis, phase: str, dim: int = -1) 
     part = whole.new_empty((whole.shape[0] // axis.size, *whole.shape[1:]))
     axis.ledger.record("reduce_scatter", phase, whole.numel() * whole.element_size())
     work = _reduce_scatter_single(part, whole, group=axis.group, async_op=True)
-    return Pending(work, lambda whole=whole: part.movedim(0, dim).contiguous())
+    return Pending(work, lambda: part.movedim(0, dim).contiguous(), whole)
 
 
 def broadcast_(buffer: Tensor, axis: Axis, phase: str) -> Tensor:

@@ -10,19 +10,19 @@ import math
 
 import torch
 import torch.nn.functional as F
-from dropout import Dropout, Seed, name_sites
-from recompute import recompute
 from torch import Tensor, nn
-from vocab_parallel import VocabParallelEmbedding, vocab_parallel_cross_entropy
 
 from rosetrainer.comm import first_token, gather_from_tensor_parallel_region, own_tokens
 from rosetrainer.config import IGNORED, GPTConfig
+from rosetrainer.dropout import Dropout, Seed, name_sites
 from rosetrainer.parallel_context import Axis, ParallelContext
+from rosetrainer.recompute import recompute
 from rosetrainer.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
     replicated_parameter,
 )
+from rosetrainer.vocab_parallel import VocabParallelEmbedding, vocab_parallel_cross_entropy
 
 EMBEDDING_STD = 0.02
 

@@ -143,8 +143,8 @@ def init_parallel(
         group = mesh.get_group(name)
         return Axis(name, dist.get_world_size(group), dist.get_rank(group), group)
 
-    how = {"sequence_parallel": parallel.sequence_parallel, "overlap": parallel.overlap}
-    tp = replace(axis("tp"), **how)
+    sequence, overlap = parallel.sequence_parallel, parallel.overlap
+    tp = replace(axis("tp"), sequence_parallel=sequence, overlap=overlap)
     return ParallelContext(tp, axis("dp"), chosen, parallel.recompute)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -10,12 +11,15 @@ from torch import Tensor
 from rosetrainer.comm import all_reduce
 from rosetrainer.config import IGNORED, GPTConfig, ParallelConfig
 from rosetrainer.data_parallel import accumulate_gradients
+from rosetrainer.dropout import DropoutSeed
 from rosetrainer.fields import Count, check_fields
 from rosetrainer.flags import parse_flags, ranks_to_start
 from rosetrainer.launch import launch
 from rosetrainer.model import GPTModel
 from rosetrainer.parallel_context import ParallelContext, end_parallel, init_parallel
-from rosetrainer.reference import ReferenceGPT
+from rosetrainer.performance import choose_dtype
+from rosetrainer.precision import autocast_for
+from rosetrainer.reference import ReferenceDropout, ReferenceGPT
 from rosetrainer.tensor_parallel import draw_whole, gather_whole, load_whole, shard_spec
 
 NOISE = 1e-6  # of the largest gradient of all; a gradient below it may be zero in truth
@@ -43,12 +47,12 @@ def who_holds_what(model: GPTModel, tp_size: int) -> str:
         if name.startswith("blocks.") and not name.startswith("blocks.0."):
             continue  # every block is cut alike
         spec = shard_spec(parameter)
-        width = spec.shape[spec.dim] // spec.parts
         slices = []
         for rank in range(tp_size):
-            start = rank * spec.parts // tp_size * width
+            start = rank * spec.parts // tp_size * spec.width
+            end = min(start + spec.width, spec.shape[spec.dim])
             cut = [":"] * len(spec.shape)
-            cut[spec.dim] = f"{start}:{start + width}"
+            cut[spec.dim] = f"{start}:{end}" if start < end else "pad"
             slices.append("all of it" if spec.parts == 1 else f"[{', '.join(cut)}]")
         whole = " x ".join(map(str, spec.shape))
         rows.append((name.replace("blocks.0.", blocks), whole, *slices))
@@ -59,14 +63,24 @@ def who_holds_what(model: GPTModel, tp_size: int) -> str:
     )
 
 
-def prove(config: GPTConfig, context: ParallelContext, seed: int = 0) -> list[Difference]:
-    """The layout's logits, loss and every gradient against the dense oracle, in float64.
+def prove(
+    config: GPTConfig,
+    context: ParallelContext,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+) -> list[Difference]:
+    """The layout's logits, loss and every gradient, in dtype, against the dense oracle in float64.
 
     Weights are random, with biases that are not zero; the batch is short, for the oracle is slow.
     Every rank computes the oracle and compares what it holds.
     """
-    config = replace(config, context_length=min(config.context_length, 32))
-    model = GPTModel(config, context).double()
+    tp, dp = context.tp, context.dp
+    short = max(32 // tp.size, 1) * tp.size  # a length that sequence parallelism can divide
+    config = replace(config, context_length=min(config.context_length, short))
+    model = GPTModel(config, context)
+    if dtype == torch.float64:
+        model.double()
+    autocast = autocast_for(dtype, context.device)
     whole = {
         name: draw_whole(replace(shard_spec(p), init_std=shard_spec(p).init_std or 0.1), seed, name)
         for name, p in model.named_parameters()
@@ -76,19 +90,22 @@ def prove(config: GPTConfig, context: ParallelContext, seed: int = 0) -> list[Di
     dense.load_state_dict(whole)
 
     generator = torch.Generator().manual_seed(seed)
-    shape = (2 * context.dp.size, config.context_length)
+    shape = (2 * dp.size, config.context_length)
     drawn = torch.randint(config.vocab_size, (2, *shape), generator=generator)
     input_ids, labels = drawn.to(context.device)
     labels[0, : shape[1] // 2] = IGNORED  # unequal token counts, so that a mean of means would show
-    own = slice(2 * context.dp.rank, 2 * context.dp.rank + 2)
+    own = slice(2 * dp.rank, 2 * dp.rank + 2)
+    masks = DropoutSeed(seed, step=0)
 
-    dense_logits, dense_loss = dense(input_ids, labels=labels)
+    dropout = ReferenceDropout(config.dropout, seed)
+    dense_logits, dense_loss = dense(input_ids, labels=labels, dropout=dropout)
     dense_loss.backward()
-    with torch.no_grad():
-        logits, _ = model(input_ids[own])
+    with torch.no_grad(), autocast():
+        logits, _ = model(input_ids[own], seed=replace(masks, first_row=own.start))
     assert logits is not None
-    loss = accumulate_gradients(model, [(input_ids[own], labels[own])], context)
-    gradients = gather_whole(model, context.tp, gradients=True)
+    batch = [(input_ids[own], labels[own])]
+    loss = accumulate_gradients(model, batch, context, autocast, masks)
+    gradients = gather_whole(model, tp, gradients=True)
     pairs = {
         "logits": (logits, dense_logits[own].detach()),
         "loss": (torch.full_like(dense_loss, loss), dense_loss.detach()),
@@ -111,26 +128,31 @@ def _relative(ours: Tensor, dense: Tensor, noise: float) -> Tensor:
     Where the true gradient is 0, both are rounding noise: nothing is held against less than
     `noise`.
     """
-    worst = (ours - dense).abs().max() / dense.abs().max().clamp(min=noise)
+    worst = (ours.double() - dense).abs().max() / dense.abs().max().clamp(min=noise)
     return worst.double().nan_to_num(nan=torch.inf)
 
 
-def show_proof(config: GPTConfig, context: ParallelContext) -> None:
+def show_proof(config: GPTConfig, context: ParallelContext, dtype: torch.dtype) -> None:
     """Rank 0 prints who holds what, and whether it is the same as one process.
 
+    In float64, where rounding and a mistake are far apart, and for comparison in dtype.
     Raises ParityError, on every rank, if it is not.
     """
-    differences = prove(config, context)
+    in_dtypes = {exact: prove(config, context, exact) for exact in (torch.float64, dtype)}
+    differences = in_dtypes[torch.float64]
     speak = print if context.rank == 0 else _keep_quiet
     shapes_only = GPTModel(config, replace(context, device=torch.device("meta")))
     speak("\nwho holds what\n\n" + who_holds_what(shapes_only, context.tp.size))
-    speak("\nsame as one process? worst difference / largest value, in float64\n")
+    speak("\nsame as one process? worst difference / largest value\n")
+    names = (str(used).removeprefix("torch.") for used in in_dtypes)
+    speak(f"  {'':26} " + "  ".join(f"{name:8}" for name in names).rstrip())
     for what, group in (
-        ("logits", differences[:1]),
-        ("loss", differences[1:2]),
-        (f"gradients of {len(differences) - 2} tensors", differences[2:]),
+        ("logits", slice(0, 1)),
+        ("loss", slice(1, 2)),
+        (f"gradients of {len(differences) - 2} tensors", slice(2, None)),
     ):
-        speak(f"  {what:26} {max(d.worst for d in group):.1e}")
+        worst = (max(d.worst for d in found[group]) for found in in_dtypes.values())
+        speak(f"  {what:26} " + "  ".join(f"{w:<8.1e}" for w in worst).rstrip())
     if wrong := [d for d in differences if not d.is_rounding]:
         raise ParityError(
             f"not the same as one process: {wrong[0].what} differs by {wrong[0].worst:.1e} of its "
@@ -153,6 +175,8 @@ class ParityCommand:
 
     model: GPTConfig = field(default_factory=GPTConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
+    """What training would use; float64, which decides, is always shown."""
     nproc: Count | None = None
     """Start this many ranks on this machine; leave it out under torchrun."""
 
@@ -163,10 +187,10 @@ def main(argv: list[str]) -> int:
     check_fields(command)
     world_size, starts = ranks_to_start("parity", argv, command.nproc, command.parallel)
     tp_size, _ = command.parallel.resolve(world_size)
-    command.model.check(tp_size)
+    command.model.check(tp_size, command.parallel.sequence_parallel)
     if starts:
         return launch(world_size, ["parity", *argv])
     context = init_parallel(command.parallel, "cpu")
-    show_proof(command.model, context)
+    show_proof(command.model, context, choose_dtype(command.dtype, context.device))
     end_parallel()
     return 0

@@ -39,8 +39,9 @@ def check_gradients(model: nn.Module, context: ParallelContext) -> None:
 
     Before gradients are summed: then every rank would have it, and none could be named.
     """
-    names = [name for name, _ in model.named_parameters()]
-    largest = torch._foreach_norm([p.grad for p in model.parameters()], float("inf"))
+    gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    names = list(gradients)
+    largest = torch._foreach_norm(list(gradients.values()), float("inf"))
     bad = (~torch.stack([norm.float() for norm in largest]).isfinite()).nonzero()
     nobody = context.world_size * len(names)
     first = context.rank * len(names) + bad[0, 0] if len(bad) else torch.tensor(nobody)

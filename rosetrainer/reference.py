@@ -7,13 +7,47 @@ padding off.
 
 from __future__ import annotations
 
+import hashlib
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rosetrainer.config import GPTConfig
+
+Drop = Callable[[str, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class ReferenceDropout:
+    """What dropout multiplies a whole activation by, in numpy's unsigned integers.
+
+    Each element's fate is a 16-bit lane of a hash of (seed, step, site, coordinates).
+    """
+
+    p: float = 0.0
+    seed: int = 0
+    step: int = 0
+
+    def __call__(self, site: str, x: Tensor, row: int) -> Tensor:
+        """x: (1, .., n), the sample number `row` of the global batch."""
+        if not self.p:
+            return x
+        digest = hashlib.sha256(f"{self.seed}:{self.step}:{site}".encode()).digest()
+        bits = np.array(int.from_bytes(digest[:8], "little"), dtype=np.uint64)
+        *sizes, n = x.shape
+        for place in (np.array([row]), *map(np.arange, sizes[1:]), np.arange(n) // 4):
+            bits = bits[..., None] + (place + 1).astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+            for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
+                bits = (bits ^ (bits >> np.uint64(shift))) * np.uint64(factor)
+        lanes = (bits >> (16 * (np.arange(n) % 4)).astype(np.uint64)).astype(np.uint16)
+        dropped = min(round(self.p * 2**16), 2**16 - 1)
+        kept = lanes.view(np.int16).astype(int) + 2**15 >= dropped
+        return x * torch.from_numpy(kept * (2**16 / (2**16 - dropped))).to(x)
 
 
 class ReferenceAttention(nn.Module):
@@ -24,17 +58,17 @@ class ReferenceAttention(nn.Module):
         self.query_key_value = nn.Linear(config.d_model, 3 * width, bias=config.bias)
         self.dense = nn.Linear(width, config.d_model, bias=config.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, drop: Drop) -> Tensor:
         T = x.shape[1]
         q, k, v = self.query_key_value(x).chunk(3, dim=-1)
-        outputs = []
-        for head_q, head_k, head_v in zip(
-            *(t.chunk(self.n_heads, dim=-1) for t in (q, k, v)), strict=True
-        ):
+        shares = []
+        for head_q, head_k in zip(*(t.chunk(self.n_heads, dim=-1) for t in (q, k)), strict=True):
             scores = head_q @ head_k.transpose(1, 2) / math.sqrt(head_q.shape[-1])  # (B, T, T)
             future = torch.triu(torch.ones(T, T, device=x.device), diagonal=1) > 0
-            outputs.append(scores.masked_fill(future, -math.inf).softmax(-1) @ head_v)
-        return self.dense(torch.cat(outputs, dim=-1))
+            shares.append(scores.masked_fill(future, -math.inf).softmax(-1))
+        dropped = drop("dropout", torch.stack(shares, dim=1)).unbind(1)
+        values = zip(dropped, v.chunk(self.n_heads, dim=-1), strict=True)
+        return self.dense(torch.cat([share @ head_v for share, head_v in values], dim=-1))
 
 
 class ReferenceFeedForward(nn.Module):
@@ -55,9 +89,13 @@ class ReferenceBlock(nn.Module):
         self.feed_forward_norm = nn.LayerNorm(config.d_model, bias=config.bias)
         self.feed_forward = ReferenceFeedForward(config)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attention(self.attention_norm(x))
-        return x + self.feed_forward(self.feed_forward_norm(x))
+    def forward(self, x: Tensor, drop: Drop) -> Tensor:
+        def drop_share(site: str, share: Tensor) -> Tensor:
+            return drop(f"attention.{site}", share)
+
+        attended = self.attention(self.attention_norm(x), drop_share)
+        x = x + drop("attention_dropout", attended)
+        return x + drop("feed_forward_dropout", self.feed_forward(self.feed_forward_norm(x)))
 
 
 class ReferenceGPT(nn.Module):
@@ -73,12 +111,13 @@ class ReferenceGPT(nn.Module):
             self.output_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.tied = config.tied
 
-    def logits(self, input_ids: Tensor) -> Tensor:
-        """(B, T) without padding -> (B, T, V)"""
+    def logits(self, input_ids: Tensor, dropout: ReferenceDropout, row: int) -> Tensor:
+        """(1, T) without padding, the global batch's sample number `row` -> (1, T, V)"""
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)
         x = self.token_embedding(input_ids) + self.position_embedding(positions)
-        for block in self.blocks:
-            x = block(x)
+        x = dropout("embedding_dropout", x, row)
+        for number, block in enumerate(self.blocks):
+            x = block(x, lambda site, t, n=number: dropout(f"blocks.{n}.{site}", t, row))
         head = self.token_embedding if self.tied else self.output_head
         return self.final_norm(x) @ head.weight.T
 
@@ -87,13 +126,18 @@ class ReferenceGPT(nn.Module):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
+        dropout: ReferenceDropout = ReferenceDropout(),
     ) -> tuple[Tensor, Tensor | None]:
-        """(logits, loss) as GPTModel.forward defines them; logits are 0 at padding."""
+        """(logits, loss) as GPTModel.forward defines them; logits are 0 at padding.
+
+        Dropout counts tokens where they stand, so it goes with rows that have no padding.
+        """
+        assert attention_mask is None or not dropout.p
         rows, losses = [], []
         for row, ids in enumerate(input_ids):
             mask = torch.ones_like(ids) if attention_mask is None else attention_mask[row]
             real = [t for t in range(len(ids)) if mask[t]]
-            short = self.logits(ids[real][None])[0]  # (tokens, V)
+            short = self.logits(ids[real][None], dropout, row)[0]  # (tokens, V)
             padded = short.new_zeros(len(ids), short.shape[1])
             rows.append(padded.index_copy(0, torch.tensor(real, device=ids.device), short))
             for t, log_probability in zip(real, short.log_softmax(-1), strict=True):

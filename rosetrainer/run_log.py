@@ -38,6 +38,10 @@ class RunLog:
             self._bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s", refresh=False)
             self._bar.update()
 
+    def skipped(self, step: int, count: int, why: str) -> None:
+        self._write(step, {"train/skipped": count})
+        self.say(f"step {step:5d}/{self._steps}  skipped, {why}")
+
     def evaluation(self, step: int, figures: dict[str, float], remark: str) -> None:
         self._write(step, figures)
         self.say(f"step {step:5d}/{self._steps}  val loss {figures['val/loss']:.6f}{remark}")

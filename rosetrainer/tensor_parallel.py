@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from overlap import column_linear
 from torch import Tensor, nn
 
 from rosetrainer.comm import (
@@ -25,6 +24,7 @@ from rosetrainer.comm import (
     scatter_to_tensor_parallel_region,
 )
 from rosetrainer.config import ConfigError
+from rosetrainer.overlap import column_linear
 from rosetrainer.parallel_context import Axis
 
 
@@ -93,13 +93,16 @@ def new_parameter(spec: ShardSpec) -> nn.Parameter:
     return parameter
 
 
-def replicated_parameter(shape: tuple[int, ...], tp: Axis, **initial: float) -> nn.Parameter:
+def replicated_parameter(
+    shape: tuple[int, ...], tp: Axis, init_mean: float = 0.0, init_std: float = 0.0
+) -> nn.Parameter:
     """An empty parameter that every rank holds and adds to, or multiplies, between the cut layers.
 
     Under sequence parallelism a rank sees only its own tokens there, so its gradient is partial.
     """
     partial_over = ("dp", tp.name) if tp.sequence_parallel else ("dp",)
-    return new_parameter(ShardSpec(shape, partial_over=partial_over, **initial))
+    spec = ShardSpec(shape, init_mean=init_mean, init_std=init_std, partial_over=partial_over)
+    return new_parameter(spec)
 
 
 def shard_spec(parameter: nn.Parameter) -> ShardSpec:

@@ -21,6 +21,7 @@ from rosetrainer.comm import all_reduce
 from rosetrainer.config import TrainConfig
 from rosetrainer.data import Corpus, open_corpus
 from rosetrainer.data_parallel import accumulate_gradients
+from rosetrainer.dropout import DropoutSeed
 from rosetrainer.environment import under_torchrun, usable_cores, world_from_environment
 from rosetrainer.evaluation import evaluate
 from rosetrainer.fields import ConfigError, Count, check_fields
@@ -35,13 +36,9 @@ from rosetrainer.parallel_context import (
     init_parallel,
 )
 from rosetrainer.parity import show_proof
-from rosetrainer.performance import (
-    Autocast,
-    autocast_for,
-    choose_dtype,
-    flops_per_token,
-    matmul_peak,
-)
+from rosetrainer.performance import choose_dtype, flops_per_token, matmul_peak
+from rosetrainer.precision import Autocast, NonFiniteGradientError, autocast_for
+from rosetrainer.replicas import check_replicas
 from rosetrainer.run_log import RunLog, describe, traffic
 from rosetrainer.tensor_parallel import init_weights
 
@@ -98,7 +95,7 @@ def train(config: TrainConfig, corpus: Corpus, prove_first: bool = False) -> GPT
     if speaks:
         print(describe(context, dtype, config.run.device))
     if prove_first:
-        show_proof(config.model, context)
+        show_proof(config.model, context, dtype)
     folder = new_run_folder(config.run.out) if speaks else None
     if folder is not None:
         introduce(config, corpus, model, context, folder)
@@ -124,15 +121,27 @@ def train_loop(
     peak = sum_over_ranks(own_peak, context)
     tokens = config.optim.global_batch_size * config.model.context_length
     traffic(context)  # what came before the first step is not a step's
+    skipped = 0
     with RunLog(folder, run.steps) if folder is not None else nullcontext() as log:
         for step in range(run.steps):
             started = time.perf_counter()
-            figures = train_step(config, corpus, model, optimizer, context, autocast, step)
+            try:
+                figures = train_step(config, corpus, model, optimizer, context, autocast, step)
+            except NonFiniteGradientError as error:
+                optimizer.zero_grad()
+                skipped += 1
+                check_skipped(skipped, error, step, config)
+                if log:
+                    log.skipped(step + 1, skipped, str(error))
+                continue
             speed = tokens / (time.perf_counter() - started)
             figures["perf/tokens_per_s"] = speed
             figures["perf/mfu"] = speed * flops_per_token(config.model) / peak
             if log:
                 log.step(step + 1, figures | traffic(context))
+            if run.check_replicas and (step + 1) % run.check_replicas == 0:
+                check_replicas(model, context, step + 1)
+                traffic(context)
             last = step + 1 == run.steps
             if last or (run.eval_every and (step + 1) % run.eval_every == 0):
                 validation, remark = evaluate(config, corpus, model, context, autocast)
@@ -152,15 +161,21 @@ def train_step(
     autocast: Autocast,
     step: int,
 ) -> dict[str, float]:
-    """One update; its figures by TensorBoard tag. Raises ConfigError if the loss is not finite."""
+    """One update; its figures by TensorBoard tag. Raises ConfigError if the loss is not finite.
+
+    Raises NonFiniteGradientError, on every rank and before anything is updated, if a gradient or
+    the norm of all is not.
+    """
     rate = learning_rate(config.optim, step, config.run.steps)
     for group in optimizer.param_groups:
         group["lr"] = rate
     batches = micro_batches(config, corpus, context, step)
-    loss = accumulate_gradients(model, batches, context, autocast)
+    seed = DropoutSeed(config.run.seed, step)
+    loss = accumulate_gradients(model, batches, context, autocast, seed)
     check_finite("loss", loss, step, config)
     norm = clip_gradients(model, context.tp, config.optim.grad_clip)
-    check_finite("gradient's norm", norm, step, config)
+    if not math.isfinite(norm):
+        raise NonFiniteGradientError(f"the gradients' norm is {norm}")
     optimizer.step()
     optimizer.zero_grad()
     return {"train/loss": loss, "train/lr": rate, "train/grad_norm": norm}
@@ -172,6 +187,18 @@ def check_finite(what: str, value: float, step: int, config: TrainConfig) -> Non
         raise ConfigError(
             f"the {what} is {value} at step {step + 1}; try a learning_rate below "
             f"{config.optim.learning_rate:g}; weights saved by earlier evaluations are kept"
+        )
+
+
+def check_skipped(
+    skipped: int, error: NonFiniteGradientError, step: int, config: TrainConfig
+) -> None:
+    """Raises ConfigError if more steps were skipped than config.run.max_skipped."""
+    if skipped > config.run.max_skipped:
+        raise ConfigError(
+            f"step {step + 1}: {error}; skipped {skipped}, max_skipped={config.run.max_skipped}; "
+            f"try a learning_rate below {config.optim.learning_rate:g}; weights saved by earlier "
+            f"evaluations are kept"
         )
 
 

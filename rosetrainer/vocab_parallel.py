@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from overlap import column_linear
 from torch import Tensor, nn
 
 from rosetrainer.comm import (
@@ -20,6 +19,7 @@ from rosetrainer.comm import (
     leave_tensor_parallel_region,
 )
 from rosetrainer.config import IGNORED
+from rosetrainer.overlap import column_linear
 from rosetrainer.parallel_context import Axis
 from rosetrainer.tensor_parallel import ShardSpec, new_parameter
 

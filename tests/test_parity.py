@@ -39,7 +39,7 @@ def prove_with_a_wrong_rank(monkeypatch: pytest.MonkeyPatch) -> tuple[str, bool]
 
     monkeypatch.setattr(parity, "load_whole", load_wrongly)
     with pytest.raises(parity.ParityError) as caught:
-        parity.show_proof(MODEL, context)
+        parity.show_proof(MODEL, context, torch.float64)
     return str(caught.value), context.rank == 0
 
 
@@ -60,7 +60,7 @@ def without_f() -> str:
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(comm._Copy, "backward", staticmethod(lambda ctx, g: (g, None)))
         with pytest.raises(parity.ParityError) as caught:
-            parity.show_proof(MODEL, context)
+            parity.show_proof(MODEL, context, torch.float64)
     return str(caught.value)
 
 

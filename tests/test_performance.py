@@ -17,7 +17,8 @@ from rosetrainer.config import GPTConfig
 from rosetrainer.data_parallel import accumulate_gradients
 from rosetrainer.model import GPTModel
 from rosetrainer.parallel_context import ParallelContext
-from rosetrainer.performance import autocast_for, choose_dtype, flops_per_token, matmul_peak
+from rosetrainer.performance import choose_dtype, flops_per_token, matmul_peak
+from rosetrainer.precision import autocast_for
 from rosetrainer.tensor_parallel import init_weights
 from rosetrainer.train import set_threads
 

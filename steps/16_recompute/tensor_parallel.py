@@ -92,13 +92,16 @@ def new_parameter(spec: ShardSpec) -> nn.Parameter:
     return parameter
 
 
-def replicated_parameter(shape: tuple[int, ...], tp: Axis, **initial: float) -> nn.Parameter:
+def replicated_parameter(
+    shape: tuple[int, ...], tp: Axis, init_mean: float = 0.0, init_std: float = 0.0
+) -> nn.Parameter:
     """An empty parameter that every rank holds and adds to, or multiplies, between the cut layers.
 
     Under sequence parallelism a rank sees only its own tokens there, so its gradient is partial.
     """
     partial_over = ("dp", tp.name) if tp.sequence_parallel else ("dp",)
-    return new_parameter(ShardSpec(shape, partial_over=partial_over, **initial))
+    spec = ShardSpec(shape, init_mean=init_mean, init_std=init_std, partial_over=partial_over)
+    return new_parameter(spec)
 
 
 def shard_spec(parameter: nn.Parameter) -> ShardSpec:
