@@ -493,6 +493,7 @@ def check_skipping(context: ParallelContext, input_ids: Tensor, labels: Tensor) 
     def init_and_watch(model: nn.Module, seed: int) -> None:
         real(model, seed)
         whole[:] = model.parameters()
+        assert all(parameter.dtype == torch.float32 for parameter in whole), "masters"
         dict(model.named_parameters())[name].register_post_accumulate_grad_hook(poison)
 
     whole: list[Tensor] = []
@@ -503,7 +504,7 @@ def check_skipping(context: ParallelContext, input_ids: Tensor, labels: Tensor) 
         mock.patch.object(trainer, "init_weights", init_and_watch),
         mock.patch.object(torch.optim, "AdamW", Watched),
     ):
-        losses = trainer.train(config, corpus, 4, context, max_skipped=1)
+        losses = trainer.train(config, corpus, 4, context, torch.bfloat16, max_skipped=1)
         assert [math.isnan(loss) for loss in losses] == [False, False, True, False, False], losses
         assert not all(map(torch.equal, seen[1], seen[2])), "step 2 changed nothing"
         assert all(map(torch.equal, seen[2], seen[3])), "the skipped step changed something"
