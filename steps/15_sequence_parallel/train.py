@@ -37,8 +37,7 @@ def global_backward(
     inputs, labels: this rank's rows. Every token of the global batch weighs the same, so a rank's
     mean counts by its share of the tokens, and gradients are summed. seed: of the whole batch.
     """
-    if seed:
-        seed = replace(seed, first_row=seed.first_row + context.dp.rank * len(labels))
+    seed = seed and replace(seed, first_row=seed.first_row + context.dp.rank * len(labels))
     own = (labels != IGNORED).sum().double()
     share = own / all_reduce(own, context.dp, "forward").clamp(min=1)
     _, loss = model(*inputs, labels=labels, return_logits=False, seed=seed)

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 MIX_1 = 0xBF58476D1CE4E5B9 - 2**64
 MIX_2 = 0x94D049BB133111EB - 2**64
-LANES = 4  # 16-bit numbers in one hash of 64 bits: one for each of four neighbours
 
 
 @dataclass(frozen=True)
@@ -60,10 +59,12 @@ class Dropout(nn.Module):
 def hash_lanes(
     shape: tuple[int, ...], first: tuple[int, ...], key: int, device: torch.device
 ) -> Tensor:
-    """An int16, uniform, for each element of a block of `shape` that begins at `first`."""
-    groups = -(-shape[-1] // LANES)
+    """An int16, uniform, for each element of a block of `shape` that begins at `first`.
+
+    One hash of 64 bits holds four of them, for four neighbours.
+    """
     bits = torch.full((), key, dtype=torch.int64, device=device)
-    for size, start in zip((*shape[:-1], groups), (*first, 0), strict=True):
+    for size, start in zip((*shape[:-1], -(-shape[-1] // 4)), (*first, 0), strict=True):
         index = torch.arange(start + 1, start + size + 1, device=device)
         bits = mix(bits[..., None] + index * GOLDEN)
     return bits.view(torch.int16)[..., : shape[-1]]

@@ -42,8 +42,7 @@ def global_backward(
     mean counts by its share of the tokens, and gradients are summed. seed: of the whole batch.
     Raises ConfigError if the loss is not finite, NonFiniteGradientError if a gradient is not.
     """
-    if seed:
-        seed = replace(seed, first_row=seed.first_row + context.dp.rank * len(labels))
+    seed = seed and replace(seed, first_row=seed.first_row + context.dp.rank * len(labels))
     own = (labels != IGNORED).sum().double()
     share = own / all_reduce(own, context.dp, "forward").clamp(min=1)
     with autocast():
