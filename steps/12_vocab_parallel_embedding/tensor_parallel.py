@@ -34,9 +34,8 @@ class ShardSpec:
     `shape` is the whole tensor as the layer would hold it alone. It is cut along `dim` into
     `parts` equal contiguous slices, of which this rank holds number `part`; a replicated tensor
     is one part. A fused projection has its stride (3 for q, k, v) as leading dimension, so that
-    q, k and v are each cut; `dense_shape` is nn.Linear's shape for the same numbers. `pad` rows of
-    zeros follow the last along `dim` so that the parts are equal: ranks hold them, the whole does
-    not.
+    q, k and v are each cut; `dense_shape` is nn.Linear's shape for the same numbers. To make the
+    parts equal, `pad` zeros follow the last along `dim`: ranks hold them, the whole does not.
     """
 
     shape: tuple[int, ...]
@@ -58,8 +57,7 @@ class ShardSpec:
         return (self.shape[0] * self.shape[1], *self.shape[2:])
 
     @property
-    def width(self) -> int:
-        """Of a part, along `dim`."""
+    def width(self) -> int:  # of a part, along `dim`
         return (self.shape[self.dim] + self.pad) // self.parts
 
     def shard(self, whole: Tensor) -> Tensor:
