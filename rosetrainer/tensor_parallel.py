@@ -94,10 +94,8 @@ def new_parameter(spec: ShardSpec) -> nn.Parameter:
 def replicated_parameter(
     shape: tuple[int, ...], tp: Axis, init_mean: float = 0.0, init_std: float = 0.0
 ) -> nn.Parameter:
-    """An empty parameter that every rank holds and adds to, or multiplies, between the cut layers.
-
-    Under sequence parallelism a rank sees only its own tokens there, so its gradient is partial.
-    """
+    """An empty parameter of all ranks that acts between the cut layers: under sequence parallelism
+    on a rank's own tokens only, so that its gradient is partial."""
     partial_over = ("dp", tp.name) if tp.sequence_parallel else ("dp",)
     spec = ShardSpec(shape, init_mean=init_mean, init_std=init_std, partial_over=partial_over)
     return new_parameter(spec)
