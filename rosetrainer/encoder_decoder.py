@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from rosetrainer.attention import attend, causal_padding_mask, positions_of
 from rosetrainer.comm import first_token, gather_from_tensor_parallel_region, own_tokens
 from rosetrainer.config import IGNORED, GPTConfig
 from rosetrainer.dropout import Dropout, Seed, name_sites
@@ -17,10 +18,7 @@ from rosetrainer.model import (
     MultiHeadSelfAttention,
     PositionEmbedding,
     TransformerBlock,
-    attend,
-    causal_padding_mask,
     mean_loss,
-    positions_of,
     residual_std,
     token_table,
 )

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rosetrainer.attention import attend, causal_padding_mask, positions_of
 from rosetrainer.comm import first_token, gather_from_tensor_parallel_region, own_tokens
 from rosetrainer.config import IGNORED, GPTConfig
 from rosetrainer.dropout import Dropout, Seed, name_sites
@@ -205,31 +206,6 @@ class GPTModel(nn.Module):
         return self.output_head.logits(self.final_norm(x))
 
 
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    dropout: Dropout,
-    seed: Seed,
-    tp: Axis,
-) -> Tensor:
-    """(B, H/tp, T, K) queries on (B, H/tp, S, K) keys and values -> (B, H/tp, T, K).
-
-    Causal where no mask is given. The fused kernels draw their own dropout masks, so with dropout
-    the softmax is written out, (B, H/tp, T, S).
-    """
-    if seed is None or dropout.p == 0:
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=mask is None
-        )
-    scores = query @ key.transpose(-2, -1) / math.sqrt(query.shape[-1])
-    if mask is None:
-        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-    shares = scores.masked_fill(~mask, -math.inf).softmax(-1)
-    return dropout(shares, seed, (tp.rank * query.shape[1], 0)) @ value  # from its first head on
-
-
 def token_table(config: GPTConfig, tp: Axis) -> VocabParallelEmbedding:
     """Token embedding or output head: (V, D), rows split over tp."""
     return VocabParallelEmbedding(config.vocab_size, config.d_model, tp=tp, init_std=EMBEDDING_STD)
@@ -238,24 +214,6 @@ def token_table(config: GPTConfig, tp: Axis) -> VocabParallelEmbedding:
 def residual_std(fan_in: int, config: GPTConfig) -> float:
     """For what is added to the residual stream, 2 x n_layers times: GPT-2 scales it down."""
     return 1 / math.sqrt(fan_in * 2 * config.n_layers)
-
-
-def positions_of(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """(T,), or (B, T) where a mask (B, T) says what is padding: it is not counted."""
-    if attention_mask is None:
-        return torch.arange(input_ids.shape[1], device=input_ids.device)
-    return (attention_mask.cumsum(-1) - 1).clamp(min=0)
-
-
-def causal_padding_mask(attention_mask: Tensor) -> Tensor:
-    """(B, T) -> (B, 1, T, T): a query sees the tokens up to itself, padding sees itself.
-
-    Softmax over nothing is nothing: kernels differ in what they make of a row without any key.
-    """
-    T = attention_mask.shape[1]
-    causal = torch.ones(T, T, dtype=torch.bool, device=attention_mask.device).tril()
-    itself = torch.eye(T, dtype=torch.bool, device=attention_mask.device)
-    return (causal & attention_mask.bool()[:, None, :] | itself)[:, None]
 
 
 def labels_that_count(labels: Tensor, attention_mask: Tensor | None) -> Tensor:

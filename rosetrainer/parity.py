@@ -22,7 +22,9 @@ from rosetrainer.precision import autocast_for
 from rosetrainer.reference import ReferenceDropout, ReferenceGPT
 from rosetrainer.tensor_parallel import draw_whole, gather_whole, load_whole, shard_spec
 
-NOISE = 1e-6  # of the largest gradient of all; a gradient below it may be zero in truth
+# Of the largest gradient of all. One below it may be zero in truth: BOUND of it is float64's 1e-16
+# times 316, by which a norm over nothing amplifies (1 / sqrt of its 1e-5), times 3 for the sums.
+NOISE = 1e-3
 BOUND = 1e-10  # of the dense tensor's largest value; float64 rounding stays near 1e-15
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 
 import torch
 
 from rosetrainer.config import GPTConfig
+from rosetrainer.environment import usable_cores, world_from_environment
 
 
 def has_native_bf16(device: torch.device) -> bool:
@@ -55,3 +57,11 @@ def matmul_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) 
             torch.cuda.synchronize(device)
         best = min(best, time.perf_counter() - start)
     return 2 * n**3 / best
+
+
+def set_threads(wanted: int) -> None:
+    """`wanted` threads; 0 leaves it to OMP_NUM_THREADS, or shares the cores among local ranks."""
+    if wanted:
+        torch.set_num_threads(wanted)
+    elif "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(usable_cores() // world_from_environment()[3], 1))

@@ -39,9 +39,12 @@ def check_gradients(model: nn.Module, context: ParallelContext) -> None:
 
     Before gradients are summed: then every rank would have it, and none could be named.
     """
-    gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    names = list(gradients)
-    largest = torch._foreach_norm(list(gradients.values()), float("inf"))
+    names, gradients = [], []
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, f"{name} has no gradient"
+        names.append(name)
+        gradients.append(parameter.grad)
+    largest = torch._foreach_norm(gradients, float("inf"))
     bad = (~torch.stack([norm.float() for norm in largest]).isfinite()).nonzero()
     nobody = context.world_size * len(names)
     first = context.rank * len(names) + bad[0, 0] if len(bad) else torch.tensor(nobody)

@@ -202,8 +202,7 @@ class ColumnParallelLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         bias = self.bias.flatten() if self.bias is not None else None
-        weight = self.weight.reshape(-1, x.shape[-1])
-        y = column_linear(x, weight, bias, self.tp)  # (B, T, O/tp)    backward: sum over tp
+        y = column_linear(x, self.weight.reshape(-1, x.shape[-1]), bias, self.tp)  # (B, T, O/tp)
         if self.gather_output:
             y = y.unflatten(-1, (self.stride, -1))  # (B, T, s, O/s/tp)
             y = gather_from_tensor_parallel_region(y, self.tp).flatten(-2)  # (B, T, O)

@@ -6,7 +6,6 @@ OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node=2 -m rosetrainer train 
 from __future__ import annotations
 
 import math
-import os
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -22,7 +21,7 @@ from rosetrainer.config import TrainConfig
 from rosetrainer.data import Corpus, open_corpus
 from rosetrainer.data_parallel import accumulate_gradients
 from rosetrainer.dropout import DropoutSeed
-from rosetrainer.environment import under_torchrun, usable_cores, world_from_environment
+from rosetrainer.environment import under_torchrun, world_from_environment
 from rosetrainer.evaluation import evaluate
 from rosetrainer.fields import ConfigError, Count, check_fields
 from rosetrainer.flags import parse_flags, ranks_to_start
@@ -36,7 +35,7 @@ from rosetrainer.parallel_context import (
     init_parallel,
 )
 from rosetrainer.parity import show_proof
-from rosetrainer.performance import choose_dtype, flops_per_token, matmul_peak
+from rosetrainer.performance import choose_dtype, flops_per_token, matmul_peak, set_threads
 from rosetrainer.precision import Autocast, NonFiniteGradientError, autocast_for
 from rosetrainer.replicas import check_replicas
 from rosetrainer.run_log import RunLog, describe, traffic
@@ -128,20 +127,19 @@ def train_loop(
             try:
                 figures = train_step(config, corpus, model, optimizer, context, autocast, step)
             except NonFiniteGradientError as error:
-                optimizer.zero_grad()
                 skipped += 1
                 check_skipped(skipped, error, step, config)
+                optimizer.zero_grad()
                 if log:
                     log.skipped(step + 1, skipped, str(error))
-                continue
-            speed = tokens / (time.perf_counter() - started)
-            figures["perf/tokens_per_s"] = speed
-            figures["perf/mfu"] = speed * flops_per_token(config.model) / peak
-            if log:
-                log.step(step + 1, figures | traffic(context))
+            else:
+                speed = tokens / (time.perf_counter() - started)
+                figures["perf/tokens_per_s"] = speed
+                figures["perf/mfu"] = speed * flops_per_token(config.model) / peak
+                if log:
+                    log.step(step + 1, figures | traffic(context))
             if run.check_replicas and (step + 1) % run.check_replicas == 0:
                 check_replicas(model, context, step + 1)
-                traffic(context)
             last = step + 1 == run.steps
             if last or (run.eval_every and (step + 1) % run.eval_every == 0):
                 validation, remark = evaluate(config, corpus, model, context, autocast)
@@ -149,7 +147,7 @@ def train_loop(
                 if log:
                     log.evaluation(step + 1, validation, remark)
                 save_weights(folder, model, context)
-                traffic(context)
+            traffic(context)  # what was no step's
 
 
 def train_step(
@@ -241,11 +239,3 @@ def sum_over_ranks(value: float, context: ParallelContext) -> float:
     for axis in context.axes:
         total = all_reduce(total, axis, "start")
     return total.item()
-
-
-def set_threads(wanted: int) -> None:
-    """`wanted` threads; 0 leaves it to OMP_NUM_THREADS, or shares the cores among local ranks."""
-    if wanted:
-        torch.set_num_threads(wanted)
-    elif "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(usable_cores() // world_from_environment()[3], 1))

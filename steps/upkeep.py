@@ -18,7 +18,7 @@ CORE = tuple(
     f"{name}.py"
     for name in (
         *("comm", "parallel_context", "tensor_parallel", "model", "clip", "vocab_parallel"),
-        *("dropout", "recompute", "precision", "overlap"),
+        *("dropout", "attention", "recompute", "precision", "overlap"),
     )
 )
 MERGED = STEPS / ".propagate"  # conflicts that were handed to a person, until all is merged

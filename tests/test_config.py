@@ -22,6 +22,10 @@ MAY_BE_ZERO: dict[str, list[object]] = {
     "weight_decay": [0, 1.5],
     "grad_clip": [0, 1.5],
     "min_lr_ratio": [0],
+    "max_skipped": [0],
+    "check_replicas": [0],
+    "sequence_parallel": [True],
+    "overlap": [True],
     "beta1": [0],
     "beta2": [0],
     "eps": [1.5],
@@ -47,6 +51,9 @@ def bad_configs() -> list[tuple[TrainConfig, int]]:
         bad.append((TrainConfig(model=model), tp))
     for width, tp in itertools.product((1, 6, 10, 99), (4, 8)):
         bad.append((TrainConfig(model=GPTConfig(n_heads=8, d_ff=width)), tp))
+    for tokens, tp in itertools.product((1, 6, 10, 99), (4, 8)):
+        model, parallel = GPTConfig(context_length=tokens, n_heads=8), ParallelConfig(tp, 1, True)
+        bad.append((TrainConfig(model=model, parallel=parallel), tp))
     for heads in (3, 5, 7, 999):
         bad.append((TrainConfig(model=GPTConfig(n_heads=heads)), 1))
     for batch, micro, dp in itertools.product((1, 6, 10), (4, 7), (1, 2, 4)):

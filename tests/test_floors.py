@@ -15,6 +15,7 @@ FLOORS = [
     {"parallel_context", "reference"},
     {"comm", "flags", "launch", "corpus_files", "performance"},
     {"overlap", "dropout", "recompute", "precision"},
+    {"attention"},
     {"tensor_parallel"},
     {"vocab_parallel"},
     {"model"},

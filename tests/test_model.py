@@ -11,7 +11,7 @@ from torch import Tensor
 from rosetrainer.config import GPTConfig, ParallelConfig
 from rosetrainer.fields import ConfigError
 from rosetrainer.model import GPTModel
-from rosetrainer.parallel_context import ParallelContext, init_parallel, init_tensor_parallel
+from rosetrainer.parallel_context import Axis, ParallelContext, init_parallel, init_tensor_parallel
 from rosetrainer.tensor_parallel import draw_whole, gather_whole, init_weights, load_whole
 
 LAYOUTS = [(1, 1), (1, 2), (1, 4), (2, 2)]  # (dp, tp)
@@ -80,7 +80,8 @@ def test_initial_weights_are_bitwise_those_of_one_process(tp_size: int) -> None:
     config = tiny_config(tied=False)
     model = GPTModel(config)
     init_weights(model, seed=7)
-    alone = {name: p.flatten().tolist() for name, p in model.named_parameters()}
+    whole = gather_whole(model, Axis("tp"))
+    alone = {name: tensor.flatten().tolist() for name, tensor in whole.items()}
     for gathered in run_ranks(tp_size, gathered_initial_weights, config):
         assert gathered == alone
 
@@ -117,7 +118,7 @@ def count_collectives(config: GPTConfig) -> dict[tuple[str, str], tuple[int, int
     model = GPTModel(config, context).double()
     init_weights(model, seed=1)
     input_ids, labels = random_batch(config, rows=3)
-    _, loss = model(input_ids, labels=labels)
+    _, loss = model(input_ids, labels=labels, return_logits=False)
     loss.backward()
     return {k: (t.calls, t.payload_bytes) for k, t in context.tp.ledger.entries.items()}
 
@@ -125,11 +126,13 @@ def count_collectives(config: GPTConfig) -> dict[tuple[str, str], tuple[int, int
 @pytest.mark.parametrize("tp_size", [2, 4])
 def test_a_block_has_two_all_reduces_each_way_and_nothing_else(tp_size: int) -> None:
     config = tiny_config(n_layers=3)
-    one = 3 * 10 * config.d_model * 8  # (B, T, D) in float64
+    tokens = 3 * 10 * 8  # B x T in float64
+    one = tokens * config.d_model
     for counted in run_ranks(tp_size, count_collectives, config):
+        # One more each way for embedding and head, and three numbers a token for the loss.
         assert counted == {
-            ("all_reduce", "forward"): (6, 6 * one),
-            ("all_reduce", "backward"): (6, 6 * one),
+            ("all_reduce", "forward"): (7 + 3, 7 * one + 3 * tokens),
+            ("all_reduce", "backward"): (7, 7 * one),
         }
 
 
@@ -186,5 +189,7 @@ def test_heads_and_features_that_ranks_cannot_share_are_refused() -> None:
         tiny_config().check(tp_size=3)
     with pytest.raises(ConfigError, match="d_ff=36 .* tp_size=8; tp_size can be 1, 2 or 4"):
         tiny_config(d_ff=36).check(tp_size=8)
-    with pytest.raises(ConfigError, match=r"dropout=0.1 is not supported yet; dropout can be 0"):
-        tiny_config(dropout=0.1).check()
+    with pytest.raises(ConfigError, match="dropout=1.0"):
+        tiny_config(dropout=1.0).check()
+    with pytest.raises(ConfigError, match="context_length=12 .* tp_size=8, .* a multiple of 8"):
+        tiny_config().check(tp_size=8, sequence_parallel=True)
