@@ -1,4 +1,4 @@
-"""python -m rosetrainer train|generate|parity|tour [flags]"""
+"""python -m rosetrainer train|generate|parity|plan|tour [flags]"""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ COMMANDS = {
     "train": "train a GPT, on one rank or many",
     "generate": "write text with a trained model",
     "parity": "show who holds what, and prove that a layout equals one process",
+    "plan": "predict what a layout moves and holds, without starting any process",
     "tour": "data, proof, a training run of about three minutes, a sample",
 }
 

@@ -7,7 +7,7 @@ each rank divides by the step's global token count, and gradients are summed, no
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -26,28 +26,29 @@ BUCKET_BYTES = 25 * 2**20  # as large as DistributedDataParallel's: few calls, l
 
 def accumulate_gradients(
     model: nn.Module,
-    micro_batches: list[tuple[Tensor, Tensor]],
+    micro_batches: Sequence[tuple[Tensor, ...]],
     context: ParallelContext,
     autocast: Autocast = nullcontext,
     seed: Seed = None,
 ) -> float:
     """Adds the global batch's gradient to every parameter's .grad; returns its mean loss in nats.
 
-    micro_batches: this rank's (input_ids, labels), each (b, T); all dp ranks have equally many.
+    micro_batches: this rank's (input_ids, labels), each (b, T), or what else the model takes, the
+    labels last; all dp ranks have equally many.
     The first micro-batches of all dp ranks are the global batch's first rows, in order of rank.
     seed: for dropout, of the global batch. If the loss is not finite, gradients are not summed.
     Raises NonFiniteGradientError on every rank if a gradient of one is not finite.
     """
-    counts = [int((labels != IGNORED).sum()) for _, labels in micro_batches]
+    counts = [int((labels != IGNORED).sum()) for *_, labels in micro_batches]
     local = torch.tensor(sum(counts), dtype=torch.float64)
     tokens = max(float(_sum_over_dp(local, context)), 1.0)
     total = torch.zeros((), dtype=torch.float64)
-    for index, ((input_ids, labels), count) in enumerate(zip(micro_batches, counts, strict=True)):
+    for index, ((*inputs, labels), count) in enumerate(zip(micro_batches, counts, strict=True)):
         if seed:
             first = (index * context.dp.size + context.dp.rank) * len(labels)
             seed = replace(seed, first_row=first)
         with autocast():
-            _, loss = model(input_ids, labels=labels, return_logits=False, seed=seed)
+            _, loss = model(*inputs, labels=labels, return_logits=False, seed=seed)
         share = loss * (count / tokens)
         share.backward()
         total += share.detach().to("cpu", torch.float64)

@@ -149,9 +149,9 @@ class EncoderDecoderModel(nn.Module):
         memory = self.encode(source_ids, source_mask, seed)
         x = self.embed(target_ids, target_mask, self.target_positions)
         x = self.target_dropout(x, seed, (first_token(x, self.tp),))
-        causal = causal_padding_mask(target_mask)
+        causal, real = causal_padding_mask(target_mask), source_mask.bool()[:, None, None, :]
         for block in self.decoder:
-            x = block(x, causal, memory, source_mask.bool()[:, None, None, :], seed)
+            x = block(x, causal, memory, real, seed)
         local = self.output_head.logits(self.final_norm(x))  # (B, T, V/tp)
         V, logits, loss = self.config.vocab_size, None, None
         if labels is not None:

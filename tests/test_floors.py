@@ -23,8 +23,8 @@ FLOORS = [
         *("encoder_decoder", "data", "data_parallel", "replicas", "clip", "optim"),
         *("checkpoint", "run_log"),
     },
-    {"parity", "evaluation"},
-    {"train", "generate", "tour"},
+    {"parity", "evaluation", "planner"},
+    {"train", "generate", "plan", "tour"},
     {"__main__"},
 ]
 

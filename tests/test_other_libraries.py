@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -42,6 +43,10 @@ def random(*shape: int, seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).double()
 
 
+def shuffled_tokens() -> Tensor:
+    return torch.randperm(B * T, generator=torch.Generator().manual_seed(0)).view(B, T)
+
+
 def own(whole: Tensor, tp: Axis, dim: int) -> Tensor:
     return whole.chunk(tp.size, dim)[tp.rank]
 
@@ -63,15 +68,8 @@ def differentiate(function: Function, x: Tensor, upstream: Tensor) -> dict[str, 
     return {"y": y.detach()} if x.grad is None else {"y": y.detach(), "x.grad": x.grad}
 
 
-class Block(nn.Module):
-    """The same sum of layers, whosever they are. (B, T, D) -> (B, T, D)"""
-
-    def __init__(self, norm: nn.Module, up: nn.Module, down: nn.Module) -> None:
-        super().__init__()
-        self.norm, self.up, self.down = norm, up, down
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.down(F.gelu(self.up(self.norm(x))))
+def block(norm: nn.Module, up: nn.Module, down: nn.Module) -> nn.Module:
+    return nn.Sequential(OrderedDict(norm=norm, up=up, gelu=nn.GELU(), down=down))
 
 
 def dtensor_plan(sequence_parallel: bool) -> dict[str, dtensor.ParallelStyle]:
@@ -84,42 +82,37 @@ def dtensor_plan(sequence_parallel: bool) -> dict[str, dtensor.ParallelStyle]:
     }
 
 
-def whole_gradient(parameter: Tensor) -> Tensor:
-    """Of a DTensor summed and gathered by itself; outside its plan a norm is a plain tensor."""
+def gradient_of(parameter: Tensor) -> Tensor:
+    """A DTensor sums and gathers its own."""
     assert parameter.grad is not None
     return parameter.grad.full_tensor() if isinstance(parameter.grad, DTensor) else parameter.grad
 
 
 def check_dtensor_block(sequence_parallel: bool) -> None:
-    context = context_of(sequence_parallel)
-    tp = context.tp
-    theirs = Block(nn.LayerNorm(D), nn.Linear(D, D_FF), nn.Linear(D_FF, D)).double()
-    shapes = {name: parameter.shape for name, parameter in theirs.named_parameters()}
-    whole = {name: random(*shape, seed=i) for i, (name, shape) in enumerate(shapes.items())}
+    tp = (context := context_of(sequence_parallel)).tp
+    theirs = block(nn.LayerNorm(D), nn.Linear(D, D_FF), nn.Linear(D_FF, D)).double()
+    whole = {n: random(*w.shape, seed=i) for i, (n, w) in enumerate(theirs.named_parameters())}
     theirs.load_state_dict(whole)
     mesh = init_device_mesh("cpu", (tp.size,))
     dtensor.parallelize_module(theirs, mesh, dtensor_plan(sequence_parallel))
     column, row = ColumnParallelLinear(D, D_FF, tp=tp), RowParallelLinear(D_FF, D, tp=tp)
-    ours = Block(LayerNorm(D, bias=True, tp=tp), column, row).double()
+    ours = block(LayerNorm(D, bias=True, tp=tp), column, row).double()
     tensor_parallel.load_whole(ours, whole)
 
     x, upstream = (own_tokens(random(B, T, D, seed=seed), tp) for seed in (10, 11))
     result, expected = differentiate(ours, x, upstream), differentiate(theirs, x, upstream)
     reduce_gradients(ours, context)
     result |= tensor_parallel.gather_whole(ours, tp, gradients=True)
-    expected |= {name: whole_gradient(weight) for name, weight in theirs.named_parameters()}
+    expected |= {name: gradient_of(weight) for name, weight in theirs.named_parameters()}
     assert_all_equal(result, expected)
 
 
 def our_loss(tp: Axis) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
-    """(logits with -inf as pad, labels with a quarter of -100, upstream), and what we make of it.
-
-    Ours takes any number for pad: the others know of no pad, so they get one that counts nothing.
-    """
+    """Logits with -inf as pad, labels, upstream; and our result, for which pad can be anything."""
     logits = own(SPREAD / 4 * random(B, T, COLUMNS, seed=1).clamp(-2, 2), tp, -1)
     upstream = random(B, T, seed=2)
-    labels = torch.randint(VOCAB, (B, T), generator=torch.Generator().manual_seed(3))
-    labels = labels.masked_fill(random(B, T, seed=4) < -0.67, -100)
+    labels = shuffled_tokens()  # each once, and the rest -100
+    labels = labels.masked_fill(labels >= VOCAB, -100)
     ours = differentiate(
         lambda x: vocab_parallel_cross_entropy(x, labels, VOCAB, tp), logits, upstream
     )
@@ -134,8 +127,7 @@ def check_dtensor_loss() -> None:
 
     def their_loss(x: Tensor) -> Tensor:
         cut = DTensor.from_local(x.flatten(0, 1), mesh, [Shard(1)])
-        losses = F.cross_entropy(cut, labels.flatten(), reduction="none")  # ignores -100
-        assert isinstance(losses, DTensor)
+        losses: Any = F.cross_entropy(cut, labels.flatten(), reduction="none")  # ignores -100
         return losses.to_local().view(B, T)
 
     with dtensor.loss_parallel():
@@ -153,7 +145,7 @@ def test_loss_equals_loss_parallels(tp_size: int) -> None:
     run_ranks(tp_size, check_dtensor_loss)
 
 
-# Its buffers for sequence parallelism are made on the current CUDA device.
+# Under sequence parallelism Megatron's buffers are made on the current CUDA device.
 @mock.patch("torch.cuda.current_device", new=lambda: "cpu")
 def check_megatron() -> None:
     """All of it in one process: the import alone takes seconds."""
@@ -161,14 +153,13 @@ def check_megatron() -> None:
         warnings.simplefilter("ignore")  # its import tells of what it misses and will remove
         import megatron.core as megatron
     tp = context_of(sequence_parallel=False).tp
-    megatron.parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp.size)
+    megatron.parallel_state.initialize_model_parallel(tp.size)
     with warnings.catch_warnings():
         # A variable that orders CUDA kernels, a group that it does not pass on to itself, and the
         # names that two collectives had before torch 2.13.
         warnings.filterwarnings("ignore", ".*CUDA_DEVICE_MAX_CONNECTIONS", UserWarning)
         warnings.filterwarnings("ignore", ".*tp_group is None", DeprecationWarning)
-        names = ".*torch.distributed.(all_gather_into|reduce_scatter)_tensor` is deprecated"
-        warnings.filterwarnings("ignore", names, FutureWarning)
+        warnings.filterwarnings("ignore", ".*_tensor` is deprecated", FutureWarning)
         check_megatron_loss(megatron, tp)
         check_megatron_layers(megatron, tp)
         check_megatron_layers(megatron, context_of(sequence_parallel=True).tp)
@@ -179,16 +170,16 @@ def check_megatron_layers(megatron: Any, tp: Axis) -> None:
     x, hidden = own_tokens(random(B, T, D, seed=1), tp), own(random(B, T, D_FF, seed=2), tp, -1)
     for stride in (1, 3):
         theirs = layers.ColumnParallelLinear(D, D_FF, stride=stride, **given)
-        ours: nn.Module = ColumnParallelLinear(D, D_FF, stride=stride, tp=tp)
+        ours = ColumnParallelLinear(D, D_FF, stride=stride, tp=tp)
         compare(ours, theirs, batch_first(theirs), x, hidden)
     linear = {"bias": True, "input_is_parallel": True, "skip_bias_add": False}
     theirs = layers.RowParallelLinear(D_FF, D, **linear, **given)
     compare(RowParallelLinear(D_FF, D, tp=tp), theirs, batch_first(theirs), hidden, x)
     scatter = tp.sequence_parallel  # which gives (T/tp, B, D), and without it (B, T, D)
     theirs = layers.VocabParallelEmbedding(TOKENS, D, reduce_scatter_embeddings=scatter, **given)
-    ours = VocabParallelEmbedding(TOKENS, D, tp=tp, init_std=1.0)
-    ids = torch.randint(TOKENS, (B, T), generator=torch.Generator().manual_seed(3))
-    compare(ours, theirs, lambda i: theirs(i).transpose(0, scatter), ids, x)
+    table = VocabParallelEmbedding(TOKENS, D, tp=tp, init_std=1.0)
+    ids = TOKENS // 2 - 9 + shuffled_tokens()  # on both sides of where the table is cut
+    compare(table, theirs, lambda i: theirs(i).transpose(0, int(scatter)), ids, x)
 
 
 def batch_first(linear: Any) -> Function:
@@ -205,11 +196,8 @@ def options(megatron: Any, tp: Axis) -> dict[str, Any]:
         params_dtype=torch.float64,
     )
     group = megatron.parallel_state.get_tensor_model_parallel_group()
-    return {"config": config, "init_method": fill_whole, "tp_group": group}
-
-
-def fill_whole(weight: Tensor) -> None:
-    weight.copy_(random(*weight.shape, seed=5))
+    fill = {"init_method": lambda whole: whole.copy_(random(*whole.shape, seed=5))}
+    return {"config": config, "tp_group": group, **fill}
 
 
 def compare(
@@ -224,9 +212,8 @@ def compare(
     result, expected = differentiate(ours, x, upstream), differentiate(forward, x, upstream)
     for name, (weight, other) in pairs.items():
         result[name], expected[name] = weight.detach().view(other.shape), other.detach()
-        assert weight.grad is not None and other.grad is not None
-        result[f"{name}.grad"] = weight.grad.view(other.shape)
-        expected[f"{name}.grad"] = other.grad
+        result[f"{name}.grad"] = gradient_of(weight).view(other.shape)
+        expected[f"{name}.grad"] = gradient_of(other)
         summed_later = getattr(other, "sequence_parallel", False)  # its mark of a partial sum
         assert ("tp" in shard_spec(weight).partial_over) == summed_later, name
     assert_all_equal(result, expected)
@@ -235,19 +222,17 @@ def compare(
 def check_megatron_loss(megatron: Any, tp: Axis) -> None:
     """Megatron's is in fp32 whatever the logits are, so a bound of fp32's takes 1e-10's place.
 
-    With u, the unit roundoff, and S, the spread of the logits: a shifted
-    logit is off by S u, its exponential by (S + 2) u of itself, the sum of V by (S + V + 2) u of
-    itself, its logarithm by that and 2 u log V, the loss by S u of the label's logit and its own
-    (S + log V) u more: (3 S + V + 3 log V + 2) u. A softmax is off by (2 S + V + 5) u, and
-    subtracting the one-hot and multiplying by upstream each add u.
+    With u, the unit roundoff, and S, the spread of the logits: a shifted logit is off by S u, its
+    exponential by (S + 2) u of itself, the sum of V by (S + V + 2) u of itself, its logarithm by
+    that and 2 u log V, the loss by S u for the label's logit and its own (S + log V) u more. A
+    softmax is off by (2 S + V + 5) u, less the one-hot and times upstream by u more each.
     """
     logits, labels, upstream, ours = our_loss(tp)
     counts = labels != -100  # masked outside, as in its trainer: it knows no ignored label
     labels = labels.masked_fill(~counts, 0)
 
     def their_loss(x: Tensor) -> Tensor:  # it overwrites its input
-        losses = megatron.tensor_parallel.vocab_parallel_cross_entropy(x.clone(), labels)
-        return losses * counts
+        return megatron.tensor_parallel.vocab_parallel_cross_entropy(x.clone(), labels) * counts
 
     theirs = differentiate(their_loss, logits.float(), upstream.float())
     bound = (3 * SPREAD + VOCAB + 3 * math.log(VOCAB) + 7) * 2**-24

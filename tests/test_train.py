@@ -101,9 +101,9 @@ def test_a_run_leaves_its_files_beside_each_other(markov: Path, tmp_path: Path) 
     assert {"train/loss", "val/loss", "train/lr", "train/grad_norm", "perf/tokens_per_s"} <= tags
     assert {"perf/mfu", "comm/bytes_per_step/tp_all_reduce", "val/above_floor"} <= tags
     moved = {line.get("comm/bytes_per_step/tp_all_reduce") for line in read_log(out)} - {None}
-    # For all 8 x 16 tokens, whatever the micro-batches: two all-reduces of (b, T, D) each way in each
-    # block, one each way for embedding and head, three numbers a token for the loss; then who has a
-    # gradient that is not finite, and the norm.
+    # For all 8 x 16 tokens, whatever the micro-batches: two all-reduces of (b, T, D) each way in
+    # each block, one each way for embedding and head, three numbers a token for the loss; then who
+    # has a gradient that is not finite, and the norm.
     tokens = 4 * 8 * 16
     assert moved == {2 * (2 * MODEL.n_layers + 1) * tokens * 32 + 3 * tokens + 8 + 8}
 

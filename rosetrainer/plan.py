@@ -1,0 +1,83 @@
+"""What a layout would move and hold, before anything is started."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from rosetrainer.config import TrainConfig
+from rosetrainer.data import open_corpus
+from rosetrainer.fields import ConfigError, Count, check_fields
+from rosetrainer.flags import parse_flags
+from rosetrainer.performance import choose_dtype
+from rosetrainer.planner import Plan, Work, plan
+
+RING = {"all_reduce": 2.0, "all_gather": 1.0, "reduce_scatter": 1.0}
+"""Ring traffic of a rank is this x (n - 1) / n of the payload."""
+
+
+@dataclass(frozen=True)
+class PlanCommand:
+    """Predicts a step's communication and a rank's memory; starts no process."""
+
+    config: TrainConfig = field(default_factory=TrainConfig)
+    vocabulary: Count | None = None
+    """Number of token ids; the corpus's unless given."""
+
+
+def main(argv: list[str]) -> int:
+    """The command. Raises ConfigError for a user's mistake."""
+    command = parse_flags(PlanCommand, argv, "python -m rosetrainer plan")
+    check_fields(command)
+    config, parallel = command.config, command.config.parallel
+    parallel = replace(parallel, tp_size=parallel.tp_size or 1, dp_size=parallel.dp_size or 1)
+    assert parallel.tp_size and parallel.dp_size
+    vocabulary = command.vocabulary or corpus_vocabulary(config)
+    config = replace(config, model=replace(config.model, vocab_size=vocabulary), parallel=parallel)
+    config.check(parallel.tp_size * parallel.dp_size)
+    dtype = choose_dtype(config.run.dtype, torch.device("cpu"))
+    print(describe(config, plan_training(config, dtype), dtype))
+    return 0
+
+
+def corpus_vocabulary(config: TrainConfig) -> int:
+    try:
+        return open_corpus(config.run.data, config.model.context_length).meta.vocab_size
+    except ConfigError as error:
+        raise ConfigError(f"{error}; or give --vocabulary") from None
+
+
+def plan_training(config: TrainConfig, dtype: torch.dtype) -> Plan:
+    """The plan of one of the ranks that config asks for."""
+    dp = config.parallel.dp_size or 1
+    work = Work(
+        config.optim.micro_batch(dp),
+        config.model.context_length,
+        config.optim.accumulation(dp),
+        product_bytes=dtype.itemsize,
+        weight_bytes=8 if dtype == torch.float64 else 4,
+    )
+    return plan(config.model, config.parallel, work)
+
+
+def describe(config: TrainConfig, found: Plan, dtype: torch.dtype) -> str:
+    sizes = {"tp": config.parallel.tp_size or 1, "dp": config.parallel.dp_size or 1}
+    lines = [
+        f"{sizes['tp']} tensor-parallel x {sizes['dp']} data-parallel ranks, "
+        f"V {config.model.vocab_size}, {str(dtype).removeprefix('torch.')}\n",
+        f"{'a step moves':34} {'calls':>7} {'payload':>15} {'ring, a rank':>15}",
+    ]
+    total = 0.0
+    for (axis, operation, phase), (calls, payload) in found.ledger.items():
+        n = sizes[axis]
+        ring = RING[operation] * (n - 1) / n * payload
+        total += ring
+        name = f"  {axis} {operation} {phase}"
+        lines.append(f"{name:34} {calls:7,} {payload:15,} {ring:15,.0f}")
+    lines.append(f"{'  together':34} {'':7} {'':15} {total:15,.0f}\n")
+    lines.append(f"{'a rank holds':34} {'bytes':>23}")
+    for name, size in found.memory.items():
+        lines.append(f"  {name:32} {size:23,}")
+    lines.append(f"  {'together':32} {sum(found.memory.values()):23,}")
+    return "\n".join(lines)

@@ -1,0 +1,287 @@
+"""Layouts that meet every pair of settings, each trained for a few steps beside one process.
+
+One process is the dense oracle for a GPT, and our own model at tp 1 for an encoder-decoder, whose
+own test holds it against torch's layers.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from oracle import TOLERANCE
+from ranks import run_ranks
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from rosetrainer.clip import clip_gradients
+from rosetrainer.config import IGNORED, GPTConfig, OptimConfig, ParallelConfig
+from rosetrainer.data_parallel import accumulate_gradients
+from rosetrainer.dropout import DropoutSeed
+from rosetrainer.encoder_decoder import EncoderDecoderModel
+from rosetrainer.model import GPTModel
+from rosetrainer.optim import build_optimizer
+from rosetrainer.parallel_context import ParallelContext, init_parallel
+from rosetrainer.reference import ReferenceDropout, ReferenceGPT
+from rosetrainer.tensor_parallel import draw_whole, gather_whole, load_whole, shard_spec
+
+ROWS, T, S, STEPS, CLIP = 8, 8, 16, 3, 0.05
+FACTORS: dict[str, tuple[Any, ...]] = {
+    "ranks": ((1, 1), (2, 1), (4, 1), (8, 1), (1, 2), (1, 4), (2, 2), (2, 4), (4, 2)),  # tp, dp
+    "sequence_parallel": (False, True),
+    "recompute": ("none", "attention", "block"),
+    "dropout": (0.0, 0.1),
+    "overlap": (True, False),
+    "tied": (True, False),
+    "vocab_size": (139, 29, 256),  # the last one needs no pad; of 29, most ranks hold none
+    "encoder_decoder": (False, True),
+    "micro_batches": (1, 2),
+}
+OPTIM = OptimConfig(learning_rate=1e-3, weight_decay=0.3, global_batch_size=ROWS)
+
+
+@dataclass(frozen=True)
+class Layout:
+    ranks: tuple[int, int]
+    sequence_parallel: bool
+    recompute: Any
+    dropout: float
+    overlap: bool
+    tied: bool
+    vocab_size: int
+    encoder_decoder: bool
+    micro_batches: int
+
+    def __str__(self) -> str:
+        on = ["encoder-decoder" if self.encoder_decoder else "GPT"]
+        on += [f"tp {self.ranks[0]} x dp {self.ranks[1]}", f"V {self.vocab_size}"]
+        on += ["tied"] * self.tied + ["sequence-parallel"] * self.sequence_parallel
+        on += [f"recompute {self.recompute}"] * (self.recompute != "none")
+        on += [f"dropout {self.dropout}"] * (self.dropout > 0) + ["overlap"] * self.overlap
+        return ", ".join([*on, f"{self.micro_batches} micro-batches"])
+
+    @property
+    def parallel(self) -> ParallelConfig:
+        tp, dp = self.ranks
+        return ParallelConfig(tp, dp, self.sequence_parallel, self.recompute, self.overlap)
+
+    @property
+    def model(self) -> GPTConfig:
+        shape = {"context_length": S, "n_layers": 2, "n_heads": 8, "d_model": 24, "d_head": 5}
+        how = {"d_ff": 40, "tied": self.tied, "dropout": self.dropout}
+        return GPTConfig(self.vocab_size, **shape, **how)  # type: ignore[arg-type]
+
+    @property
+    def function(self) -> Layout:
+        """What is computed, whatever the layout: the same layout on one rank."""
+        plain = replace(self, sequence_parallel=False, recompute="none", overlap=True)
+        return replace(plain, ranks=(1, 1), micro_batches=1)
+
+
+@functools.cache
+def layouts() -> list[Layout]:
+    """Greedily, always the candidate that meets most pairs of settings not met so far."""
+    names = list(FACTORS)
+    candidates = list(itertools.product(*FACTORS.values()))
+    pairs = list(itertools.combinations(range(len(names)), 2))
+    missing = {(i, j, a, b) for i, j in pairs for a in FACTORS[names[i]] for b in FACTORS[names[j]]}
+    chosen = []
+    while missing:
+        met = [{(i, j, c[i], c[j]) for i, j in pairs} for c in candidates]
+        best = max(range(len(candidates)), key=lambda n: len(met[n] & missing))
+        missing -= met[best]
+        chosen.append(Layout(*candidates[best]))
+    return chosen
+
+
+def build(layout: Layout, context: ParallelContext) -> nn.Module:
+    """In float64, with weights that no bias makes zero and no norm one."""
+    kind = EncoderDecoderModel if layout.encoder_decoder else GPTModel
+    model = kind(layout.model, context).double()
+    specs = {name: shard_spec(p) for name, p in model.named_parameters()}
+    noisy = {name: replace(spec, init_std=0.3) for name, spec in specs.items()}
+    load_whole(model, {name: draw_whole(spec, 2, name) for name, spec in noisy.items()})
+    return model
+
+
+def batch(layout: Layout, step: int) -> tuple[Tensor, ...]:
+    """The global batch: what the model takes, the labels last; rows count unequally many tokens."""
+    generator = torch.Generator().manual_seed(step)
+    drawn = torch.randint(layout.vocab_size, (3, ROWS, S), generator=generator)
+    target, labels, source = drawn[0, :, :T], drawn[1, :, :T].clone(), drawn[2]
+    for row in range(ROWS):
+        labels[row, : row + 1] = IGNORED  # the last row has none
+    if not layout.encoder_decoder:
+        return target, labels
+    source_mask, target_mask = torch.ones_like(source), torch.ones_like(target)
+    source_mask[1, :3] = source_mask[2, 9:] = target_mask[3, 6:] = 0
+    return source, target, source_mask, target_mask, labels.masked_fill(target_mask == 0, IGNORED)
+
+
+def one_process(layout: Layout) -> dict[str, Any]:
+    """Logits, losses, norms, first gradients, and weights and moments at the end."""
+    if layout.encoder_decoder:
+        return train(layout, ParallelContext())
+    whole = gather_whole(build(layout, ParallelContext()), ParallelContext().tp)
+    dense = ReferenceGPT(layout.model).double()
+    dense.load_state_dict(whole)
+    decayed = [p for n, p in dense.named_parameters() if p.dim() == 2 and "position" not in n]
+    others = [p for n, p in dense.named_parameters() if p.dim() != 2 or "position" in n]
+    groups = [{"params": decayed, "weight_decay": 0.3}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(OPTIM.beta1, OPTIM.beta2))
+    found: dict[str, Any] = {"losses": [], "norms": []}
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        inputs, labels = batch(layout, step)
+        dropout = ReferenceDropout(layout.dropout, 1, step)
+        logits, loss = dense(inputs, labels=labels, dropout=dropout)
+        loss.backward()
+        gradients = {n: p.grad.clone() for n, p in dense.named_parameters() if p.grad is not None}
+        norm = torch.cat([g.flatten() for g in gradients.values()]).norm()
+        for parameter in dense.parameters():
+            assert parameter.grad is not None
+            parameter.grad.mul_((CLIP / norm).clamp(max=1))
+        optimizer.step()
+        found["losses"].append(loss.item())
+        found["norms"].append(norm.item())
+        if step == 0:
+            found |= {"logits": logits.detach(), "gradients": gradients}
+    found["weights"] = {n: p.detach() for n, p in dense.named_parameters()}
+    for key in ("exp_avg", "exp_avg_sq"):
+        found[key] = {n: optimizer.state[p][key] for n, p in dense.named_parameters()}
+    return found
+
+
+def train(layout: Layout, context: ParallelContext) -> dict[str, Any]:
+    """What one_process finds, in the layout; and what moved and was kept in the first step."""
+    model, dp = build(layout, context), context.dp
+    optimizer = build_optimizer(model, OPTIM)
+    size = ROWS // dp.size // layout.micro_batches
+    firsts = [(i * dp.size + dp.rank) * size for i in range(layout.micro_batches)]
+    found: dict[str, Any] = {"losses": [], "norms": []}
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        whole, seed = batch(layout, step), DropoutSeed(1, step)
+        parts = [tuple(t[first : first + size] for t in whole) for first in firsts]
+        if step == 0:
+            own = [replace(seed, first_row=first) for first in firsts]
+            with torch.no_grad():
+                pairs = zip(parts, own, strict=True)
+                found["logits"] = torch.cat([model(*p[:-1], seed=s)[0] for p, s in pairs])
+            found["kept"] = kept(model, parts[0], own[0])
+        for axis in context.axes:
+            axis.ledger.clear()
+        found["losses"].append(accumulate_gradients(model, parts, context, seed=seed))
+        if step == 0:
+            found["norms"].append(clip_gradients(model, context.tp, 0.0))
+            found["ledger"] = [
+                ((axis.name, *key), (t.calls, t.payload_bytes))
+                for axis in context.axes
+                for key, t in axis.ledger.entries.items()
+            ]
+            found["gradients"] = gather_whole(model, context.tp, gradients=True)
+            found["gradients"] = {n: g.clone() for n, g in found["gradients"].items()}
+        norm = clip_gradients(model, context.tp, CLIP)
+        found["norms"] += [norm] if step else []
+        optimizer.step()
+    found["rows"] = [row for first in firsts for row in range(first, first + size)]
+    found["weights"] = gather_whole(model, context.tp)
+    for key in ("exp_avg", "exp_avg_sq"):
+        found[key] = {
+            name: shard_spec(p).unshard(optimizer.state[p][key], context.tp, "checkpoint")
+            for name, p in model.named_parameters()
+        }
+    found["held"] = held(model, optimizer)
+    return found
+
+
+def kept(model: nn.Module, inputs: tuple[Tensor, ...], seed: DropoutSeed) -> int:
+    """Bytes that autograd really saves for the backward pass, parameters aside."""
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    saved: dict[int, tuple[Tensor, int]] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        saved[storage.data_ptr()] = tensor, storage.nbytes()
+        return tensor
+
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(*inputs[:-1], labels=inputs[-1], return_logits=False, seed=seed)
+    return sum(size for address, (_, size) in saved.items() if address not in weights)
+
+
+def held(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:
+    """Bytes of what stays from step to step."""
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    states = [t for p in model.parameters() for t in optimizer.state[p].values()]
+    groups = {"parameters": list(model.parameters()), "gradients": gradients, "optimizer": states}
+    return {name: sum(t.numel() * t.element_size() for t in ts) for name, ts in groups.items()}
+
+
+def errors(ours: dict[str, Any], expected: dict[str, Any]) -> dict[str, float]:
+    """The worst |ours - expected| / largest of each check, over all its tensors."""
+    rows = expected["logits"][ours["rows"]]
+    found = {"logits": relative(ours["logits"], rows)}
+    for key in ("losses", "norms"):
+        pairs = zip(ours[key], expected[key], strict=True)
+        found[key] = max(abs(a - b) / abs(b) for a, b in pairs)
+    for key in ("gradients", "weights", "exp_avg", "exp_avg_sq"):
+        assert ours[key].keys() == expected[key].keys()
+        found[key] = max(worst(name, ours[key], expected[key]) for name in expected[key])
+    return found
+
+
+def worst(name: str, ours: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """A key bias moves nothing, so what it has is rounding: its attention layer is its measure."""
+    parts = 3 if name.endswith("query_key_value.bias") else 2
+    if not name.endswith("key_value.bias"):
+        return relative(ours[name], expected[name])
+    layer = name.removesuffix("bias").rsplit(".", 2)[0]
+    largest = max(float(t.abs().max()) for n, t in expected.items() if n.startswith(f"{layer}."))
+    pairs = list(zip(ours[name].chunk(parts), expected[name].chunk(parts), strict=True))
+    whole = float(expected[name].abs().max())
+    scales = [largest if i == parts - 2 else whole for i in range(parts)]
+    return max(relative(a, b, scale) for (a, b), scale in zip(pairs, scales, strict=True))
+
+
+def relative(ours: Tensor, expected: Tensor, largest: float | None = None) -> float:
+    assert ours.dtype == expected.dtype == torch.float64
+    assert ours.shape == expected.shape
+    return float((ours - expected).abs().max()) / (largest or float(expected.abs().max()))
+
+
+def compare(chosen: list[tuple[Layout, str]]) -> list[dict[str, Any]]:
+    """On one rank: the errors of each layout, what moved and what was held."""
+    results = []
+    for layout, path in chosen:
+        ours = train(layout, init_parallel(layout.parallel))
+        expected = torch.load(path, weights_only=True)
+        kept_here = {"kept": ours["kept"], "held": ours["held"], "ledger": ours["ledger"]}
+        results.append({"errors": errors(ours, expected), **kept_here})
+    return results
+
+
+@functools.cache
+def results() -> dict[Layout, list[dict[str, Any]]]:
+    """What each rank found, for each layout; ranks are started once for each number of them."""
+    found: dict[Layout, list[dict[str, Any]]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        paths: dict[Layout, str] = {}
+        for function in {layout.function for layout in layouts()}:
+            paths[function] = str(Path(folder) / f"{len(paths)}.pt")
+            torch.save(one_process(function), paths[function])
+        for world in (1, 2, 4, 8):
+            chosen = [one for one in layouts() if one.ranks[0] * one.ranks[1] == world]
+            work = [(layout, paths[layout.function]) for layout in chosen]
+            by_rank = run_ranks(world, compare, work, timeout=170)
+            found |= {one: list(r) for one, *r in zip(chosen, *by_rank, strict=True)}
+    return found
+
+
+def is_equal(error: float) -> bool:
+    return error <= TOLERANCE  # false for nan too
