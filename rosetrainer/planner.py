@@ -1,9 +1,8 @@
 """What a step moves and what a rank holds, as closed forms in the config: nothing is started.
 
 Letters: B rows of a micro-batch, T tokens, S tokens of a source (encoder-decoder), D d_model,
-F d_ff, V padded vocabulary; e bytes of a number in a matrix product, m of a weight. "Reducing
-Activation Recomputation in Large Transformer Models" (Korthikanti et al.) counts activations in
-the same way.
+F d_ff, V padded vocabulary; e bytes of a number in a product, m of a weight. "Reducing Activation
+Recomputation in Large Transformer Models" (Korthikanti et al.) counts activations like this.
 """
 
 from __future__ import annotations
@@ -17,8 +16,8 @@ from rosetrainer.config import GPTConfig, ParallelConfig
 from rosetrainer.data_parallel import BUCKET_BYTES
 from rosetrainer.vocab_parallel import PADDED_TO
 
-Ledger = dict[tuple[str, str, str], tuple[int, int]]
-"""(axis, operation, phase) -> (calls, payload bytes)"""
+Ledger = dict[tuple[str, str, str], tuple[int, int]]  # axis, operation, phase: calls, bytes
+Moved = tuple[str, str, list[int]]  # operation, phase, payload bytes of each call
 
 
 @dataclass(frozen=True)
@@ -124,9 +123,8 @@ def ledger(
             found[axis, operation, phase] = (calls + len(payloads), size + sum(payloads))
 
     if parallel.dp_size and parallel.dp_size > 1:
-        add(
-            "dp", "all_reduce", "backward", *buckets([p.elements for p in sizes], work.weight_bytes)
-        )
+        everything = [p.elements for p in sizes]
+        add("dp", "all_reduce", "backward", *buckets(everything, work.weight_bytes))
         add("dp", "all_reduce", "optimizer", 8, 8, 8)  # tokens, loss, who has a bad gradient
     if parallel.tp_size and parallel.tp_size > 1:
         for _ in range(work.micro_batches):
@@ -139,10 +137,8 @@ def ledger(
     return found
 
 
-def micro_batch(
-    model: GPTConfig, parallel: ParallelConfig, work: Work
-) -> Iterator[tuple[str, str, list[int]]]:
-    """(operation, phase, payloads) over tp of one micro-batch, forward and backward."""
+def micro_batch(model: GPTConfig, parallel: ParallelConfig, work: Work) -> Iterator[Moved]:
+    """What moves over tp in one micro-batch, forward and backward."""
     all_blocks = blocks(model, work)
     ends = [length for length in (work.source_tokens, work.tokens) if length]
     product = work.rows * model.d_model * work.product_bytes
@@ -245,8 +241,7 @@ def memory_and_masks(
 
 
 def weight_copies(model: GPTConfig, parallel: ParallelConfig, work: Work) -> int:
-    """The matrices as products take them, where that is a shorter dtype: the head's and, but for
-    blocks that are computed again, theirs."""
+    """The matrices in a shorter dtype: the head's, and those of blocks that are not run again."""
     tp = parallel.tp_size or 1
     sizes = parameters(model, tp, bool(work.source_tokens))
     own = sum(p.elements for p in sizes if p.multiplied and parallel.recompute != "block")

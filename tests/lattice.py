@@ -217,9 +217,11 @@ def kept(model: nn.Module, inputs: tuple[Tensor, ...], seed: DropoutSeed) -> int
 
 def held(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:
     """Bytes of what stays from step to step."""
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    states = [t for p in model.parameters() for t in optimizer.state[p].values()]
-    groups = {"parameters": list(model.parameters()), "gradients": gradients, "optimizer": states}
+    groups: dict[str, list[Tensor]] = {
+        "parameters": list(model.parameters()),
+        "gradients": [p.grad for p in model.parameters() if p.grad is not None],
+        "optimizer": [t for p in model.parameters() for t in optimizer.state[p].values()],
+    }
     return {name: sum(t.numel() * t.element_size() for t in ts) for name, ts in groups.items()}
 
 
