@@ -52,10 +52,10 @@ folder, prefix = sys.argv[1:]
 sys.path.insert(0, folder)
 config, model, tp = (import_module(prefix + m) for m in ("config", "model", "tensor_parallel"))
 import torch
-shape = dict(vocab_size=61, context_length=24, n_layers=3, n_heads=4, d_model=64)
+shape = dict(vocab_size=128, context_length=24, n_layers=3, n_heads=4, d_model=64)
 gpt = model.GPTModel(config.GPTConfig(**shape))
 tp.init_weights(gpt, 3)
-ids = torch.randint(61, (3, 20), generator=torch.Generator().manual_seed(0))
+ids = torch.randint(128, (3, 20), generator=torch.Generator().manual_seed(0))
 print(hashlib.sha256(gpt(ids)[0].detach().numpy().tobytes()).hexdigest())
 """
 
