@@ -311,7 +311,7 @@ def main() -> None:
     labels = labels.masked_fill(torch.arange(7, device=context.device) >= ends, IGNORED)
     check_model(context, input_ids, labels)
     check_loading(context)
-    runs = ((torch.optim.SGD, 3), (torch.optim.AdamW, 10))
+    runs = ((torch.optim.SGD, 2), (torch.optim.AdamW, 3))
     dense = [dense_updates(context, input_ids, labels, *run) for run in runs]
     for tp_size in [size for size in (1, 2, 4) if context.world_size % size == 0]:
         mesh = init_parallel(ParallelConfig(tp_size))

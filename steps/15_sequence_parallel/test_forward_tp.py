@@ -406,7 +406,7 @@ def main() -> None:
     check_pair(sequence)
     check_dropout(context)
     check_loading(context)
-    runs = ((torch.optim.SGD, 3), (torch.optim.AdamW, 10))
+    runs = ((torch.optim.SGD, 2), (torch.optim.AdamW, 3))
     dense = [dense_updates(context, input_ids, labels, *run) for run in runs]
     sizes = [size for size in (1, 2, 4) if context.world_size % size == 0]
     for tp_size, divided in [(1, False), *product(sizes[1:], (False, True))]:
