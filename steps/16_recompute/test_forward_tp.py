@@ -208,7 +208,6 @@ def compare(
     seed: Seed = None,
 ) -> tuple[dict[str, int], int]:
     """Logits where the mask is 1, loss, and every gradient; returns collectives and elements."""
-    dense_loss.backward()
     context.tp.ledger.clear()
     _, loss = model(*inputs, return_logits=False, seed=seed)
     loss.backward()
@@ -230,17 +229,23 @@ def compare(
     return calls, payload
 
 
+def naive_model(context: ParallelContext, inputs: tuple[Tensor, ...], dropout: float) -> tuple:
+    """(weights with their gradients, logits of each row, loss), one for all layouts."""
+    model, whole = random_model(context, dropout)
+    rows, loss = naive_loss(whole, model.config, *inputs, Masks(dropout, 5, 3))
+    loss.backward()
+    return whole, rows, loss
+
+
 def check_model(
-    context: ParallelContext, input_ids: Tensor, labels: Tensor, dropout: float
+    context: ParallelContext, inputs: tuple[Tensor, ...], dropout: float, naive: tuple
 ) -> None:
     """With padding at both ends of a row; the collectives are counted."""
-    mask = torch.ones_like(input_ids)
-    mask[1, 0] = mask[1, 5:] = 0
-    model, whole = random_model(context, dropout)
+    input_ids, mask, _ = inputs
+    model, _ = random_model(context, dropout)
     seed = DropoutSeed(5, 3)
-    naive = naive_loss(whole, model.config, input_ids, mask, labels, Masks(dropout, 5, 3))
-    inputs = (input_ids, mask, labels)
-    calls, payload = compare(context, model, whole, inputs, mask, *naive, seed)
+    whole, rows, loss = naive
+    calls, payload = compare(context, model, whole, inputs, mask, rows, loss, seed)
     same = torch.equal(model(*inputs)[1], model(*inputs, seed=seed)[1])
     assert same == (dropout == 0), "without a seed there is no dropout"
     sums = 2 * model.config.n_layers + 1  # one for the embedding, one for the head's input
@@ -457,9 +462,14 @@ def main() -> None:
     ends = torch.tensor([[8], [4], [1], [2]], device=context.device)
     labels = labels.masked_fill(torch.arange(8, device=context.device) >= ends, IGNORED)
     sequence = init_parallel(ParallelConfig(context.tp.size, sequence_parallel=True))
-    for ranks, dropout in ((context, 0.0), (context, 0.1), (sequence, 0.0), (sequence, 0.1)):
-        say(f"dropout {dropout}, sequence-parallel {ranks.tp.sequence_parallel}")
-        check_model(ranks, input_ids, labels, dropout)
+    mask = torch.ones_like(input_ids)
+    mask[1, 0] = mask[1, 5:] = 0
+    inputs = (input_ids, mask, labels)
+    for dropout in (0.0, 0.1):
+        naive = naive_model(context, inputs, dropout)
+        for ranks in (context, sequence):
+            say(f"dropout {dropout}, sequence-parallel {ranks.tp.sequence_parallel}")
+            check_model(ranks, inputs, dropout, naive)
     check_pair(sequence)
     for divided, dropout in product((False, True), (0.0, 0.1)):
         check_recompute(ParallelConfig(sequence_parallel=divided), input_ids, dropout)
