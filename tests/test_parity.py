@@ -31,7 +31,7 @@ def test_a_right_layout_is_proved_right(dp_size: int, tp_size: int) -> None:
 
 def prove_with_a_wrong_rank(monkeypatch: pytest.MonkeyPatch) -> tuple[str, bool]:
     """Rank 1 computes with one weight a little off; what each rank says of it."""
-    context = init_parallel(ParallelConfig())
+    context = init_parallel(ParallelConfig(dp_size=2))  # over tp the gathered logits would show it
     right = parity.load_whole
 
     def load_wrongly(model: torch.nn.Module, whole: dict[str, torch.Tensor]) -> None:

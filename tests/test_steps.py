@@ -1,7 +1,7 @@
 """Each step's own tests, its training, its mistake, and what it shares with us.
 
-On two ranks, the last step also on one and four. Ranks are forked from a process that has torch
-loaded; `make test-steps` runs the same scripts on 1, 2 and 4 ranks through the real torchrun.
+On two ranks, forked from a process that has torch loaded; `make test-steps` runs the same scripts
+on 1, 2 and 4 ranks through the real torchrun.
 """
 
 from __future__ import annotations
@@ -26,11 +26,10 @@ NAMES = sorted(path.name for path in STEPS.glob("[0-9][0-9]_*"))
 WITH_RANKS = [name for name in NAMES if (STEPS / name / "comm.py").exists()]
 TENSOR_PARALLEL = [name for name in WITH_RANKS if name > "05"]
 SCRIPTS = [
-    (name, script.name, n_ranks)
+    (name, script.name, 2 if name in WITH_RANKS else 1)
     for name in NAMES
     if name > "01"  # step 00 is about torchrun itself
     for script in sorted((STEPS / name).glob("test_*.py"))
-    for n_ranks in ((1, 2, 4) if name == NAMES[-1] else (2,) if name in WITH_RANKS else (1,))
 ]
 
 
