@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from prepare import main as prepare
 
 from rosetrainer.config import GPTConfig, OptimConfig, RunConfig, TrainConfig
+from rosetrainer.dropout import Dropout, DropoutSeed
 from rosetrainer.parallel_context import init_parallel
 from rosetrainer.parity import prove
 from rosetrainer.performance import choose_dtype
@@ -20,7 +22,16 @@ MODEL = GPTConfig(context_length=16, n_layers=2, n_heads=4, d_model=64)
 
 def test_one_gpu_computes_what_the_oracle_does() -> None:
     context = init_parallel(TrainConfig().parallel, "cuda")
-    assert all(difference.is_rounding for difference in prove(MODEL, context))
+    for dropout, recompute in ((0.0, "none"), (0.1, "attention"), (0.1, "block")):
+        again = replace(context, recompute=recompute)
+        config = replace(MODEL, dropout=dropout)
+        assert all(difference.is_rounding for difference in prove(config, again))
+
+
+def test_dropout_s_masks_are_those_of_the_cpu() -> None:
+    layer, seed = Dropout(0.1), DropoutSeed(seed=1, step=2, first_row=3)
+    x = torch.ones(5, 7, 33)
+    assert torch.equal(layer(x.cuda(), seed, (4,)).cpu(), layer(x, seed, (4,)))
 
 
 @pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16"])

@@ -144,12 +144,12 @@ def test_check_fails_where_the_core_is_not_the_package_s(root: Path) -> None:
         "    return x if axis.size == 1 else _Copy",
         "    return _Copy",
     )
-    assert refused(root) == "11_mesh_and_clip/comm.py is not the package's comm.py"
+    assert refused(root) == "19_overlap/comm.py is not the package's comm.py"
 
 
 def test_check_fails_where_the_core_imports_something_else(root: Path) -> None:
     edit(root / "rosetrainer/comm.py", "import torch.distributed as dist\n", "import os\n")
-    assert refused(root) == "11_mesh_and_clip/comm.py is not the package's comm.py"
+    assert refused(root) == "19_overlap/comm.py is not the package's comm.py"
 
 
 def test_check_fails_where_the_package_computes_something_else(root: Path) -> None:
@@ -269,18 +269,18 @@ def test_break_shows_what_turns_red_and_what_stays_green() -> None:
 
 
 def test_new_makes_the_next_step_with_pages_to_fill_in(root: Path) -> None:
-    done = steps(root, "new", "12_from_the_last")
+    done = steps(root, "new", "42_from_the_last")
     assert done.returncode == 0, done.stderr
-    step = root / "steps/12_from_the_last"
+    step = root / "steps/42_from_the_last"
     assert (step / "model.py").exists()
     assert "<!-- diff -->" in (step / "README.zh.md").read_text()
     assert "grows out of" not in (step / "README.md").read_text()
-    assert steps(root, "new", "13_from_09", "09").returncode == 0
-    assert not (root / "steps/13_from_09/encoder_decoder.py").exists()
-    page = (root / "steps/13_from_09/README.md").read_text()
+    assert steps(root, "new", "43_from_09", "09").returncode == 0
+    assert not (root / "steps/43_from_09/encoder_decoder.py").exists()
+    page = (root / "steps/43_from_09/README.md").read_text()
     assert "It grows out of [09](../09_parallel_attention/README.md)." in page
-    again = steps(root, "new", "12_from_the_last")
-    assert again.stderr.startswith("error: 12_from_the_last should be like 42_what_it_adds")
+    again = steps(root, "new", "42_from_the_last")
+    assert again.stderr.startswith("error: 42_from_the_last should be like 42_what_it_adds")
 
 
 @pytest.mark.parametrize(

@@ -364,7 +364,7 @@ def test_nproc_trains_and_generate_writes_the_same_at_any_tp_size(
 def test_the_command_line_exits_with_2_and_one_line(tmp_path: Path) -> None:
     for argv, expected in (
         (["train", "--tp-size", "2"], "-m rosetrainer train --nproc 2 --tp-size 2"),
-        (["trian"], "unknown command trian; it can be train, generate, parity, tour"),
+        (["trian"], "unknown command trian; it can be train, generate, parity, plan, tour"),
         (["generate"], "no run with weights in out/; train one, or give --run DIR"),
     ):
         done = start("-m", "rosetrainer", *argv, cwd=tmp_path)
