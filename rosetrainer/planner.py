@@ -16,7 +16,7 @@ from rosetrainer.config import GPTConfig, ParallelConfig
 from rosetrainer.data_parallel import BUCKET_BYTES
 from rosetrainer.vocab_parallel import PADDED_TO
 
-Ledger = dict[tuple[str, str, str], tuple[int, int]]  # axis, operation, phase: calls, bytes
+LedgerTable = dict[tuple[str, str, str], tuple[int, int]]  # axis, operation, phase: calls, bytes
 Moved = tuple[str, str, list[int]]  # operation, phase, payload bytes of each call
 
 
@@ -51,7 +51,7 @@ class Block:
 class Plan:
     """The ledger of one step and the bytes that a rank holds, by what they are."""
 
-    ledger: Ledger
+    ledger: LedgerTable
     memory: dict[str, int]
 
 
@@ -113,9 +113,9 @@ def padded_vocabulary(model: GPTConfig, tp: int) -> int:
 
 def ledger(
     model: GPTConfig, parallel: ParallelConfig, work: Work, sizes: list[Parameter]
-) -> Ledger:
+) -> LedgerTable:
     """What one step moves, evaluation and saving aside."""
-    found: Ledger = {}
+    found: LedgerTable = {}
 
     def add(axis: str, operation: str, phase: str, *payloads: int) -> None:
         calls, size = found.get((axis, operation, phase), (0, 0))
