@@ -17,10 +17,9 @@ from rosetrainer.config import GPTConfig
 from rosetrainer.data_parallel import accumulate_gradients
 from rosetrainer.model import GPTModel
 from rosetrainer.parallel_context import ParallelContext
-from rosetrainer.performance import choose_dtype, flops_per_token, matmul_peak
+from rosetrainer.performance import choose_dtype, flops_per_token, matmul_peak, set_threads
 from rosetrainer.precision import autocast_for
 from rosetrainer.tensor_parallel import init_weights
-from rosetrainer.train import set_threads
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
