@@ -132,12 +132,15 @@ def main(argv: list[str]) -> None:
     options, text = _options(source, config)
     if not must_make(out, source, options, config.target.force):
         return
+    from rosetrainer.corpus_files import block_hashes  # late, for it imports numpy
+
     if source == "markov":
         files, meta = _markov_corpus(options)
     else:
         files, meta = _text_corpus(source, text, options)
     meta = {"source": source, "options": options, "dtype": "uint16", **meta}
     meta["sha256"] = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+    meta["blocks"] = {name: block_hashes(files[name]) for name in ("train.bin", "val.bin")}
     write(out, {**files, "meta.json": (json.dumps(meta, indent=1) + "\n").encode()})
     print(f"{out}: {summary(meta)}, made in {time.perf_counter() - started:.1f} s")
 

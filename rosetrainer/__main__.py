@@ -1,16 +1,19 @@
-"""python -m rosetrainer train|generate|parity|plan|tour [flags]"""
+"""python -m rosetrainer train|generate|checkpoint|parity|plan|tour [flags]"""
 
 from __future__ import annotations
 
 import sys
 from importlib import import_module
+from typing import NoReturn
 
 from rosetrainer.fields import ConfigError
 from rosetrainer.rank import run_rank
+from rosetrainer.stop import STOP
 
 COMMANDS = {
     "train": "train a GPT, on one rank or many",
     "generate": "write text with a trained model",
+    "checkpoint": "list, verify or export what a training run has saved",
     "parity": "show who holds what, and prove that a layout equals one process",
     "plan": "predict what a layout moves and holds, without starting any process",
     "tour": "data, proof, a training run of about three minutes, a sample",
@@ -26,9 +29,17 @@ def main(argv: list[str]) -> int | None:
         return 0
     if argv[0] not in COMMANDS:
         raise ConfigError(f"unknown command {argv[0]}; it can be {', '.join(COMMANDS)}")
-    status = import_module(f"rosetrainer.{argv[0]}").main(argv[1:])
+    module = "checkpoint_command" if argv[0] == "checkpoint" else argv[0]
+    status = import_module(f"rosetrainer.{module}").main(argv[1:])
     return status if isinstance(status, int) else None
 
 
+def start(argv: list[str]) -> NoReturn:
+    """The process's whole life."""
+    if argv[:1] == ["train"]:
+        STOP.listen()  # before torch's seconds of importing: a signal must not get lost there
+    run_rank(lambda: main(argv))
+
+
 if __name__ == "__main__":
-    run_rank(lambda: main(sys.argv[1:]))
+    start(sys.argv[1:])

@@ -1,140 +1,236 @@
-"""Run folders: whole weights in safetensors beside the config, the same for every layout.
+"""Saves a run in slices, each by one rank, and brings it back in any layout.
 
-Each file is written under a temporary name, synced, and renamed over the old one, so that a name
-never stands for half a file.
+A parameter's slices follow from its shard spec, and AdamW's moments are cut like their parameter.
+What several ranks hold alike is written by one of them, so that all have about equally much to do.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-from collections.abc import Callable
-from dataclasses import asdict
-from functools import partial
+import math
+import threading
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from rosetrainer.config import TrainConfig
-from rosetrainer.fields import ConfigError, config_from_dict
-from rosetrainer.model import GPTModel
+from rosetrainer.checkpoint_files import Draft, retain
+from rosetrainer.config import RunConfig
+from rosetrainer.manifest import CheckpointError, Manifest, Progress, SavedTensor
 from rosetrainer.parallel_context import ParallelContext
-from rosetrainer.tensor_parallel import check_whole, gather_whole
-from rosetrainer.tokenizer import Tokenizer, load_tokenizer
-
-WEIGHTS, CONFIG, META, TOKENIZER = "model.safetensors", "config.json", "meta.json", "tokenizer.json"
-RUNS = Path("out")
+from rosetrainer.tensor_parallel import ShardSpec, shard_spec
 
 
-def new_run_folder(wanted: Path | None) -> Path:
-    """Makes the folder of a new run: `wanted`, or the next free out/run-NNN.
+class Saver:
+    """Saves the model and its optimizer, now or behind the training that goes on.
 
-    Raises ConfigError if `wanted` cannot be made or is not empty: no run is overwritten.
+    run: the run folder, the same on every rank. attempt: a word that no other process of this run
+    has used, the same on every rank. All ranks call `save` at the same steps.
     """
-    if wanted is not None:
-        check_run_folder(wanted)
-        wanted.mkdir(parents=True, exist_ok=True)
-        return wanted
-    number = 1
-    while True:
-        folder = RUNS / f"run-{number:03d}"
-        try:
-            folder.mkdir(parents=True)
-        except OSError as error:
-            if folder.is_dir():
-                number += 1
-                continue
-            raise ConfigError(f"cannot make {folder}: {error.strerror}; use --out DIR") from None
-        else:
-            return folder
+
+    def __init__(
+        self,
+        run: Path,
+        attempt: str,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        context: ParallelContext,
+        config: RunConfig,
+    ) -> None:
+        self._run, self._attempt, self._config = run, attempt, config
+        self._model, self._optimizer, self._context = model, optimizer, context
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+        self.saved: list[tuple[int, float, float]] = []
+        """(step, seconds that training was held, seconds until it was on the disk), not yet told"""
+
+    def save(self, progress: Progress) -> None:
+        """Raises CheckpointError if this save, or the one before it, could not be written."""
+        started, behind = time.perf_counter(), self._config.async_checkpoint
+        self.wait()
+        tensors, slices = owned_slices(self._model, self._optimizer, self._context, behind)
+        held = time.perf_counter() - started
+
+        def write() -> None:
+            draft = Draft(self._run, progress.step, self._attempt)
+            draft.write_part(self._context.rank, tensors, slices)
+            if self._context.rank == 0:
+                draft.complete(self._context.world_size, progress, self._config.timeout)
+                retain(self._run, self._config.keep)
+            seconds = time.perf_counter() - started
+            self.saved.append((progress.step, held if behind else seconds, seconds))
+
+        if not behind:
+            write()
+            return
+
+        def write_behind() -> None:
+            try:
+                write()
+            except Exception as error:
+                self._error = error
+
+        self._thread = threading.Thread(target=write_behind, name="checkpoint")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until what is being saved is on the disk. Raises what went wrong there."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            raise self._error
 
 
-def check_run_folder(wanted: Path | None) -> None:
-    """Raises ConfigError if `wanted`, or out/, is not a folder that can be made and written to.
+def owned_slices(
+    model: nn.Module, optimizer: torch.optim.Optimizer, context: ParallelContext, copy: bool
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """This rank's share of the state: tensors on the CPU by global name, and where they belong.
 
-    What `wanted` names must be new or empty.
+    A moment's name is its parameter's and its own: blocks.0.attention.dense.weight/exp_avg.
+    copy: the tensors must not change with the model.
     """
-    try:
-        if wanted and wanted.exists() and (not wanted.is_dir() or any(wanted.iterdir())):
-            raise ConfigError(f"out={wanted} is not empty; choose another --out, or leave it out")
-        wanted = wanted or RUNS
-        nearest = (wanted, *wanted.absolute().parents)
-        parent = next(folder for folder in nearest if os.path.lexists(folder))
-        if not parent.is_dir() or not os.access(parent, os.W_OK):
-            raise ConfigError(f"out={wanted} cannot be made in {parent}; choose another --out")
-    except OSError as error:
-        raise ConfigError(f"out={wanted}: {error.strerror}; choose another --out") from None
+    tensors, slices = {}, {}
+    everything = list(whole_state(model, optimizer))
+    writers = share_out([spec for _, _, spec in everything], context)
+    for (name, tensor, spec), writer in zip(everything, writers, strict=True):
+        start, stop = own_range(spec)
+        if start == stop or writer != context.rank:
+            continue
+        own = tensor.detach().narrow(spec.dim, 0, stop - start)
+        tensors[name] = own.to("cpu", copy=copy).contiguous()
+        slices[name] = {
+            "shape": list(spec.shape),
+            "dtype": str(tensor.dtype).removeprefix("torch."),
+            "dim": spec.dim,
+            "start": start,
+            "stop": stop,
+        }
+    return tensors, slices
 
 
-def describe_run(folder: Path, config: TrainConfig, corpus: Path) -> None:
-    """Writes the config, and what is needed of the corpus to read and write its tokens."""
-    text = json.dumps(asdict(config), indent=2, default=str) + "\n"
-    _write(folder / CONFIG, lambda part: part.write_text(text))
-    for name in (META, TOKENIZER):
-        if (corpus / name).exists():
-            _write(folder / name, partial(shutil.copyfile, corpus / name))
+def whole_state(
+    model: nn.Module, optimizer: torch.optim.Optimizer
+) -> Iterator[tuple[str, Tensor, ShardSpec]]:
+    """(global name, this rank's tensor, spec): each parameter and the moments that it has."""
+    for name, parameter in model.named_parameters():
+        spec = shard_spec(parameter)
+        yield name, parameter, spec
+        moments = optimizer.state.get(parameter, {})
+        for moment in sorted(set(moments) - {"step"}):
+            yield f"{name}/{moment}", moments[moment], spec
 
 
-def save_weights(folder: Path | None, model: nn.Module, context: ParallelContext) -> None:
-    """Gathers the whole weights, on all ranks, and writes them on the rank that has a folder."""
-    whole = gather_whole(model, context.tp)
-    if folder is not None:
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in whole.items()}
-        _write(folder / WEIGHTS, lambda part: save_file(tensors, part))
+def own_range(spec: ShardSpec) -> tuple[int, int]:
+    """Which indices along spec.dim this rank holds, without the pad: start to stop."""
+    start, stop = (
+        min(part * spec.width, spec.shape[spec.dim]) for part in (spec.part, spec.part + 1)
+    )
+    return start, stop
 
 
-def latest_run() -> Path:
-    """The newest out/run-* that has weights. Raises ConfigError if there is none."""
-    runs = sorted(RUNS.glob(f"*/{WEIGHTS}"), key=lambda path: path.stat().st_mtime)
-    if not runs:
-        raise ConfigError(f"no run with weights in {RUNS}/; train one, or give --run DIR")
-    return runs[-1].parent
+def share_out(specs: Sequence[ShardSpec], context: ParallelContext) -> list[int]:
+    """Who writes: for each tensor, one of the ranks that hold the same part of it as this one.
 
-
-def load_run(folder: Path) -> tuple[TrainConfig, dict[str, Tensor], Tokenizer]:
-    """(config, whole weights by name, tokenizer).
-
-    Raises ConfigError for what cannot be read, or does not belong together.
+    It is the rank that has the least to write so far; all ranks come to the same answer.
     """
-    config = config_from_dict(TrainConfig, _read_json(folder / CONFIG), str(folder / CONFIG))
-    config.model.check()
-    tokenizer = load_tokenizer(folder, _read_json(folder / META))
-    if tokenizer.vocab_size != config.model.vocab_size:
-        raise ConfigError(
-            f"{folder / META} has {tokenizer.vocab_size} tokens and the model "
-            f"{config.model.vocab_size}: they are of different runs"
+    dp, tp = context.dp, context.tp
+    load, writers = [0] * context.world_size, []
+    for spec in specs:
+        neighbours = tp.size // spec.parts
+        writer = {}
+        for part in range(spec.parts):
+            holders = range(part * neighbours, (part + 1) * neighbours)
+            everywhere = [d * tp.size + t for d in range(dp.size) for t in holders]
+            writer[part] = min(everywhere, key=lambda rank: load[rank])
+            load[writer[part]] += math.prod(spec.shape) // spec.parts
+        writers.append(writer[spec.part])
+    return writers
+
+
+def load_checkpoint(
+    folder: Path,
+    manifest: Manifest,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    dtype: torch.dtype,
+) -> None:
+    """Fills this rank's parameters and moments from the slices, whatever layout wrote them.
+
+    dtype: that of the run. Raises CheckpointError if the checkpoint does not hold exactly what
+    the model needs, or ran in another dtype.
+    """
+    ran_in, runs_in = manifest.progress.dtype, str(dtype).removeprefix("torch.")
+    if ran_in != runs_in:
+        raise CheckpointError(f"{folder} ran in {ran_in}, not in {runs_in}; use --dtype {ran_in}")
+    wanted = set()
+    for name, parameter in model.named_parameters():
+        moments = [key for key in manifest.tensors if key.startswith(f"{name}/")]
+        wanted |= {name, *moments}
+        with torch.no_grad():
+            parameter.copy_(own_part(folder, manifest, name, parameter))
+        if moments:
+            state = {
+                key.rpartition("/")[2]: own_part(folder, manifest, key, parameter)
+                for key in moments
+            }
+            step = torch.tensor(float(manifest.progress.updates), device=parameter.device)
+            optimizer.state[parameter] = {"step": step, **state}
+    if unknown := sorted(set(manifest.tensors) - wanted):
+        raise CheckpointError(f"{folder} holds {unknown[0]}, which this model has not")
+
+
+def own_part(folder: Path, manifest: Manifest, name: str, parameter: nn.Parameter) -> Tensor:
+    """This rank's slice of the tensor `name`, shaped like its parameter, the pad zero."""
+    spec = shard_spec(parameter)
+    saved = manifest.tensors.get(name)
+    if saved is None:
+        raise CheckpointError(f"{folder} does not hold {name}")
+    dtype = str(parameter.dtype).removeprefix("torch.")
+    if (saved.shape, saved.dim, saved.dtype) != (spec.shape, spec.dim, dtype):
+        raise CheckpointError(
+            f"{folder}: {name} is {saved.dtype} {saved.shape} cut along {saved.dim}, the model's "
+            f"{dtype} {spec.shape} along {spec.dim}"
         )
-    path = folder / WEIGHTS
-    try:
-        whole = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise ConfigError(f"{path} cannot be read as safetensors: {error}") from None
-    shapes_only = ParallelContext(device=torch.device("meta"))
-    check_whole(GPTModel(config.model, shapes_only), whole)
-    return config, whole, tokenizer
+    local = torch.zeros_like(parameter)
+    start, stop = own_range(spec)
+    if start < stop:
+        local.narrow(spec.dim, 0, stop - start).copy_(read_range(folder, name, saved, start, stop))
+    return local
 
 
-def _read_json(path: Path) -> dict[str, object]:
-    try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} should hold an object, not {type(values).__name__}")
-    return values
+def read_range(folder: Path, name: str, saved: SavedTensor, start: int, stop: int) -> Tensor:
+    """The indices start to stop of a whole tensor along its cut dimension, out of its slices."""
+    pieces, reached = [], start
+    for piece in sorted(saved.slices, key=lambda one: one.start):
+        if piece.stop <= reached or piece.start >= stop or piece.start > reached:
+            continue
+        path, first, last = (
+            folder / piece.file,
+            reached - piece.start,
+            min(piece.stop, stop) - piece.start,
+        )
+        try:
+            with safe_open(path, "pt") as file:
+                view = file.get_slice(name)
+                extent = list(saved.shape)
+                extent[saved.dim] = piece.stop - piece.start
+                if view.get_shape() != extent:
+                    raise CheckpointError(f"{path}: {name} is {view.get_shape()}, not {extent}")
+                index = [slice(None)] * saved.dim + [slice(first, last)]
+                pieces.append(view[tuple(index)])
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path} cannot be read: {error}") from None
+        reached = min(piece.stop, stop)
+    if reached < stop:
+        raise CheckpointError(f"{folder}: nothing holds {name}[{reached}:{stop}]")
+    return torch.cat(pieces, saved.dim)
 
 
-def _write(path: Path, write: Callable[[Path], object]) -> None:
-    """path as `write` makes it, whole or as it was before."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        write(part)
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+def read_whole(folder: Path, manifest: Manifest, name: str) -> Tensor:
+    """A whole tensor, as its layer would hold it alone."""
+    saved = manifest.tensors[name]
+    return read_range(folder, name, saved, 0, saved.shape[saved.dim])

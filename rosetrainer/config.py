@@ -165,7 +165,7 @@ class RunConfig:
     data: Path = Path("data/python-docs")
     """Folder that data/prepare.py wrote."""
     out: Path | None = None
-    """Folder for the results, new or empty; the next free out/run-NNN unless given."""
+    """Folder of the run; unless given, this command's unfinished out/run-NNN or a new one."""
     steps: Count = 200
     """Updates."""
     eval_every: CountOrZero = 50
@@ -180,6 +180,16 @@ class RunConfig:
     """bfloat16 is autocast over fp32 parameters; auto takes it where the hardware multiplies it."""
     max_skipped: CountOrZero = 0
     """Steps with nan or inf in a gradient that may be skipped before the run stops."""
+    checkpoint_every: CountOrZero = 100
+    """Steps between two checkpoints; 0 saves one only when a signal stops the run."""
+    keep: Count = 2
+    """Checkpoints that stay; older ones are removed."""
+    resume: str = "auto"
+    """auto goes on where this command was interrupted; never; or a checkpoint's or run's PATH."""
+    async_checkpoint: bool = False
+    """Checkpoints are written while training goes on; takes memory for a second copy."""
+    timeout: Count = 600
+    """Seconds without progress after which ranks that hang are ended."""
     check_replicas: CountOrZero = 0
     """Steps between two comparisons of what several ranks hold alike; 0 never compares."""
     threads: CountOrZero = 0

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import os
 import shlex
 import stat
@@ -20,7 +22,7 @@ from rosetrainer.tokenizer import LARGEST_VOCAB
 Int64s = np.ndarray[Any, np.dtype[np.int64]]
 
 SOURCES = ("python-docs", "shakespeare", "file", "markov")
-SCAN = 1 << 20  # tokens that the check of a whole file reads at once
+SCAN = 1 << 20  # tokens that the check of a whole file reads at once, a block
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,8 @@ class CorpusMeta:
     val_tokens: Count
     sha256: dict
     """By file name."""
+    blocks: dict | None = None
+    """By file name, the SHA-256 of each block, so that damage can be found; see block_hashes."""
     bytes_per_token: Positive | None = None
     """Of the validation text: nats / ln 2 / bytes_per_token are bits per byte."""
     python: str | None = None
@@ -61,7 +65,8 @@ class TokenFile:
             raise ConfigError(f"cannot read {path}: {error.strerror}; {remedy}") from None
         weakref.finalize(self, os.close, self._descriptor)
         self.path, self.remedy = path, remedy
-        self.size = os.fstat(self._descriptor).st_size
+        facts = os.fstat(self._descriptor)
+        self.size, self._changed = facts.st_size, facts.st_mtime_ns
 
     def read(self, start: int, count: int, vocab_size: int) -> Int64s:
         """Tokens start to start + count, (count,). Raises ConfigError if they are not there."""
@@ -84,10 +89,18 @@ class TokenFile:
                 f"{self.path}: token {index} (byte {2 * index}) is {ids[index - start]}, not below "
                 f"vocab_size={vocab_size}; {self.remedy}"
             )
+        if os.fstat(self._descriptor).st_mtime_ns != self._changed:
+            raise ConfigError(
+                f"{self.path} was changed while in use, as seen when byte {where} was read; "
+                f"{self.remedy}"
+            )
         return ids.astype(np.int64)
 
-    def check(self, tokens: int, vocab_size: int) -> None:
-        """Reads all of it. Raises ConfigError unless it holds that many tokens, all possible."""
+    def check(self, tokens: int, vocab_size: int, blocks: list[str] | None) -> None:
+        """Reads all of it. Raises ConfigError unless it holds that many tokens, all possible.
+
+        blocks: what block_hashes gave for it, or None if that is not known.
+        """
         if self.size == 0:
             raise ConfigError(f"{self.path} is empty; {self.remedy}")
         if self.size % 2:
@@ -100,8 +113,20 @@ class TokenFile:
                 f"{self.path} has {self.size // 2} tokens, but meta.json says {tokens}; "
                 f"{self.remedy}"
             )
-        for start in range(0, tokens, SCAN):
-            self.read(start, min(SCAN, tokens - start), vocab_size)
+        for number, start in enumerate(range(0, tokens, SCAN)):
+            ids = self.read(start, min(SCAN, tokens - start), vocab_size)
+            if blocks is not None and block_hashes(ids.astype("<u2").tobytes()) != [blocks[number]]:
+                raise ConfigError(
+                    f"{self.path}: bytes {2 * start} to {2 * (start + len(ids))} are not what "
+                    f"meta.json describes; {self.remedy}"
+                )
+
+
+def block_hashes(content: bytes) -> list[str]:
+    """The SHA-256 of each block of a .bin file."""
+    size = 2 * SCAN
+    blocks = (content[start : start + size] for start in range(0, len(content), size))
+    return [hashlib.sha256(block).hexdigest() for block in blocks]
 
 
 def make_command(folder: Path, source: str | None = None) -> str:
@@ -154,6 +179,12 @@ def _check_consistent(meta: CorpusMeta) -> None:
     """Raises ConfigError unless meta's parts fit one another."""
     if not all(isinstance(meta.sha256.get(name), str) for name in ("train.bin", "val.bin")):
         raise ConfigError("sha256 must hold a text for train.bin and val.bin each")
+    for name, tokens in (("train.bin", meta.train_tokens), ("val.bin", meta.val_tokens)):
+        if meta.blocks is None:
+            break
+        blocks = meta.blocks.get(name)
+        if not isinstance(blocks, list) or len(blocks) != math.ceil(tokens / SCAN):
+            raise ConfigError(f"blocks must hold a hash for each {2 * SCAN} bytes of {name}")
     if (meta.chain is None) != (meta.floor_nats is None):
         raise ConfigError("it must hold chain and floor_nats, or neither")
     if meta.chain is None:

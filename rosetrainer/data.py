@@ -173,17 +173,20 @@ def mean_and_error(count: int, total: float, total_of_squares: float) -> tuple[f
     return mean, math.sqrt(variance / count)
 
 
-def open_corpus(folder: Path, context_length: int) -> Corpus:
+def open_corpus(folder: Path, context_length: int, read_all: bool = True) -> Corpus:
     """The corpus in folder, for windows of context_length tokens and one label more.
 
-    Reads all of it once. Raises ConfigError if a file is missing, damaged, or too short.
+    read_all: look at every byte once, which one rank of a machine has to do. Raises ConfigError
+    if a file is missing, damaged, or too short.
     """
     meta = read_meta(folder)
     remedy = f"`{make_command(folder, meta.source)}` makes it anew"
     files = [TokenFile(folder / name, remedy) for name in ("train.bin", "val.bin")]
     counts = (meta.train_tokens, meta.val_tokens)
     for file, tokens in zip(files, counts, strict=True):
-        file.check(tokens, meta.vocab_size)
+        if read_all:
+            blocks = meta.blocks[file.path.name] if meta.blocks else None
+            file.check(tokens, meta.vocab_size, blocks)
     for file, tokens in zip(files, counts, strict=True):
         if tokens < context_length + 1:
             longest = min(counts) - 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from rosetrainer.comm import all_reduce
@@ -20,13 +22,19 @@ def evaluate(
     model: GPTModel,
     context: ParallelContext,
     autocast: Autocast,
-) -> tuple[dict[str, float], str]:
-    """Figures by TensorBoard tag, and a remark where the corpus's floor is known."""
+    breaks_off: Callable[[], bool] = lambda: False,
+) -> tuple[dict[str, float], str] | None:
+    """Figures by TensorBoard tag, and a remark where the corpus's floor is known.
+
+    breaks_off is asked before each batch, and says the same on all ranks; None if it says yes.
+    """
     dp = context.dp
     split = (config.run.eval_tokens, config.optim.micro_batch(dp.size), dp.rank, dp.size)
     floors = corpus.floor_losses(*split) if corpus.has_floor else None
     sums = torch.zeros(4, dtype=torch.float64)  # labels, loss, loss - floor, its square
     for inputs, labels in corpus.val_batches(*split):
+        if breaks_off():
+            return None
         with autocast():
             logits = model.local_logits(torch.from_numpy(inputs).to(context.device))
         target = torch.from_numpy(labels)

@@ -15,7 +15,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rosetrainer.checkpoint import latest_run, load_run
 from rosetrainer.comm import broadcast_
 from rosetrainer.config import ParallelConfig
 from rosetrainer.fields import (
@@ -30,6 +29,8 @@ from rosetrainer.flags import parse_flags, ranks_to_start
 from rosetrainer.launch import launch
 from rosetrainer.model import GPTModel
 from rosetrainer.parallel_context import Axis, end_parallel, init_parallel
+from rosetrainer.process_group import meet
+from rosetrainer.run_folder import latest_run, load_run
 from rosetrainer.tensor_parallel import load_whole
 from rosetrainer.tokenizer import Tokenizer
 
@@ -75,6 +76,7 @@ def main(argv: list[str]) -> int:
     prompt = first_tokens(command.prompt, tokenizer)
     if starts:
         return launch(world_size, ["generate", *argv])
+    meet(command.device)
     context = init_parallel(ParallelConfig(tp_size=world_size), command.device)
     model = GPTModel(config.model, context)
     load_whole(model, whole)

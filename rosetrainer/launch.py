@@ -1,140 +1,216 @@
 """Ranks on this machine: starts them, ends them together, shows the first error once.
 
-It is torchrun's own agent, with its log lines, restarts and half-minute waits left out. torchrun
-itself works as well, and is the way to start ranks on more than one machine.
+They are in sessions of their own, so a terminal's Ctrl-C reaches the launcher only, and they meet
+in a folder, so nothing has to listen on a port. For more than one machine there is torchrun.
 """
 
 from __future__ import annotations
 
 import contextlib
-import logging
+import json
 import math
 import os
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import time
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
 
 from rosetrainer.environment import usable_cores
 from rosetrainer.fields import ConfigError
-from rosetrainer.rank import GRACE_SECONDS, LAUNCHED, PIPE_CLOSED
-
-if TYPE_CHECKING:
-    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+from rosetrainer.rank import LAST_WORDS, LAUNCHED, MEETING, PIPE_CLOSED, error_file
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 CRASHES = (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE)
 """Signals by which a rank dies of itself or by the system, never because another rank failed."""
 
+LOOK_SECONDS = 0.05
+"""Time between two looks at the ranks."""
 
-class _Stopped(BaseException):
-    """A signal asked the launcher to end. No `except Exception` on the way may swallow it."""
+GRACE_SECONDS = 3
+"""Time that a rank has to end by itself after another one has failed."""
 
-    def __init__(self, signum: int) -> None:
-        super().__init__(signum)
-        self.signal = signal.Signals(signum)
+STOP_SECONDS = 9
+"""Time that the ranks have to save and leave after a signal; docker, say, kills us after 10."""
+
+STOPPED_SECONDS = 5
+"""How long a rank may be suspended (SIGSTOP) after a signal; it takes no notice of that signal."""
+
+Ranks = list[subprocess.Popen[bytes]]
 
 
 def launch(nproc: int, argv: list[str], threads: int = 0, module: str = "rosetrainer") -> int:
     """Runs `python -m module argv...` as nproc ranks; returns the exit status for all of them.
 
     0 if all ranks end well, 2 for a user's mistake (a rank's ConfigError), 128 + n if signal n
-    stopped the launcher (130 for Ctrl-C), otherwise 1. A rank has `threads` CPU threads; 0
-    leaves OMP_NUM_THREADS as the user set it, or else shares the cores. The ranks call
-    `rosetrainer.rank.run_rank`. Call it from the main thread. Raises ConfigError for nproc < 1.
+    stopped the launcher (130 for Ctrl-C; 0 for a SIGTERM after which all ranks end well),
+    otherwise 1. A rank has `threads` CPU threads; 0 leaves OMP_NUM_THREADS as the user set it, or
+    else shares the cores. The ranks call `rosetrainer.rank.run_rank`. Call it from the main
+    thread. Raises ConfigError for nproc < 1.
     """
     if nproc < 1:
         raise ConfigError(f"nproc={nproc} must be 1 or more")
-    try:
-        with _stop_on_signals() as arm, _environment(_rank_environment(nproc, threads)):
-            failures = _run(nproc, argv, module, arm)
-    except _Stopped as stop:
-        name = "interrupted" if stop.signal == signal.SIGINT else f"stopped by {stop.signal.name}"
-        _say(f"{name}; all ranks have ended")
-        return 128 + stop.signal
-    return _report(failures, nproc) if failures else 0
-
-
-def _run(
-    nproc: int, argv: list[str], module: str, arm: Callable[[], None]
-) -> dict[int, ProcessFailure]:
-    """Runs the ranks to their end; the failures by rank, in the order in which they were seen."""
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    arm()
-    logging.getLogger("torch.distributed.elastic").propagate = False
-    logging.getLogger("torch.distributed.elastic").addHandler(logging.NullHandler())
-    # torchelastic replaces ${local_rank} in arguments; a prompt may well hold a dollar sign.
-    arguments = [argument.replace("$", "$$") for argument in argv]
-    with tempfile.TemporaryDirectory(prefix="rosetrainer_") as error_files:
-        config = LaunchConfig(
-            min_nodes=1,
-            max_nodes=1,
-            nproc_per_node=nproc,
-            run_id=uuid.uuid4().hex,
-            rdzv_backend="c10d",
-            rdzv_endpoint="127.0.0.1:0",
-            local_addr="127.0.0.1",
-            max_restarts=0,
-            monitor_interval=0.1,
-            signals_to_handle="",  # _stop_on_signals has them, from before torch's import
-            logs_specs=DefaultLogsSpecs(log_dir=error_files),
-        )
+    with (
+        _note_signals() as received,
+        tempfile.TemporaryDirectory(prefix="rosetrainer_", ignore_cleanup_errors=True) as folder,
+    ):
+        ranks: Ranks = []
+        environment = _rank_environment(nproc, threads) | {MEETING: folder}
         try:
-            elastic_launch(config, sys.executable)("-m", module, *arguments)
-        except ChildFailedError as failed:
-            return failed.failures
-    return {}
+            for rank in range(nproc):
+                place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                ranks.append(_start([sys.executable, "-m", module, *argv], environment | place))
+            failures = _wait(ranks, folder, received)
+            if received:
+                return _stop(ranks, received, folder)
+            if not failures:
+                return 0
+            _end(ranks, received)
+            return _report(min(failures, key=_Failure.order))
+        finally:
+            _kill(ranks)
 
 
-def _report(failures: dict[int, ProcessFailure], nproc: int) -> int:
-    """Prints the failure that came first; returns the exit status that it stands for."""
-    rank = min(failures, key=lambda r: _moment(failures[r]))
-    failure = failures[rank]
-    if failure.exitcode == PIPE_CLOSED:
-        return PIPE_CLOSED
-    if details := _details(failure):
-        if details["mistake"]:
-            _say(f"error: {details['mistake']}")
-            return 2
-        _say(f"error: rank {rank} of {nproc} failed:\n{details['py_callstack'].rstrip()}")
-    elif failure.exitcode < 0:
-        reason = f"signal {-failure.exitcode} ({failure.signal_name()})"
-        hint = "; if the machine ran out of memory, a smaller micro_batch_size needs less"
-        is_kill = failure.exitcode == -signal.SIGKILL
-        _say(f"error: rank {rank} was killed by {reason}{hint if is_kill else ''}")
-    else:
-        _say(f"error: rank {rank} ended with exit status {failure.exitcode}")
-    return 2 if failure.exitcode == 2 else 1
+def _start(command: list[str], environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    """A rank whose signals wait until run_rank takes them: it may want to end in its own way."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        return subprocess.Popen(command, env=environment, start_new_session=True)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-def _moment(failure: ProcessFailure) -> float:
-    """When the failure happened. The agent's clock has whole seconds, and it looks at intervals.
+@dataclass(frozen=True)
+class _Failure:
+    """How a rank ended, and what it wrote about that (see rosetrainer.rank)."""
 
-    So a crash counts a second earlier, before the errors that other ranks then raise about a
-    lost connection, and any other end without an error file a second later, after the error
-    that caused it.
+    rank: int
+    status: int  # -n: killed by signal n
+    text: str | None  # None where it could not write, "" where another rank speaks for it
+    time: float
+
+    def order(self) -> tuple[int, float]:
+        """The smallest is the cause: a rank's end breaks the connections of all others."""
+        if -self.status in CRASHES or self.status == PIPE_CLOSED:
+            return 0, self.time  # nothing that another rank does ends a rank like this
+        if self.text:
+            return 1, self.time
+        return (2 if self.text is None else 3), self.time
+
+
+def _wait(ranks: Ranks, folder: str, received: list[tuple[int, float]]) -> list[_Failure]:
+    """Waits for the end of all ranks, for a failure or for a signal; returns the failures.
+
+    After the first failure it looks once more, since the cause may be the one seen later. And if
+    the first ones leave it to another rank to say why, that one has time to say it.
     """
-    if details := _details(failure):
-        return float(details["time"])
-    return failure.timestamp + (-1 if -failure.exitcode in CRASHES else 1)
+    end = math.inf
+    while True:
+        statuses = [rank.poll() for rank in ranks]
+        failures = [_failure(rank, n, folder) for rank, n in enumerate(statuses) if n]
+        if received or None not in statuses or time.monotonic() >= end:
+            return failures
+        if failures:
+            explained = any(failure.text != "" for failure in failures)
+            end = min(end, time.monotonic() + (LOOK_SECONDS if explained else GRACE_SECONDS))
+        time.sleep(LOOK_SECONDS)
 
 
-def _details(failure: ProcessFailure) -> dict[str, Any]:
-    """What the rank wrote (see rosetrainer.rank), or nothing if it could not."""
-    message = failure.error_file_data["message"]
-    return message["extraInfo"] if isinstance(message, dict) else {}
+def _failure(rank: int, status: int, folder: str) -> _Failure:
+    try:
+        written = json.loads(error_file(folder, rank).read_text())
+    except FileNotFoundError:
+        return _Failure(rank, status, None, math.inf)
+    return _Failure(rank, status, written["text"], written["time"])
+
+
+def _end(ranks: Ranks, received: list[tuple[int, float]]) -> None:
+    """Ends the ranks that another one's failure has left; at once if a signal comes meanwhile."""
+    for rank in ranks:
+        rank.terminate()
+    end = time.monotonic() + GRACE_SECONDS
+    while None in [rank.poll() for rank in ranks] and time.monotonic() < end and not received:
+        time.sleep(LOOK_SECONDS)
+    _kill(ranks)
+
+
+def _report(failure: _Failure) -> int:
+    """Prints a failure; returns the exit status that it stands for."""
+    if failure.status == PIPE_CLOSED:
+        return PIPE_CLOSED
+    if failure.text:
+        _say(f"error: {failure.text}")
+    elif failure.status < 0:
+        name = {s.value: s.name for s in signal.Signals}.get(-failure.status, "unknown")
+        hint = "; if the machine ran out of memory, a smaller micro_batch_size needs less"
+        is_kill = failure.status == -signal.SIGKILL
+        reason = f"signal {-failure.status} ({name}){hint if is_kill else ''}"
+        _say(f"error: rank {failure.rank} was killed by {reason}")
+    else:
+        _say(f"error: rank {failure.rank} ended with exit status {failure.status}")
+    return 2 if failure.status == 2 else 1
+
+
+def _stop(ranks: Ranks, received: list[tuple[int, float]], folder: str) -> int:
+    """Passes the signal on, lets the ranks save and leave, and kills those that do not.
+
+    Says it in one line, with rank 0's last words if it had any.
+    """
+    signum, since = received[0]
+    interrupted = signum == signal.SIGINT
+    said = "interrupted" if interrupted else f"stopped by {signal.Signals(signum).name}"
+    for rank in ranks:
+        rank.send_signal(signal.SIGINT if interrupted else signal.SIGTERM)
+    end = since + STOP_SECONDS
+    killed: list[int] = []
+    stopped: dict[int, float] = {}  # rank -> since when
+    while running := [number for number, rank in enumerate(ranks) if rank.poll() is None]:
+        now = time.monotonic()
+        # A terminal and a parent process may both send one; that is one wish, not impatience.
+        if received[-1][1] > since + 1:
+            _kill(ranks)
+            _say(f"{said}; all ranks were killed")
+            return 128 + signum
+        stopped = {n: stopped.get(n, now) for n in running if _is_stopped(ranks[n].pid)}
+        frozen = [n for n in stopped if now >= stopped[n] + STOPPED_SECONDS]
+        for number in running if now >= end else frozen:
+            ranks[number].kill()
+            killed = sorted({*killed, number})
+            end = min(end, now + GRACE_SECONDS)  # without it its peers wait in vain
+        time.sleep(LOOK_SECONDS)
+    names = f"rank{'s' * (len(killed) > 1)} {', '.join(map(str, killed))}"
+    fate = f", {names} {'were' if len(killed) > 1 else 'was'} killed" if killed else ""
+    words = Path(folder) / LAST_WORDS
+    told = words.read_text() if words.exists() else "all ranks have ended"
+    _say(f"{said}; {told}{fate}")
+    saved = signum == signal.SIGTERM and not any(rank.returncode for rank in ranks)
+    return 0 if saved else 128 + signum
+
+
+def _is_stopped(pid: int) -> bool:
+    stat = Path(f"/proc/{pid}/stat")
+    if stat.exists():
+        state = stat.read_text().rpartition(")")[2]
+    else:
+        ps = subprocess.run(["ps", "-o", "state=", "-p", str(pid)], capture_output=True, text=True)
+        state = ps.stdout
+    return state.strip().startswith(("T", "t"))
+
+
+def _kill(ranks: Ranks) -> None:
+    for rank in ranks:
+        rank.kill()
+    for rank in ranks:
+        rank.wait()
 
 
 def _rank_environment(nproc: int, threads: int) -> dict[str, str]:
-    """What the ranks need in their environment; but for `threads`, the user's settings win."""
+    """The environment that all ranks share; but for `threads`, the user's settings win."""
     defaults = {
         "OMP_NUM_THREADS": str(max(1, usable_cores() // nproc)),
         # Warnings of torch's C++ side about sockets, which tell a user of one machine nothing.
@@ -143,57 +219,26 @@ def _rank_environment(nproc: int, threads: int) -> dict[str, str]:
     # gloo resolves the host's name otherwise, which fails or waits on a laptop without a network.
     if loopback := {"lo", "lo0"}.intersection(name for _, name in socket.if_nameindex()):
         defaults["GLOO_SOCKET_IFNAME"] = loopback.pop()
-    wanted = {name: os.environ.get(name, value) for name, value in defaults.items()}
+    environment = defaults | dict(os.environ)
     if threads > 0:
-        wanted["OMP_NUM_THREADS"] = str(threads)
-    wanted[LAUNCHED] = str(os.getpid())
-    # How long the agent waits between SIGTERM and SIGKILL; 30 s otherwise.
-    wanted["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(GRACE_SECONDS)
-    return wanted
+        environment["OMP_NUM_THREADS"] = str(threads)
+    world = {"WORLD_SIZE": str(nproc), "LOCAL_WORLD_SIZE": str(nproc)}
+    return environment | world | {LAUNCHED: str(os.getpid())}
 
 
 @contextlib.contextmanager
-def _environment(values: dict[str, str]) -> Iterator[None]:
-    """os.environ with these values for a while; a second launch must find the user's own."""
-    before = dict(os.environ)
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
+def _note_signals() -> Iterator[list[tuple[int, float]]]:
+    """The list to which (signal, time) of each signal that would end us is added for a while."""
+    received: list[tuple[int, float]] = []
 
-
-@contextlib.contextmanager
-def _stop_on_signals() -> Iterator[Callable[[], None]]:
-    """Signals that end a program raise _Stopped; the agent then sends SIGTERM to the ranks.
-
-    The ranks are in sessions of their own, so a terminal's Ctrl-C reaches the launcher only.
-    Gives a function to call when torch is imported: an exception in the middle of that import
-    can get lost in its C++ code, so a signal waits until then.
-    """
-    received: int | None = None
-    last = -math.inf
-    armed = False
-
-    def stop(signum: int, frame: FrameType | None) -> None:
-        nonlocal received, last
-        received, before_this, last = received or signum, last, time.monotonic()
-        # A terminal and a parent process may both send one; that is one wish, not impatience.
-        if armed and last - before_this > 1:
-            raise _Stopped(received)
-
-    def arm() -> None:
-        nonlocal armed
-        armed = True
-        if received:
-            raise _Stopped(received)
+    def note(signum: int, frame: FrameType | None) -> None:
+        received.append((signum, time.monotonic()))
 
     # One that is ignored stays ignored: nohup, or a shell's background job.
     handled = [s for s in STOP_SIGNALS if signal.getsignal(s) != signal.SIG_IGN]
-    before = {s: signal.signal(s, stop) for s in handled}
+    before = {s: signal.signal(s, note) for s in handled}
     try:
-        yield arm
+        yield received
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)

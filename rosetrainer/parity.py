@@ -19,6 +19,7 @@ from rosetrainer.model import GPTModel
 from rosetrainer.parallel_context import ParallelContext, end_parallel, init_parallel
 from rosetrainer.performance import choose_dtype
 from rosetrainer.precision import autocast_for
+from rosetrainer.process_group import meet
 from rosetrainer.reference import ReferenceDropout, ReferenceGPT
 from rosetrainer.tensor_parallel import draw_whole, gather_whole, load_whole, shard_spec
 
@@ -193,6 +194,7 @@ def main(argv: list[str]) -> int:
     command.model.check(tp_size, command.parallel.sequence_parallel)
     if starts:
         return launch(world_size, ["parity", *argv])
+    meet("cpu")
     context = init_parallel(command.parallel, "cpu")
     show_proof(command.model, context, choose_dtype(command.dtype, context.device))
     end_parallel()

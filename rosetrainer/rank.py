@@ -6,9 +6,7 @@ Imports no torch, so that a rank is under watch before its seconds of importing 
 from __future__ import annotations
 
 import json
-import math
 import os
-import select
 import signal
 import sys
 import threading
@@ -23,22 +21,38 @@ from rosetrainer.fields import ConfigError
 LAUNCHED = "ROSETRAINER_LAUNCHED"
 """Environment variable that rosetrainer.launch gives its ranks: the launcher's process id."""
 
+MEETING = "ROSETRAINER_MEETING"
+"""Environment variable: the folder in which the ranks of one launch meet."""
+
+LAST_WORDS = "last_words.txt"
+"""In that folder: what rank 0 says when a signal has stopped it."""
+
 PIPE_CLOSED = 128 + signal.SIGPIPE
 """Exit status when the reader of our output, `head` say, has gone: there is nothing to say."""
 
-GRACE_SECONDS = 3
-"""Time that a rank has to end by itself after SIGTERM."""
+
+class RankError(Exception):
+    """A failure that is already explained.
+
+    The text, at most five lines, is all that a user needs; no traceback. An empty one means that
+    another rank speaks. status: with which the process ends, 2 for a user's mistake.
+    """
+
+    def __init__(self, text: str, status: int = 1) -> None:
+        super().__init__(text)
+        self.status = status
 
 
 def run_rank(main: Callable[[], int | None]) -> NoReturn:
     """Ends the process with main()'s status: 2 for a ConfigError, 130 for Ctrl-C, 1 otherwise.
 
-    Under rosetrainer.launch an error goes to torchelastic's error file and the launcher prints
-    it. Under torchrun one rank of each machine speaks for all: they make the same mistake.
+    Under rosetrainer.launch an error goes to a file and the launcher prints it. Under torchrun
+    one rank of each machine speaks for all about a mistake, since all of them make it.
     """
     launched = os.environ.get(LAUNCHED)
     if launched:
         _watch(int(launched))
+        _take_interrupts()
         # Rank 0's lines should reach a pipe or a log file while it runs, not when it ends.
         sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     speaks = not launched and os.environ.get("LOCAL_RANK", "0") == "0"
@@ -50,6 +64,8 @@ def run_rank(main: Callable[[], int | None]) -> NoReturn:
         if speaks:
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except RankError as error:
+        end_rank(error)
     except BrokenPipeError:
         os._exit(PIPE_CLOSED)
     except KeyboardInterrupt:
@@ -63,51 +79,72 @@ def run_rank(main: Callable[[], int | None]) -> NoReturn:
     sys.exit(status)
 
 
-def _report_to_launcher(error: Exception, status: int) -> NoReturn:
-    """Writes the error file in the format that torchelastic reads, and ends the process.
+def end_rank(error: RankError) -> NoReturn:
+    """Tells of the error and ends the process, from any of its threads."""
+    if os.environ.get(LAUNCHED):
+        _report_to_launcher(error, error.status)
+    if str(error):
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(error.status)
 
-    Besides torchelastic's fields it holds the time unrounded: a rank's error breaks the
-    connections of the others within milliseconds, and the first one is the cause.
+
+def last_words(text: str) -> None:
+    """What rank 0 says when a signal has stopped it; under our launcher, which says the rest."""
+    if os.environ.get(LAUNCHED):
+        (Path(os.environ[MEETING]) / LAST_WORDS).write_text(text)
+    else:
+        print(f"stopped; {text}", flush=True)
+
+
+def error_file(folder: str | Path, rank: int) -> Path:
+    """Where a rank leaves its error for the launcher: {"time": seconds, "text": what to print}."""
+    return Path(folder) / f"error_{rank:05}.json"
+
+
+def _report_to_launcher(error: Exception, status: int) -> NoReturn:
+    """Writes the error file and ends the process.
+
+    The time tells the launcher which error is the cause: a rank's error breaks the connections
+    of the others within milliseconds.
     """
     now = time.time()
-    frames = error.__traceback__.tb_next if error.__traceback__ else None
-    details = {
-        "py_callstack": "".join(traceback.format_exception(type(error), error, frames)),
-        "timestamp": str(int(now)),
-        "time": now,
-        "mistake": str(error) if isinstance(error, ConfigError) else None,
-    }
-    message = {"message": f"{type(error).__name__}: {error}", "extraInfo": details}
+    text = str(error)
+    if not isinstance(error, (ConfigError, RankError)):
+        frames = error.__traceback__.tb_next if error.__traceback__ else None
+        trace = "".join(traceback.format_exception(type(error), error, frames)).rstrip()
+        text = f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} failed:\n{trace}"
+    path = error_file(os.environ[MEETING], int(os.environ["RANK"]))
+    part = path.with_suffix(".part")
     try:
-        path = Path(os.environ["TORCHELASTIC_ERROR_FILE"])
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps({"message": message}))
+        part.write_text(json.dumps({"time": now, "text": text}))
         part.replace(path)  # whole or not at all: a SIGTERM may come in the middle
-    except (KeyError, OSError):
-        print(details["py_callstack"], file=sys.stderr, end="")
+    except OSError:
+        if text:
+            print(f"error: {text}", file=sys.stderr)
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     # The interpreter's own ending can hang in a communicator whose peers are gone.
     os._exit(status)
 
 
-def _watch(launcher: int) -> None:
-    """Ends this process if its launcher is gone, or if it outlives a SIGTERM for too long.
+def _take_interrupts() -> None:
+    """Ctrl-C, which the launcher passes on, ends this rank at once unless it is listened to.
 
-    A rank that hangs in a collective runs no Python code in its main thread, a signal handler
-    included, but the interpreter still writes the signal's number to the wakeup descriptor.
+    An exception in the middle of torch's import can get lost in its C++ code. The launcher has
+    blocked the signals for us until now.
     """
-    signals, wakeup = os.pipe()
-    os.set_blocking(wakeup, False)
-    signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
+
+
+def _watch(launcher: int) -> None:
+    """Ends this process if its launcher is gone, even while a collective hangs."""
 
     def watch() -> None:
-        deadline = math.inf
-        while os.getppid() == launcher and time.monotonic() < deadline:
-            if not select.select([signals], [], [], 0.5)[0]:
-                continue
-            if {signal.SIGINT, signal.SIGTERM}.intersection(os.read(signals, 64)):
-                deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
+        while os.getppid() == launcher:
+            time.sleep(0.3)
         os._exit(1)
 
     threading.Thread(target=watch, name="launcher watch", daemon=True).start()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -9,20 +10,26 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from rosetrainer.durable_files import write_whole
 from rosetrainer.parallel_context import ParallelContext
+
+LOG = "log.jsonl"
 
 
 class RunLog:
     """A progress bar on a terminal, one line a step elsewhere; the same figures in both files."""
 
-    def __init__(self, folder: Path, steps: int) -> None:
+    def __init__(self, folder: Path, steps: int, reached: int = 0) -> None:
+        """reached: steps that are done already; what the log says of later ones is taken back."""
         # Late, for its import is not needed to show a user's mistake.
         from torch.utils.tensorboard import SummaryWriter
 
-        self._events = SummaryWriter(str(folder))
-        self._file = (folder / "log.jsonl").open("a", buffering=1)
+        self._events = SummaryWriter(str(folder), purge_step=reached + 1)
+        cut_log(folder / LOG, reached)
+        self._file = (folder / LOG).open("a", buffering=1)
         self._steps = steps
-        self._bar = tqdm(total=steps, unit="step", disable=not sys.stderr.isatty(), leave=False)
+        silent = not sys.stderr.isatty()
+        self._bar = tqdm(total=steps, initial=reached, unit="step", disable=silent, leave=False)
 
     def step(self, step: int, figures: dict[str, float]) -> None:
         """figures: by TensorBoard tag; `train/loss` and `perf/tokens_per_s` among them."""
@@ -63,6 +70,23 @@ class RunLog:
         self._file.write(json.dumps({"step": step, **rounded}) + "\n")
         for tag, value in figures.items():
             self._events.add_scalar(tag, value, step)
+
+
+def cut_log(path: Path, reached: int) -> None:
+    """Keeps what a log says of steps up to `reached`, but for that step's evaluation.
+
+    A run that goes on from there says the rest again. A last line may be torn.
+    """
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(errors="replace").splitlines(keepends=True):
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            figures = json.loads(line)
+            step, evaluation = figures["step"], "val/loss" in figures
+            if step + evaluation <= reached:
+                kept.append(line)
+    write_whole(path, lambda part: part.write_text("".join(kept)))
 
 
 def _rounded(tag: str, value: float) -> float:

@@ -5,41 +5,46 @@ OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node=2 -m rosetrainer train 
 
 from __future__ import annotations
 
-import math
-import time
+import os
+import signal
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
 
-from rosetrainer.checkpoint import check_run_folder, describe_run, new_run_folder, save_weights
-from rosetrainer.clip import clip_gradients
+from rosetrainer.agreement import check_same_settings, world_axis
+from rosetrainer.checkpoint import Saver, load_checkpoint
 from rosetrainer.comm import all_reduce
 from rosetrainer.config import TrainConfig
 from rosetrainer.data import Corpus, open_corpus
-from rosetrainer.data_parallel import accumulate_gradients
-from rosetrainer.dropout import DropoutSeed
 from rosetrainer.environment import under_torchrun, world_from_environment
-from rosetrainer.evaluation import evaluate
-from rosetrainer.fields import ConfigError, Count, check_fields
+from rosetrainer.failures import told_once
+from rosetrainer.fields import Count, check_fields
 from rosetrainer.flags import parse_flags, ranks_to_start
 from rosetrainer.launch import launch
+from rosetrainer.loop import TrainingLoop
 from rosetrainer.model import GPTModel
-from rosetrainer.optim import build_optimizer, learning_rate
+from rosetrainer.optim import build_optimizer
 from rosetrainer.parallel_context import (
+    Axis,
     ParallelContext,
     choose_device,
     end_parallel,
     init_parallel,
 )
 from rosetrainer.parity import show_proof
-from rosetrainer.performance import choose_dtype, flops_per_token, matmul_peak, set_threads
-from rosetrainer.precision import Autocast, NonFiniteGradientError, autocast_for
-from rosetrainer.replicas import check_replicas
-from rosetrainer.run_log import RunLog, describe, traffic
+from rosetrainer.performance import choose_dtype, matmul_peak, set_threads
+from rosetrainer.precision import autocast_for
+from rosetrainer.process_group import meet, own_device
+from rosetrainer.rank import last_words
+from rosetrainer.resume import Place, begin, find_beginning
+from rosetrainer.run_folder import describe_run
+from rosetrainer.run_log import RunLog, describe
+from rosetrainer.stop import STOP, stop_status
 from rosetrainer.tensor_parallel import init_weights
+from rosetrainer.watch import HangWatch
 
 
 @dataclass(frozen=True)
@@ -61,9 +66,10 @@ def main(argv: list[str]) -> int:
     world_size, starts = ranks_to_start("train", argv, command.nproc, parallel)
     config, corpus = check_config(command.config, world_size)
     if starts:
+        STOP.release()
         return launch(world_size, ["train", *argv], config.run.threads)
-    train(config, corpus, command.prove)
-    return 0
+    _, stopped_by = train(config, corpus, command.prove)
+    return stop_status(stopped_by)
 
 
 def check_config(config: TrainConfig, world_size: int) -> tuple[TrainConfig, Corpus]:
@@ -72,155 +78,110 @@ def check_config(config: TrainConfig, world_size: int) -> tuple[TrainConfig, Cor
     _, _, local_rank, local_world_size = world_from_environment()
     local_ranks = local_world_size if under_torchrun() else world_size
     choose_device(config.run.device, local_rank, local_ranks)
-    if local_rank == 0:
-        check_run_folder(config.run.out)
-    corpus = open_corpus(config.run.data, config.model.context_length)
+    speaks = local_rank == 0
+    corpus = open_corpus(config.run.data, config.model.context_length, read_all=speaks)
     corpus.tokenizer()  # better found broken now than by whoever wants text of the trained model
     model = replace(config.model, vocab_size=corpus.meta.vocab_size)
-    return replace(config, model=model), corpus
+    config = replace(config, model=model)
+    if speaks:
+        find_beginning(config, corpus)
+    return config, corpus
 
 
-def train(config: TrainConfig, corpus: Corpus, prove_first: bool = False) -> GPTModel:
-    """Trains on every rank of the world; rank 0 writes the run folder."""
+def train(
+    config: TrainConfig, corpus: Corpus, prove_first: bool = False
+) -> tuple[GPTModel, signal.Signals | None]:
+    """Trains on every rank; rank 0 writes the run folder.
+
+    Gives the model, and the signal that stopped training before its end. Raises RankError.
+    """
+    store = meet(config.run.device, config.run.timeout)
+    world = world_axis()
+    with told_once(store, world) as failures:
+        device = own_device(config.run.device)
+        check_same_settings(config, corpus, world, device)
+        place = begin(config, corpus, world, device)
+        failures.folder = place.folder
+        with place.lock or nullcontext():
+            return run_here(config, corpus, place, store, world, prove_first)
+
+
+def run_here(
+    config: TrainConfig,
+    corpus: Corpus,
+    place: Place,
+    store: dist.Store | None,
+    world: Axis,
+    prove_first: bool,
+) -> tuple[GPTModel, signal.Signals | None]:
+    """Sets up what the loop needs, and runs it."""
     set_threads(config.run.threads)
     context = init_parallel(config.parallel, config.run.device)
     dtype = choose_dtype(config.run.dtype, context.device)
-    autocast = autocast_for(dtype, context.device)
-    model = GPTModel(config.model, context)
-    if dtype == torch.float64:
-        model.double()
-    init_weights(model, config.run.seed)
     speaks = context.rank == 0
     if speaks:
         print(describe(context, dtype, config.run.device))
     if prove_first:
         show_proof(config.model, context, dtype)
-    folder = new_run_folder(config.run.out) if speaks else None
-    if folder is not None:
-        introduce(config, corpus, model, context, folder)
-    train_loop(config, corpus, model, context, autocast, folder)
-    if folder is not None:
-        print(f"saved in {folder}: weights, config, log.jsonl, TensorBoard events")
-    end_parallel()
-    return model
-
-
-def train_loop(
-    config: TrainConfig,
-    corpus: Corpus,
-    model: GPTModel,
-    context: ParallelContext,
-    autocast: Autocast,
-    folder: Path | None,
-) -> None:
-    """Every step, evaluation and save; only the rank that has the folder writes and speaks."""
-    run = config.run
+    model = GPTModel(config.model, context)
+    if dtype == torch.float64:
+        model.double()
     optimizer = build_optimizer(model, config.optim)
-    own_peak = matmul_peak(context.device, choose_dtype(run.dtype, context.device))
-    peak = sum_over_ranks(own_peak, context)
-    tokens = config.optim.global_batch_size * config.model.context_length
-    traffic(context)  # what came before the first step is not a step's
-    skipped = 0
-    with RunLog(folder, run.steps) if folder is not None else nullcontext() as log:
-        for step in range(run.steps):
-            started = time.perf_counter()
-            try:
-                figures = train_step(config, corpus, model, optimizer, context, autocast, step)
-            except NonFiniteGradientError as error:
-                skipped += 1
-                check_skipped(skipped, error, step, config)
-                optimizer.zero_grad()
-                if log:
-                    log.skipped(step + 1, skipped, str(error))
-            else:
-                speed = tokens / (time.perf_counter() - started)
-                figures["perf/tokens_per_s"] = speed
-                figures["perf/mfu"] = speed * flops_per_token(config.model) / peak
-                if log:
-                    log.step(step + 1, figures | traffic(context))
-            if run.check_replicas and (step + 1) % run.check_replicas == 0:
-                check_replicas(model, context, step + 1)
-            last = step + 1 == run.steps
-            if last or (run.eval_every and (step + 1) % run.eval_every == 0):
-                validation, remark = evaluate(config, corpus, model, context, autocast)
-                check_finite("validation loss", validation["val/loss"], step, config)
-                if log:
-                    log.evaluation(step + 1, validation, remark)
-                save_weights(folder, model, context)
-            traffic(context)  # what was no step's
-
-
-def train_step(
-    config: TrainConfig,
-    corpus: Corpus,
-    model: GPTModel,
-    optimizer: torch.optim.Optimizer,
-    context: ParallelContext,
-    autocast: Autocast,
-    step: int,
-) -> dict[str, float]:
-    """One update; its figures by TensorBoard tag. Raises ConfigError if the loss is not finite.
-
-    Raises NonFiniteGradientError, on every rank and before anything is updated, if a gradient or
-    the norm of all is not.
-    """
-    rate = learning_rate(config.optim, step, config.run.steps)
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    batches = micro_batches(config, corpus, context, step)
-    seed = DropoutSeed(config.run.seed, step)
-    loss = accumulate_gradients(model, batches, context, autocast, seed)
-    check_finite("loss", loss, step, config)
-    norm = clip_gradients(model, context.tp, config.optim.grad_clip)
-    if not math.isfinite(norm):
-        raise NonFiniteGradientError(f"the gradients' norm is {norm}")
-    optimizer.step()
-    optimizer.zero_grad()
-    return {"train/loss": loss, "train/lr": rate, "train/grad_norm": norm}
-
-
-def check_finite(what: str, value: float, step: int, config: TrainConfig) -> None:
-    """Raises ConfigError, before anything is saved, if training has diverged."""
-    if not math.isfinite(value):
-        raise ConfigError(
-            f"the {what} is {value} at step {step + 1}; try a learning_rate below "
-            f"{config.optim.learning_rate:g}; weights saved by earlier evaluations are kept"
+    if place.checkpoint is not None and place.manifest is not None:
+        load_checkpoint(place.checkpoint, place.manifest, model, optimizer, dtype)
+    else:
+        init_weights(model, config.run.seed)
+    reached = place.manifest.progress if place.manifest else None
+    step = reached.step if reached else 0
+    if speaks:
+        introduce(config, corpus, model, context, place)
+    peak = sum_over_ranks(matmul_peak(context.device, dtype), context)
+    watch = None
+    if store is not None:
+        watch = HangWatch(store, world, (*context.axes, world), config.run.timeout)
+    with RunLog(place.folder, config.run.steps, step) if speaks else nullcontext() as log:
+        loop = TrainingLoop(
+            config=config,
+            corpus=corpus,
+            model=model,
+            optimizer=optimizer,
+            context=context,
+            world=world,
+            autocast=autocast_for(dtype, context.device),
+            dtype=dtype,
+            folder=place.folder,
+            saver=Saver(place.folder, place.attempt, model, optimizer, context, config.run),
+            log=log,
+            watch=watch,
+            peak=peak,
+            step=step,
+            skipped=reached.skipped if reached else 0,
+            saved=step,
         )
+        loop.run()
+    if speaks:
+        say_goodbye(loop, place.folder)
+    if watch:
+        watch.close()
+    end_parallel()
+    return model, loop.stopped
 
 
-def check_skipped(
-    skipped: int, error: NonFiniteGradientError, step: int, config: TrainConfig
-) -> None:
-    """Raises ConfigError if more steps were skipped than config.run.max_skipped."""
-    if skipped > config.run.max_skipped:
-        raise ConfigError(
-            f"step {step + 1}: {error}; skipped {skipped}, max_skipped={config.run.max_skipped}; "
-            f"try a learning_rate below {config.optim.learning_rate:g}; weights saved by earlier "
-            f"evaluations are kept"
-        )
-
-
-def micro_batches(
-    config: TrainConfig, corpus: Corpus, context: ParallelContext, step: int
-) -> list[tuple[Tensor, Tensor]]:
-    """This rank's part of the step's global batch: by dp rank alone, so a tp group shares it."""
-    optim, dp = config.optim, context.dp
-    size = optim.micro_batch(dp.size)
-    batches = []
-    for index in range(optim.accumulation(dp.size)):
-        first = (index * dp.size + dp.rank) * size
-        rows = range(first, first + size)
-        arrays = corpus.train_batch(config.run.seed, step, optim.global_batch_size, rows)
-        input_ids, labels = (torch.from_numpy(a).to(context.device) for a in arrays)
-        batches.append((input_ids, labels))
-    return batches
+def say_goodbye(loop: TrainingLoop, folder: Path) -> None:
+    where = shown(folder)
+    if not loop.stopped:
+        print(f"saved in {where}: weights, config, log.jsonl, TensorBoard events")
+    elif loop.saved:
+        last_words(f"saved in {where}/step_{loop.saved:06d}; the same command goes on from there")
+    else:
+        last_words("before the first step, so there is nothing to save")
 
 
 def introduce(
-    config: TrainConfig, corpus: Corpus, model: GPTModel, context: ParallelContext, folder: Path
+    config: TrainConfig, corpus: Corpus, model: GPTModel, context: ParallelContext, place: Place
 ) -> None:
     """Prints the resolved config and the work of a step, once, and writes them to the folder."""
-    describe_run(folder, config, corpus.folder)
+    describe_run(place.folder, config, corpus.folder)
     for name, component in asdict(config).items():
         print(f"{name}: " + " ".join(f"{key}={value}" for key, value in component.items()))
     optim = config.optim
@@ -232,6 +193,18 @@ def introduce(
         f"micro-batches x {micro} sequences",
         flush=True,
     )
+    if place.checkpoint and place.manifest:
+        reached = place.manifest.progress
+        print(
+            f"going on from {shown(place.checkpoint)}: {reached.step} steps, "
+            f"{reached.tokens_seen:,} tokens; --resume never begins a new run",
+            flush=True,
+        )
+
+
+def shown(path: Path) -> str:
+    """As a user would type it."""
+    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 def sum_over_ranks(value: float, context: ParallelContext) -> float:

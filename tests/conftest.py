@@ -1,7 +1,18 @@
-"""Environment of the tests, set before anything imports torch."""
+"""Environment of the tests, set before anything imports torch, and the corpus of many of them."""
 
 import os
+from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+from prepare import main as prepare
+
+
+@pytest.fixture(scope="session")
+def markov(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus") / "markov"
+    prepare(["markov", "--out", str(folder)])
+    return folder

@@ -5,6 +5,7 @@ It imports torch only where a mode needs a collective, so that a rank starts in 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -12,17 +13,23 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from rosetrainer.fields import ConfigError
-from rosetrainer.launch import launch
-from rosetrainer.rank import run_rank
-
 RANK = int(os.environ.get("RANK", "0"))
 PIDS = Path(os.environ.get("PROBE_PIDS", "."))
+
+if "RANK" in os.environ:  # a rank that is being started and has not come to run_rank
+    PIDS.with_suffix(".starting").touch()
+    time.sleep(float(os.environ.get("PROBE_IMPORT_SECONDS", "0")))
+
+from rosetrainer import launch  # noqa: E402
+from rosetrainer.fields import ConfigError  # noqa: E402
+from rosetrainer.rank import RankError, run_rank  # noqa: E402
 
 
 def meet() -> None:
     """Writes this rank's pid for the test, and waits for the other ranks."""
-    (PIDS / str(RANK)).write_text(str(os.getpid()))
+    part = PIDS.with_suffix(f".{RANK}")
+    part.write_text(str(os.getpid()))
+    part.replace(PIDS / str(RANK))
     while len(list(PIDS.iterdir())) < int(os.environ["WORLD_SIZE"]):
         time.sleep(0.005)
 
@@ -30,6 +37,30 @@ def meet() -> None:
 def stay() -> None:
     while True:
         time.sleep(60)
+
+
+def on_signals(what: Callable[[int], object]) -> None:
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, lambda received, _: what(received))
+
+
+def ignore(signum: int) -> None:
+    """A handler that does nothing."""
+
+
+def save_and_leave(signum: int) -> None:
+    time.sleep(1)
+    sys.stdout.write(f"saved after {signal.Signals(signum).name}\n")
+    sys.exit(0)
+
+
+def until_the_end_of(rank: int) -> None:
+    """Until the launcher has seen that this rank has ended."""
+    pid = int((PIDS / str(rank)).read_text())
+    with contextlib.suppress(ProcessLookupError):
+        while True:
+            os.kill(pid, 0)
+            time.sleep(0.001)
 
 
 def show(words: list[str]) -> None:
@@ -51,8 +82,63 @@ def crash(words: list[str]) -> None:
 
 def stubborn(words: list[str]) -> None:
     """Rank 1 fails while rank 0 takes no notice of SIGTERM."""
-    signal.signal(signal.SIGTERM, lambda *_: None)
+    on_signals(ignore)
     crash(words)
+
+
+def deaf(words: list[str]) -> None:
+    """Takes no notice of signals."""
+    on_signals(ignore)
+    meet()
+    stay()
+
+
+def graceful(words: list[str]) -> None:
+    """Saves for a second when it is told to end."""
+    on_signals(save_and_leave)
+    meet()
+    stay()
+
+
+def save_fails(words: list[str]) -> None:
+    """Rank 1 fails when it is told to end."""
+
+    def fail(signum: int) -> None:
+        raise RuntimeError("boom")
+
+    on_signals(fail if RANK == 1 else save_and_leave)
+    meet()
+    stay()
+
+
+def suspended(words: list[str]) -> None:
+    """Rank 0 suspends itself; its peer then fails, stays, or ends when it is told to."""
+    on_signals(save_and_leave if words == ["graceful"] else ignore)
+    meet()
+    if RANK == 0:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    time.sleep(0.2)
+    if words == ["crash"]:
+        raise RuntimeError("boom")
+    stay()
+
+
+def explained(words: list[str]) -> None:
+    """Rank 0 leaves it to rank 1, a little slower, to say what went wrong."""
+    meet()
+    if RANK == 1:
+        time.sleep(0.3)
+    raise RankError("the disk is full" if str(RANK) in words else "")
+
+
+def pipe(words: list[str]) -> None:
+    """Rank 0 prints until nobody reads that, and rank 1 then complains about rank 0."""
+    meet()
+    if RANK == 0:
+        while True:
+            print("a line")
+    until_the_end_of(0)
+    raise RuntimeError("lost connection")
 
 
 def mistake(words: list[str]) -> None:
@@ -61,12 +147,14 @@ def mistake(words: list[str]) -> None:
 
 
 def killed(words: list[str]) -> None:
-    """Rank 1 is killed; rank 0 complains about that, or sleeps."""
+    """Rank 1 is killed; rank 0 complains about that, before it is seen or after, or sleeps."""
     meet()
     if RANK == 1:
+        if words == ["seen late"]:
+            until_the_end_of(0)
         os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(0.02)
-    if words == ["connection"]:
+    if words != ["sleep"]:
         raise RuntimeError("lost connection")
     stay()
 
@@ -76,8 +164,11 @@ def status(words: list[str]) -> None:
 
 
 def sleep(words: list[str]) -> None:
+    """It loses a KeyboardInterrupt, which is what torch's import can do."""
     meet()
-    stay()
+    while True:
+        with contextlib.suppress(KeyboardInterrupt):
+            stay()
 
 
 def collective(words: list[str]) -> None:
@@ -85,8 +176,10 @@ def collective(words: list[str]) -> None:
     import torch
     import torch.distributed as dist
 
-    signal.signal(signal.SIGTERM, lambda *_: None)
-    dist.init_process_group("gloo")
+    from rosetrainer import process_group
+
+    on_signals(ignore)
+    process_group.meet("cpu")
     meet()
     if RANK == 0:
         dist.all_reduce(torch.ones(1))
@@ -99,7 +192,10 @@ def interrupt(words: list[str]) -> None:
 
 MODES: dict[str, Callable[[list[str]], None]] = {
     mode.__name__: mode
-    for mode in [show, crash, stubborn, mistake, killed, status, sleep, collective, interrupt]
+    for mode in [
+        *(show, crash, stubborn, mistake, killed, status, sleep, collective, interrupt),
+        *(deaf, graceful, save_fails, suspended, explained, pipe),
+    ]
 }
 
 
@@ -107,7 +203,13 @@ if __name__ == "__main__":
     if sys.argv[1] == "launch":
         # A shell that runs the tests in the background has SIGINT ignored, and we inherit that.
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        PIDS.with_suffix(".launching").touch()
+        if "PROBE_NOHUP" in os.environ:
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        for name in ("LOOK_SECONDS", "GRACE_SECONDS", "STOPPED_SECONDS", "STOP_SECONDS"):
+            setattr(launch, name, float(os.environ.get(name, getattr(launch, name))))
         threads = int(os.environ.get("PROBE_THREADS", "0"))
-        sys.exit(launch(int(sys.argv[2]), sys.argv[3:], threads, module="launch_probe"))
+        handlers = [signal.getsignal(signum) for signum in launch.STOP_SIGNALS]
+        ended = launch.launch(int(sys.argv[2]), sys.argv[3:], threads, module="launch_probe")
+        assert handlers == [signal.getsignal(signum) for signum in launch.STOP_SIGNALS]
+        sys.exit(ended)
     run_rank(lambda: MODES[sys.argv[1]](sys.argv[2:]))

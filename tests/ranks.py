@@ -26,7 +26,9 @@ PRELOAD = [
     "torch.distributed.tensor",
     "torch.distributed.checkpoint",
     "torch.distributed.device_mesh",
+    "torch.utils.tensorboard",
     "numpy",
+    "safetensors.torch",
     "tyro",
     "pytest",
 ]

@@ -1,177 +1,265 @@
-"""Run folders: what is saved loads in any layout, and what is broken is named."""
+"""Checkpoints: bitwise in the layout that wrote them, exact in every other, and never half."""
 
 from __future__ import annotations
 
 import json
-import os
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from oracle import dense_model, tiny_config
-from prepare import main as prepare
+from oracle import assert_all_equal
 from ranks import run_ranks
+from safetensors.torch import load_file
 
-from rosetrainer import checkpoint
-from rosetrainer.config import TrainConfig
+from rosetrainer import checkpoint_command, loop
+from rosetrainer.checkpoint import read_whole
+from rosetrainer.config import GPTConfig, OptimConfig, RunConfig, TrainConfig
 from rosetrainer.fields import ConfigError
-from rosetrainer.model import GPTModel
-from rosetrainer.parallel_context import ParallelContext, init_tensor_parallel
-from rosetrainer.tensor_parallel import gather_whole, init_weights, load_whole
+from rosetrainer.manifest import CheckpointError, check_files, checkpoints, read_manifest
+from rosetrainer.stop import STOP
+from rosetrainer.train import check_config, train
 
-META = {"tokenizer": "bytes", "vocab_size": 256}
-
-
-def save(folder: Path) -> None:
-    """Saves the oracle's weights from this layout."""
-    context = init_tensor_parallel()
-    config = tiny_config(vocab_size=256)
-    model = GPTModel(config, context)
-    load_whole(model, dense_model(config).state_dict())
-    mine = folder if context.rank == 0 else None
-    if mine:
-        checkpoint.describe_run(mine, TrainConfig(model=config), mine)
-    checkpoint.save_weights(mine, model, context)
-
-
-def load(folder: Path) -> bool:
-    """Whether the whole weights, loaded into this layout and gathered, are the oracle's."""
-    context = init_tensor_parallel()
-    config, whole, _ = checkpoint.load_run(folder)
-    model = GPTModel(config.model, context)
-    load_whole(model, whole)
-    expected = dense_model(config.model).float().state_dict()
-    gathered = gather_whole(model, context.tp)
-    return all(torch.equal(gathered[name], expected[name]) for name in expected)
+STEPS = 6
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Path:
-    (tmp_path / "meta.json").write_text(json.dumps(META))
-    return tmp_path
-
-
-@pytest.mark.parametrize(("saved_at", "loaded_at"), [(1, 2), (2, 1), (2, 4), (4, 2)])
-def test_weights_load_at_another_tp_size_bitwise(run: Path, saved_at: int, loaded_at: int) -> None:
-    run_ranks(saved_at, save, run)
-    assert run_ranks(loaded_at, load, run) == [True] * loaded_at
-
-
-def test_an_interrupted_save_leaves_the_old_weights(
-    run: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    save(run)
-    before = (run / "model.safetensors").read_bytes()
-
-    def half(tensors: dict[str, torch.Tensor], path: Path) -> None:
-        path.write_bytes(b"half a file")
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(checkpoint, "save_file", half)
-    with pytest.raises(OSError, match="No space left"):
-        save(run)
-    assert (run / "model.safetensors").read_bytes() == before
-    assert {path.name for path in run.iterdir()} == {
-        "config.json",
-        "meta.json",
-        "model.safetensors",
-    }
-
-
-def test_broken_files_are_named(run: Path) -> None:
-    save(run)
-    weights = run / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(ConfigError, match=r"model\.safetensors cannot be read as safetensors"):
-        checkpoint.load_run(run)
-    weights.unlink()
-    with pytest.raises(ConfigError, match=r"model\.safetensors cannot be read"):
-        checkpoint.load_run(run)
-    values = json.loads((run / "config.json").read_text())
-    values["model"]["n_head"] = 4
-    (run / "config.json").write_text(json.dumps(values))
-    with pytest.raises(ConfigError, match=r"config\.json: model has unknown keys n_head"):
-        checkpoint.load_run(run)
-    (run / "config.json").write_text("{")
-    with pytest.raises(ConfigError, match=r"config\.json cannot be read"):
-        checkpoint.load_run(run)
-
-
-def test_a_config_comes_back_as_it_was(run: Path) -> None:
-    save(run)
-    config, _, _ = checkpoint.load_run(run)
-    assert config == TrainConfig(model=tiny_config(vocab_size=256))
-
-
-def test_run_folders_are_numbered_and_never_taken_twice(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    names = [checkpoint.new_run_folder(None).name for _ in range(3)]
-    assert names == ["run-001", "run-002", "run-003"]
-    mine = checkpoint.new_run_folder(Path("deep/er"))
-    (mine / "note").write_text("kept")
-    with pytest.raises(ConfigError, match="out=deep/er is not empty"):
-        checkpoint.new_run_folder(Path("deep/er"))
-    with pytest.raises(ConfigError, match="out=deep/er/note is not empty"):
-        checkpoint.check_run_folder(Path("deep/er/note"))
-    with pytest.raises(ConfigError, match="deep/er/note/x cannot be made"):
-        checkpoint.check_run_folder(Path("deep/er/note/x"))
-
-
-def test_the_latest_run_is_the_one_written_last(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match="no run with weights in out/"):
-        checkpoint.latest_run()
-    for age, name in ((5, "run-002"), (9, "run-001")):
-        folder = Path("out") / name
-        folder.mkdir(parents=True)
-        (folder / "model.safetensors").write_bytes(b"")
-        os.utime(folder / "model.safetensors", (1000 - age, 1000 - age))
-    Path("out/run-003").mkdir()  # nothing saved yet
-    assert checkpoint.latest_run() == Path("out/run-002")
-
-
-def test_a_bpe_corpus_s_tokenizer_travels_with_the_run(tmp_path: Path) -> None:
-    text, corpus, run = tmp_path / "text", tmp_path / "corpus", tmp_path / "run"
-    text.write_text("the rank that waits, and the rank that it waits for\n" * 40)
-    flags = ["--tokenizer", "bpe", "--vocab-size", "270", "--out", str(corpus)]
-    prepare(["file", str(text), *flags])
-    run.mkdir()
-    config = TrainConfig(model=tiny_config(vocab_size=270))
-    model = GPTModel(config.model)
-    init_weights(model, seed=1)
-    checkpoint.describe_run(run, config, corpus)
-    checkpoint.save_weights(run, model, ParallelContext())
-    _, _, tokenizer = checkpoint.load_run(run)
-    ids = tokenizer.encode("the rank that waits")
-    assert tokenizer.decode(ids) == "the rank that waits"
-    assert len(ids) < 10
-
-
-def test_files_of_different_runs_are_told_apart(run: Path) -> None:
-    save(run)
-    (run / "meta.json").write_text(
-        json.dumps({"tokenizer": "chars", "characters": "ab"} | {"vocab_size": 2})
+def config(markov: Path, tmp_path: Path) -> TrainConfig:
+    """Six tiny steps with dropout, a checkpoint after each, two of them kept."""
+    return TrainConfig(
+        GPTConfig(context_length=8, n_layers=2, n_heads=4, d_model=16, dropout=0.1),
+        optim=OptimConfig(warmup_steps=2, global_batch_size=4),
+        run=RunConfig(
+            data=markov,
+            out=tmp_path / "run",
+            steps=STEPS,
+            eval_every=0,
+            eval_tokens=64,
+            dtype="float64",
+            checkpoint_every=1,
+            threads=1,
+        ),
     )
-    with pytest.raises(ConfigError, match="has 2 tokens and the model 256: they are of different"):
-        checkpoint.load_run(run)
-    (run / "meta.json").write_text(json.dumps(META))
-    values = json.loads((run / "config.json").read_text())
-    values["model"]["d_ff"] = 48
-    (run / "config.json").write_text(json.dumps(values))
-    with pytest.raises(ConfigError, match=r"dense_h_to_4h.weight has shape \(40, 24\), the"):
-        checkpoint.load_run(run)
 
 
-def test_an_out_that_leads_nowhere_is_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def trained(
+    config: TrainConfig, world: int, dp: int, stop_after: int, **run: Any
+) -> dict[int, float]:
+    """The exact losses by step on rank 0; the run is asked to stop after a step."""
+    parallel = replace(config.parallel, dp_size=dp)
+    config = replace(config, parallel=parallel, run=replace(config.run, **run))
+    return run_ranks(world, train_here, config, world, stop_after)[0]
+
+
+def train_here(config: TrainConfig, world: int, stop_after: int) -> dict[int, float]:
+    found = {}
+    original = loop.train_step
+
+    def train_step(*arguments: Any) -> dict[str, float]:
+        figures = original(*arguments)
+        found[arguments[-1] + 1] = figures["train/loss"]
+        if arguments[-1] + 1 == stop_after:
+            STOP.signal = loop.signal.SIGTERM
+        return figures
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "train_step", train_step)
+        patch.setattr("rosetrainer.train.matmul_peak", lambda *_: 1.0)  # a third of a second
+        train(*check_config(config, world))
+    return found
+
+
+def state(folder: Path) -> dict[str, torch.Tensor]:
+    """All parameters and moments, whole."""
+    manifest = read_manifest(folder)
+    check_files(folder, manifest)
+    return {name: read_whole(folder, manifest, name) for name in manifest.tensors}
+
+
+LAYOUTS = {"tp2": (2, 1), "dp2": (2, 2), "tp2dp2": (4, 2), "alone": (1, 1)}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_resumed_run_is_bitwise_the_one_that_was_not_interrupted(
+    config: TrainConfig, layout: str, dtype: str, tmp_path: Path
+) -> None:
+    world, dp = LAYOUTS[layout]
+    whole = trained(config, world, dp, 0, dtype=dtype)
+    out = tmp_path / "resumed"
+    first = trained(config, world, dp, 3, dtype=dtype, out=out)
+    rest = trained(config, world, dp, 0, dtype=dtype, out=out)
+    assert (list(first), list(rest)) == ([1, 2, 3], [4, 5, 6])
+    assert first | rest == whole
+    ours, expected = (state(run / "step_000006") for run in (out, tmp_path / "run"))
+    assert set(ours) == set(expected)
+    assert all(torch.equal(ours[name], expected[name]) for name in ours)
+    assert (out / "log.jsonl").read_text().count('"step"') == STEPS + 1
+    weights = [run / "model.safetensors" for run in (out, tmp_path / "run")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+def test_a_run_goes_through_layouts_and_computes_what_one_process_does(
+    config: TrainConfig, tmp_path: Path
+) -> None:
+    """tp 2 -> tp 4 -> dp 2 -> tp 2 x dp 2 -> one process: losses, weights and moments."""
+    alone = trained(config, 1, 1, 0)
+    out = tmp_path / "moved"
+    found: dict[int, float] = {}
+    for stop, (world, dp) in enumerate([(2, 1), (4, 1), (2, 2), (4, 2), (1, 1)], 1):
+        found |= trained(config, world, dp, stop if stop < 5 else 0, out=out)
+    assert list(found) == list(alone)
+    assert found == pytest.approx(alone, rel=1e-10)
+    moved, expected = (state(run / "step_000006") for run in (out, tmp_path / "run"))
+    parameters = {name for name in expected if "/" not in name}
+    assert len(expected) == 3 * len(parameters)
+    assert_all_equal(*({n: s[n] for n in parameters} for s in (moved, expected)))
+    for moment in ("exp_avg", "exp_avg_sq"):
+        names = [name for name in parameters if not name.endswith("query_key_value.bias")]
+        ours, theirs = (
+            {name: tensors[f"{name}/{moment}"] for name in names} for tensors in (moved, expected)
+        )
+        assert_all_equal(ours, theirs)
+
+
+def test_the_slices_of_all_ranks_are_the_whole_once(config: TrainConfig, tmp_path: Path) -> None:
+    trained(config, 4, 2, 1)
+    folder = tmp_path / "run" / "step_000001"
+    manifest = read_manifest(folder)
+    written = sum(
+        tensor.numel() for name in manifest.files for tensor in load_file(folder / name).values()
+    )
+    assert written == sum(tensor.numel() for tensor in state(folder).values())
+    sizes = [file.size for file in manifest.files.values()]
+    assert max(sizes) < 1.6 * min(sizes), "the ranks share the writing"
+    progress = manifest.progress
+    assert (progress.step, progress.tokens_seen, progress.data.next_row) == (1, 32, 4)
+    assert (progress.random.seed, progress.random.step) == (1337, 1)
+    assert progress.schedule.next_learning_rate == 1e-3  # the warm-up's second step
+    assert progress.config.model == replace(config.model, vocab_size=8)
+
+
+def test_behind_training_the_same_is_saved(config: TrainConfig, tmp_path: Path) -> None:
+    """The copy is taken before training goes on and changes what it is of."""
+    trained(config, 2, 1, 0, keep=STEPS)
+    out = tmp_path / "behind"
+    trained(config, 2, 1, 0, keep=STEPS, out=out, async_checkpoint=True)
+    for step in range(1, STEPS + 1):
+        ours, expected = (state(run / f"step_{step:06d}") for run in (out, tmp_path / "run"))
+        assert all(torch.equal(ours[name], expected[name]) for name in expected)
+
+
+def test_keep_decides_how_many_stay(config: TrainConfig, tmp_path: Path) -> None:
+    trained(config, 1, 1, 0, keep=3)
+    assert [folder.name for folder in checkpoints(tmp_path / "run")] == [
+        "step_000006",
+        "step_000005",
+        "step_000004",
+    ]
+
+
+def refusal(config: TrainConfig, **changes: Any) -> str:
+    """The one line with which a run is refused."""
+    run = {k: v for k, v in changes.items() if hasattr(config.run, k)}
+    optim = {k: v for k, v in changes.items() if hasattr(config.optim, k)}
+    changed = replace(config, run=replace(config.run, **run), optim=replace(config.optim, **optim))
+    with pytest.raises(ConfigError) as caught:
+        train(*check_config(changed, 1))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_what_cannot_be_gone_on_with_is_one_line(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rosetrainer.train.matmul_peak", lambda *_: 1.0)
+    out = tmp_path / "run"
+    trained(config, 1, 1, 4)
+    assert "this run has seed=5 and not 1337, learning_rate=0.1" not in refusal(config, seed=5)
+    assert refusal(config, seed=5, learning_rate=0.1).startswith(
+        f"this run has learning_rate=0.1 and not 0.001, seed=5 and not 1337 like {out}; give the"
+    )
+    assert f"out={out} is not empty" in refusal(config, resume="never")
+    assert "resume=nowhere holds no checkpoint" in refusal(config, resume="nowhere")
+    older = str(out / "step_000003")
+    assert f"{out / 'step_000004'} is newer than {older}" in refusal(config, resume=older)
+    assert "ran in float64, not in float32; use --dtype float64" in refusal(
+        replace(config, run=replace(config.run, out=tmp_path / "other")),
+        resume=older,
+        dtype="float32",
+    ) or "dtype=float32 and not float64" in refusal(config, resume=older, dtype="float32")
+
+
+def test_a_path_branches_off_into_a_new_folder(config: TrainConfig, tmp_path: Path) -> None:
+    whole = trained(config, 1, 1, 0, keep=STEPS)
+    out, older = tmp_path / "branch", tmp_path / "run" / "step_000002"
+    rest = trained(config, 2, 1, 0, out=out, resume=str(older))
+    assert list(rest) == [3, 4, 5, 6]
+    assert rest == pytest.approx({step: whole[step] for step in rest}, rel=1e-10)
+
+
+def test_without_out_the_unfinished_run_of_the_same_command_is_found(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("out").symlink_to(tmp_path / "unmounted")
-    with pytest.raises(ConfigError, match="out=out cannot be made in"):
-        checkpoint.check_run_folder(None)
-    with pytest.raises(ConfigError, match="cannot make out/run-001"):
-        checkpoint.new_run_folder(None)
+    assert list(trained(config, 1, 1, 2, out=None)) == [1, 2]
+    assert list(trained(config, 1, 1, 0, out=None, seed=2)) == [1, 2, 3, 4, 5, 6]
+    assert list(trained(config, 1, 1, 0, out=None)) == [3, 4, 5, 6]
+    assert list(trained(config, 1, 1, 0, out=None)) == [1, 2, 3, 4, 5, 6]
+    assert sorted(run.name for run in Path("out").iterdir()) == ["run-001", "run-002", "run-003"]
+
+
+def test_more_steps_go_on_from_a_finished_run(config: TrainConfig, tmp_path: Path) -> None:
+    trained(config, 1, 1, 0)
+    assert list(trained(config, 1, 1, 0, steps=STEPS + 2)) == [7, 8]
+    assert list(trained(config, 1, 1, 0, steps=STEPS + 2)) == []
+
+
+def test_a_folder_without_checkpoints_is_not_overwritten(
+    config: TrainConfig, tmp_path: Path
+) -> None:
+    trained(config, 1, 1, 0, checkpoint_every=0)
+    weights = (tmp_path / "run" / "model.safetensors").read_bytes()
+    assert "holds weights of step 6 and no checkpoint to go on from" in refusal(config)
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == weights
+
+
+def test_the_command_lists_verifies_and_exports(
+    config: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained(config, 2, 1, 0)
+    run, out = tmp_path / "run", tmp_path / "weights.safetensors"
+    assert checkpoint_command.main(["ls", str(run)]) == 0
+    assert checkpoint_command.main(["verify", str(run)]) == 0
+    assert checkpoint_command.main(["export", str(run), "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "step_000005" in printed
+    assert "step_000006: sound, 2 files" in printed
+    assert out.read_bytes() == (run / "model.safetensors").read_bytes()
+    with pytest.raises(ConfigError, match="is there already"):
+        checkpoint_command.main(["export", str(run), "--out", str(out)])
+    with pytest.raises(ConfigError, match="holds no checkpoint"):
+        checkpoint_command.main(["ls", str(tmp_path)])
+    with pytest.raises(ConfigError, match=r"usage: .* checkpoint ls\|verify\|export DIR"):
+        checkpoint_command.main(["remove", str(run)])
+    file = run / "step_000006" / "rank_00001.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    assert checkpoint_command.main(["verify", str(run)]) == 1
+    assert "rank_00001.safetensors has" in capsys.readouterr().out
+    with pytest.raises(CheckpointError, match=r"rank_00001\.safetensors has"):
+        checkpoint_command.main(["export", str(run), "--out", str(tmp_path / "other")])
+
+
+def test_a_manifest_is_json_and_says_what_the_issue_of_trust_needs(
+    config: TrainConfig, tmp_path: Path
+) -> None:
+    trained(config, 2, 1, 1)
+    values = json.loads((tmp_path / "run" / "step_000001" / "manifest.json").read_text())
+    assert list(values) == ["format", "progress", "files", "tensors", "sha256"]
+    embedding = values["tensors"]["token_embedding.weight"]
+    assert embedding["shape"] == [8, 16]
+    assert embedding["slices"] == [{"file": "rank_00000.safetensors", "start": 0, "stop": 8}]
+    fused = values["tensors"]["blocks.0.attention.query_key_value.weight/exp_avg"]
+    assert (fused["shape"], fused["dim"]) == ([3, 16, 16], 1)
+    assert [(one["start"], one["stop"]) for one in fused["slices"]] == [(0, 8), (8, 16)]

@@ -39,7 +39,7 @@ def test_one_gpu_trains(tmp_path: Path, dtype: str) -> None:
     prepare(["markov", "--out", str(tmp_path / "markov")])
     run = RunConfig(data=tmp_path / "markov", out=tmp_path / "run", steps=30, dtype=dtype)  # type: ignore[arg-type]
     config = TrainConfig(MODEL, optim=OptimConfig(learning_rate=1e-2), run=run)
-    model = train(*check_config(config, 1))
+    model, _ = train(*check_config(config, 1))
     assert model.token_embedding.weight.device.type == "cuda"
     assert choose_dtype("float32", torch.device("cuda")) == torch.float32
     log = (tmp_path / "run" / "log.jsonl").read_text().splitlines()

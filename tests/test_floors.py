@@ -11,20 +11,21 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "rosetrainer"
 FLOORS = [
     {"fields"},
-    {"config", "environment", "rank", "tokenizer"},
-    {"parallel_context", "reference"},
-    {"comm", "flags", "launch", "corpus_files", "performance"},
-    {"overlap", "dropout", "recompute", "precision"},
+    {"config", "environment", "rank", "tokenizer", "durable_files"},
+    {"parallel_context", "reference", "manifest", "stop"},
+    {"comm", "flags", "launch", "corpus_files", "performance", "process_group", "failures"},
+    {"overlap", "dropout", "recompute", "precision", "watch", "checkpoint_files"},
     {"attention"},
     {"tensor_parallel"},
     {"vocab_parallel"},
     {"model"},
     {
         *("encoder_decoder", "data", "data_parallel", "replicas", "clip", "optim"),
-        *("checkpoint", "run_log"),
+        *("checkpoint", "run_folder", "run_log"),
     },
-    {"parity", "evaluation", "planner"},
-    {"train", "generate", "plan", "tour"},
+    {"parity", "evaluation", "planner", "training_step", "agreement"},
+    {"loop", "resume"},
+    {"train", "generate", "plan", "tour", "checkpoint_command"},
     {"__main__"},
 ]
 
@@ -48,7 +49,8 @@ def floor_of(module: str) -> int:
 # What a module other than comm may use of torch.distributed.
 NO_COLLECTIVES = {
     *("ProcessGroup", "ReduceOp", "is_initialized", "get_rank", "get_world_size"),
-    *("init_process_group", "destroy_process_group", "device_mesh", "elastic", "launcher"),
+    *("init_process_group", "destroy_process_group", "device_mesh"),
+    *("Store", "FileStore", "PrefixStore", "rendezvous", "DistNetworkError"),
 }
 
 

@@ -1,12 +1,13 @@
 """Ranks that end well, badly, or not at all: what is printed, which status, what is left behind.
 
-Where a test looks at several launches they run side by side: each spends two seconds on an import.
+Where a test looks at several launches they run side by side: they spend their time on waiting.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -32,13 +33,17 @@ class Probe:
     folder: Path
 
     def pids(self) -> list[int]:
-        return [int(file.read_text() or 0) for file in self.folder.iterdir()]
+        return [int(file.read_text()) for file in self.folder.iterdir()]
+
+    def pid(self, rank: int) -> int:
+        return int((self.folder / str(rank)).read_text())
 
     def alive(self) -> list[int]:
         return [pid for pid in self.pids() if is_alive(pid)]
 
     def started(self, nproc: int) -> None:
-        wait_until(lambda: len(self.pids()) == nproc, 60)
+        wait_until(lambda: len(self.pids()) == nproc or self.process.poll() is not None, 60)
+        assert self.process.poll() is None, self.ended()
 
     def ended(self, seconds: float = 60) -> tuple[int, str, str]:
         """(status, standard output, standard error)"""
@@ -60,7 +65,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
         environment = {k: v for k, v in os.environ.items() if not k.startswith("OMP_")}
         environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
         environment["PROBE_PIDS"] = str(folder)
-        environment["TMPDIR"] = str(tmp_path)  # a killed launcher leaves its folder of error files
+        environment["TMPDIR"] = str(tmp_path)  # a killed launcher leaves its folder
         process = subprocess.Popen(
             [sys.executable, "-m", "launch_probe", *words],
             cwd=ROOT,
@@ -83,21 +88,43 @@ def start(tmp_path: Path) -> Iterator[Start]:
     assert not left
 
 
-def is_alive(pid: int) -> bool:
-    """False for a zombie too: in a container nobody may collect an orphan."""
+def state(pid: int) -> str:
+    """The process's letter in ps, or nothing if it is gone."""
     with contextlib.suppress(FileNotFoundError, ProcessLookupError):
         if Path("/proc/self/stat").exists():
-            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-        os.kill(pid, 0)
-        return True
-    return False
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        command = ["ps", "-o", "state=", "-p", str(pid)]
+        return subprocess.run(command, capture_output=True, text=True).stdout[:1]
+    return ""
+
+
+def is_alive(pid: int) -> bool:
+    """False for a zombie too: in a container nobody may collect an orphan."""
+    return state(pid) not in ("", "Z")
+
+
+def listening(pid: int) -> list[str]:
+    """The addresses, in the kernel's hexadecimal digits, on which this process listens."""
+    own = set()
+    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            own.add(os.readlink(descriptor))
+    sockets = [
+        line.split()
+        for table in ("tcp", "tcp6")
+        for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]
+    ]
+    is_listening = "0A"
+    return [
+        s[1].split(":")[0] for s in sockets if s[3] == is_listening and f"socket:[{s[9]}]" in own
+    ]
 
 
 def wait_until(condition: Callable[[], bool], seconds: float) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, f"not so after {seconds} s"
-        time.sleep(0.02)
+        time.sleep(0.005)
 
 
 def test_good_run_is_silent_and_shares_the_cores(start: Start) -> None:
@@ -128,7 +155,9 @@ def test_first_error_is_shown_once(start: Start) -> None:
 
 
 def test_killed_rank_is_named(start: Start) -> None:
-    for probe in [start("launch", "2", "killed", others) for others in ("sleep", "connection")]:
+    probes = [start("launch", "2", "killed", others) for others in ("sleep", "connection")]
+    probes.append(start("launch", "2", "killed", "seen late", LOOK_SECONDS="0.5"))
+    for probe in probes:
         status, output, errors = probe.ended()
         assert (status, output) == (1, "")
         assert errors.startswith("error: rank 1 was killed by signal 9 (SIGKILL)")
@@ -143,12 +172,39 @@ def test_status_of_a_rank_is_kept(start: Start) -> None:
     assert two.ended() == (2, "", "error: rank 1 ended with exit status 2\n")
 
 
-def test_rank_that_ignores_sigterm_is_ended(start: Start) -> None:
-    probe = start("launch", "2", "stubborn")
-    probe.started(2)
-    status, _, errors = probe.ended(20)
+def test_explained_error_is_shown_without_a_traceback(start: Start) -> None:
+    """Once, by the rank that explains it, even if another one has ended before."""
+    one, none = start("launch", "2", "explained", "1"), start("launch", "2", "explained")
+    assert one.ended() == (1, "", "error: the disk is full\n")
+    status, _, errors = none.ended()
     assert status == 1
-    assert errors.endswith("\nRuntimeError: boom\n")
+    assert re.fullmatch(r"error: rank [01] ended with exit status 1\n", errors)
+
+
+def test_closed_pipe_is_no_error(start: Start) -> None:
+    """`| head`: nothing to say, although rank 1 then complains about rank 0."""
+    probe = start("launch", "2", "pipe")
+    assert probe.process.stdout is not None
+    probe.process.stdout.readline()
+    probe.process.stdout.close()
+    assert probe.process.wait(20) == 128 + signal.SIGPIPE
+    assert probe.process.stderr is not None
+    assert probe.process.stderr.read() == ""
+
+
+def test_rank_that_does_not_follow_a_failed_one_is_ended(start: Start) -> None:
+    """One that ignores SIGTERM, and one that is suspended."""
+    cases = (["stubborn"], ["suspended", "crash"])
+    probes = [start("launch", "2", *words, GRACE_SECONDS="1") for words in cases]
+    for probe in probes:
+        probe.started(2)
+    begun = time.monotonic()
+    for probe in probes:
+        status, _, errors = probe.ended(20)
+        assert status == 1
+        assert errors.endswith("\nRuntimeError: boom\n")
+        assert not probe.alive()
+    assert time.monotonic() - begun < 2.5
 
 
 def test_signal_ends_all_ranks(start: Start) -> None:
@@ -156,31 +212,123 @@ def test_signal_ends_all_ranks(start: Start) -> None:
     probes = {name: start("launch", "2", "sleep") for name in said}
     for name, probe in probes.items():
         probe.started(2)
+        assert all(os.getpgid(pid) == pid for pid in probe.pids())  # not in the terminal's group
         for _ in range(2):  # a terminal and a parent may both send it
             probe.process.send_signal(signal.Signals[name])
+        if name == "SIGTERM":  # a machine that shuts down sends it to everyone
+            for pid in probe.pids():
+                os.kill(pid, signal.SIGTERM)
         expected = (128 + signal.Signals[name], "", f"{said[name]}; all ranks have ended\n")
         assert probe.ended(20) == expected
         assert not probe.alive()
 
 
-def test_signal_during_the_import_of_torch(start: Start) -> None:
-    probe = start("launch", "2", "sleep")
-    wait_until(probe.folder.with_suffix(".launching").exists, 30)
+def test_ignored_signal_stays_ignored(start: Start) -> None:
+    probe = start("launch", "2", "sleep", PROBE_NOHUP="1")
+    probe.started(2)
+    probe.process.send_signal(signal.SIGHUP)
     time.sleep(0.3)
-    probe.process.send_signal(signal.SIGINT)
-    assert probe.ended(30) == (130, "", "interrupted; all ranks have ended\n")
+    assert len(probe.alive()) == 2
+    probe.process.terminate()
+    assert probe.ended(20) == (143, "", "stopped by SIGTERM; all ranks have ended\n")
+
+
+def test_ranks_save_before_they_leave(start: Start) -> None:
+    """Two signals within a second are one wish; a rank's failure meanwhile is not shown."""
+    saved, interrupted = "saved after SIGTERM\n", "saved after SIGINT\n"
+    expected = {
+        ("graceful", "SIGTERM"): (0, saved * 2, "stopped by SIGTERM; all ranks have ended\n"),
+        ("graceful", "SIGINT"): (130, interrupted * 2, "interrupted; all ranks have ended\n"),
+        ("graceful", "SIGHUP"): (129, saved * 2, "stopped by SIGHUP; all ranks have ended\n"),
+        ("save_fails", "SIGTERM"): (143, saved, "stopped by SIGTERM; all ranks have ended\n"),
+    }
+    probes = {case: start("launch", "2", case[0]) for case in expected}
+    for probe in probes.values():
+        probe.started(2)
+    for _ in range(2):
+        for (_, name), probe in probes.items():
+            probe.process.send_signal(signal.Signals[name])
+        time.sleep(0.3)
+    for case, probe in probes.items():
+        assert probe.ended(20) == expected[case], case
+        assert not probe.alive()
+
+
+def test_signal_while_ranks_start(start: Start) -> None:
+    """No rank is left behind, and none prints what Python prints of a KeyboardInterrupt."""
+    said = {"SIGINT": "interrupted", "SIGTERM": "stopped by SIGTERM"}
+    probes = {name: start("launch", "4", "sleep", PROBE_IMPORT_SECONDS="0.5") for name in said}
+    for name, probe in probes.items():
+        wait_until(probe.folder.with_suffix(".starting").exists, 30)
+        probe.process.send_signal(signal.Signals[name])
+    for name, probe in probes.items():
+        expected = (128 + signal.Signals[name], "", f"{said[name]}; all ranks have ended\n")
+        assert probe.ended(20) == expected
+        assert len(probe.pids()) < 4
+
+
+def test_second_signal_ends_ranks_at_once(start: Start) -> None:
+    probes = {name: start("launch", "2", "deaf") for name in ("SIGINT", "SIGTERM")}
+    for name, probe in probes.items():
+        probe.started(2)
+        probe.process.send_signal(signal.Signals[name])
+    time.sleep(1.2)
+    for probe in probes.values():
+        assert len(probe.alive()) == 2
+        probe.process.send_signal(signal.SIGINT)
+    assert probes["SIGINT"].ended(2) == (130, "", "interrupted; all ranks were killed\n")
+    assert probes["SIGTERM"].ended(2) == (143, "", "stopped by SIGTERM; all ranks were killed\n")
+    assert not any(probe.alive() for probe in probes.values())
+
+
+def test_rank_that_does_not_leave_is_killed_and_named(start: Start) -> None:
+    """A suspended one early, its peer soon after; others when the time for saving is over."""
+    cases = {
+        "peer leaves": (["suspended", "graceful"], 1.5, "rank 0 was", "saved after SIGTERM\n"),
+        "peer stays": (["suspended"], 1.5 + 1, "ranks 0, 1 were", ""),
+        "collective": (["collective"], 5, "ranks 0, 1 were", ""),
+    }
+    shorter = {"STOPPED_SECONDS": "1.5", "GRACE_SECONDS": "1", "STOP_SECONDS": "5"}
+    probes = {name: start("launch", "2", *case[0], **shorter) for name, case in cases.items()}
+    for name, probe in probes.items():
+        probe.started(2)
+        if "suspended" in cases[name][0]:
+            wait_until(lambda probe=probe: state(probe.pid(0)) == "T", 10)  # type: ignore[misc]
+    begun = time.monotonic()
+    for probe in probes.values():
+        probe.process.terminate()
+    for name, (_, seconds, killed, output) in cases.items():
+        line = f"stopped by SIGTERM; all ranks have ended, {killed} killed\n"
+        assert probes[name].ended(20) == (143, output, line)
+        assert seconds - 0.1 < time.monotonic() - begun < seconds + 1, name
+        assert not probes[name].alive()
 
 
 def test_ranks_in_a_collective_end_with_the_launcher(start: Start) -> None:
     """Even if the launcher is killed, and the ranks wait for each other and ignore SIGTERM."""
-    probes = {signum: start("launch", "2", "collective") for signum in ("SIGTERM", "SIGKILL")}
-    for name, probe in probes.items():
-        probe.started(2)
-        time.sleep(0.2)
-        probe.process.send_signal(signal.Signals[name])
-    for probe in probes.values():
-        probe.process.wait(20)
-        wait_until(lambda probe=probe: not probe.alive(), 2)  # type: ignore[misc]
+    probe = start("launch", "2", "collective")
+    probe.started(2)
+    time.sleep(0.2)
+    probe.process.kill()
+    wait_until(lambda: not probe.alive(), 2)
+
+
+@pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="looks at Linux's sockets")
+def test_nothing_listens_beyond_this_machine(start: Start) -> None:
+    loopback = {"0100007F", "0" * 24 + "01000000", "0000000000000000FFFF00000100007F"}
+    probe = start("launch", "2", "collective")
+    probe.started(2)
+    assert listening(probe.process.pid) == []
+    addresses = [address for pid in probe.pids() for address in listening(pid)]
+    assert addresses  # gloo's own
+    assert set(addresses) <= loopback
+    probe.process.kill()
+    wait_until(lambda: not probe.alive(), 2)
+
+
+def test_launcher_imports_no_torch() -> None:
+    code = "import sys, rosetrainer.launch, rosetrainer.rank; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 def test_without_the_launcher(start: Start) -> None:
@@ -189,9 +337,13 @@ def test_without_the_launcher(start: Start) -> None:
     rank_1 = start("mistake", WORLD_SIZE="1", RANK="1", LOCAL_RANK="1")
     interrupted = start("interrupt")
     crashed = start("crash", WORLD_SIZE="1", RANK="1")
+    explained = start("explained", "1", WORLD_SIZE="1", RANK="1", LOCAL_RANK="1")
+    silent = start("explained", WORLD_SIZE="1")
     assert alone.ended() == (2, "", "error: tp_size=3 does not fit; tp_size can be 1 or 2\n")
     assert rank_1.ended() == (2, "", "")
     assert interrupted.ended() == (130, "", "interrupted\n")
+    assert explained.ended() == (1, "", "error: the disk is full\n")
+    assert silent.ended() == (1, "", "")
     status, _, errors = crashed.ended()
     assert status == 1
     assert errors.endswith("RuntimeError: boom\n")

@@ -61,7 +61,7 @@ def test_a_weight_that_is_wrong_on_one_rank_fails_on_every_rank() -> None:
 def without_f() -> str:
     context = init_parallel(ParallelConfig())
     with pytest.MonkeyPatch.context() as monkeypatch:
-        nothing = lambda buffer, *_: comm.Pending(None, lambda: buffer)  # noqa: E731
+        nothing = lambda buffer, axis, *_: comm.Pending(None, axis.ledger, lambda: buffer)  # noqa: E731
         monkeypatch.setattr(overlap, "start_all_reduce", nothing)
         with pytest.raises(parity.ParityError) as caught:
             parity.show_proof(MODEL, context, torch.float64)

@@ -17,11 +17,12 @@ from prepare import main as prepare
 from ranks import run_ranks
 from safetensors.torch import load_file
 
-from rosetrainer import parity, train
+from rosetrainer import loop, parity, train
 from rosetrainer.config import GPTConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
 from rosetrainer.data import open_corpus
 from rosetrainer.data_parallel import accumulate_gradients
 from rosetrainer.dropout import DropoutSeed
+from rosetrainer.fields import ConfigError
 from rosetrainer.generate import SamplingConfig, generate
 from rosetrainer.model import GPTModel
 from rosetrainer.optim import build_optimizer
@@ -191,12 +192,10 @@ def train_watched(
     with pytest.MonkeyPatch.context() as spy:
         spy.setattr(train, "init_weights", init_and_poison)
         spy.setattr(train, "matmul_peak", lambda *_: 1.0)  # it takes 0.3 s to measure
-        spy.setattr(
-            train, "check_replicas", lambda m, *_: seen.append(m.final_norm.weight.tolist())
-        )
+        spy.setattr(loop, "check_replicas", lambda m, *_: seen.append(m.final_norm.weight.tolist()))
         try:
             train.train(config, open_corpus(config.run.data, 8))
-        except train.ConfigError as error:
+        except ConfigError as error:
             return seen, str(error)
     return seen, ""
 

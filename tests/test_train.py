@@ -26,18 +26,12 @@ from rosetrainer.fields import ConfigError
 from rosetrainer.model import GPTModel
 from rosetrainer.parallel_context import Axis, ParallelContext, init_tensor_parallel
 from rosetrainer.run_log import _rounded
-from rosetrainer.train import check_config, main, micro_batches, sum_over_ranks, train
+from rosetrainer.train import check_config, main, sum_over_ranks, train
+from rosetrainer.training_step import micro_batches
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = GPTConfig(context_length=16, n_layers=2, n_heads=4, d_model=32)
 SMALL = ["--context-length", "16", "--n-layers", "1", "--d-model", "16", "--steps", "2"]
-
-
-@pytest.fixture(scope="session")
-def markov(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("corpus") / "markov"
-    prepare(["markov", "--out", str(folder)])
-    return folder
 
 
 def config_for(data: Path, out: Path, **run: object) -> TrainConfig:
@@ -91,8 +85,8 @@ def test_a_run_leaves_its_files_beside_each_other(markov: Path, tmp_path: Path) 
     out = tmp_path / "run"
     run_ranks(2, train_on_ranks, config_for(markov, out, dtype="float32"), 1)
     names = {path.name.split(".")[0] for path in out.iterdir()}
-    assert names == {"config", "log", "meta", "model", "events"}
-    assert not list(out.glob(".*"))
+    assert names == {"config", "log", "meta", "model", "events", "step_000006", ""}
+    assert [path.name for path in out.glob(".*")] == [".lock"]
     saved = json.loads((out / "config.json").read_text())
     assert saved["model"]["vocab_size"] == 8
     events = EventAccumulator(str(out))
@@ -166,13 +160,9 @@ def test_a_model_that_sees_its_labels_is_reported_as_a_leak(markov: Path, tmp_pa
 
     config = config_for(markov, tmp_path)
     corpus = open_corpus(markov, 16)
-    _, remark = evaluate(
-        config,
-        corpus,
-        Cheat(MODEL),
-        ParallelContext(),
-        torch.no_grad,
-    )
+    found = evaluate(config, corpus, Cheat(MODEL), ParallelContext(), torch.no_grad)
+    assert found
+    _, remark = found
     assert "labels leak into the inputs" in remark
 
 
@@ -224,7 +214,7 @@ def test_a_broken_tokenizer_is_found_before_training(tmp_path: Path) -> None:
 def test_a_loss_that_is_not_finite_stops_the_run_in_one_line(
     markov: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rosetrainer.train.accumulate_gradients", lambda *_: math.nan)
+    monkeypatch.setattr("rosetrainer.training_step.accumulate_gradients", lambda *_: math.nan)
     with pytest.raises(ConfigError, match="the loss is nan at step 1; try a learning_rate below"):
         train_on_one(config_for(markov, tmp_path / "run"))
 
@@ -238,7 +228,7 @@ def test_a_validation_loss_that_is_not_finite_saves_nothing(
     markov: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     broken = ({"val/loss": math.nan}, "")
-    monkeypatch.setattr("rosetrainer.train.evaluate", lambda *_: broken)
+    monkeypatch.setattr("rosetrainer.loop.evaluate", lambda *_: broken)
     with pytest.raises(ConfigError, match="the validation loss is nan at step 3; try a learning"):
         train_on_one(config_for(markov, tmp_path / "run"))
     assert not (tmp_path / "run" / "model.safetensors").exists()
@@ -247,7 +237,7 @@ def test_a_validation_loss_that_is_not_finite_saves_nothing(
 def test_a_gradient_that_is_not_finite_moves_no_weight(
     markov: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rosetrainer.train.clip_gradients", lambda *_: math.inf)
+    monkeypatch.setattr("rosetrainer.training_step.clip_gradients", lambda *_: math.inf)
     with pytest.raises(
         ConfigError, match="step 1: the gradients' norm is inf; skipped 1, max_skipped=0"
     ):
@@ -265,7 +255,7 @@ def test_the_seed_decides_and_each_evaluation_saves(
     assert first[1] != first[2]
 
     saved = []
-    monkeypatch.setattr("rosetrainer.train.save_weights", lambda *_: saved.append(1))
+    monkeypatch.setattr("rosetrainer.loop.save_weights", lambda *_: saved.append(1))
     train_on_one(config_for(markov, tmp_path / "run", steps=5, eval_every=2))
     assert len(saved) == 3  # after steps 2, 4 and 5
 
@@ -364,7 +354,7 @@ def test_nproc_trains_and_generate_writes_the_same_at_any_tp_size(
 def test_the_command_line_exits_with_2_and_one_line(tmp_path: Path) -> None:
     for argv, expected in (
         (["train", "--tp-size", "2"], "-m rosetrainer train --nproc 2 --tp-size 2"),
-        (["trian"], "unknown command trian; it can be train, generate, parity, plan, tour"),
+        (["trian"], "unknown command trian; it can be train, generate, checkpoint, "),
         (["generate"], "no run with weights in out/; train one, or give --run DIR"),
     ):
         done = start("-m", "rosetrainer", *argv, cwd=tmp_path)

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from time import perf_counter
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from parallel_context import Axis
+from parallel_context import Axis, Ledger
 from torch import Tensor
 
 # torch 2.13 renamed these two, and warns of the older names, the only ones that 2.11 has.
@@ -28,12 +29,15 @@ class Pending:
     """A collective under way; its input must stay as it is until wait() gives the result."""
 
     work: dist.Work | None
+    ledger: Ledger
     finish: Callable[[], Tensor]
     held: Tensor | None = None  # the input, which has to live that long
 
     def wait(self) -> Tensor:
         if self.work is not None:
+            since = perf_counter()
             self.work.wait()
+            self.ledger.waited += perf_counter() - since
         return self.finish()
 
 
@@ -43,21 +47,20 @@ def all_reduce(tensor: Tensor, axis: Axis, phase: str, op: Any = dist.ReduceOp.S
     return all_reduce_(total, axis, phase, op)
 
 
-def start_all_reduce(buffer: Tensor, axis: Axis, phase: str) -> Pending:
-    """all_reduce_, the sum, under way; buffer is contiguous and becomes the result."""
+def all_reduce_(buffer: Tensor, axis: Axis, phase: str, op: Any = dist.ReduceOp.SUM) -> Tensor:
+    """all_reduce in place, for a contiguous buffer that belongs to the caller alone."""
+    return start_all_reduce(buffer, axis, phase, op).wait()
+
+
+def start_all_reduce(
+    buffer: Tensor, axis: Axis, phase: str, op: Any = dist.ReduceOp.SUM
+) -> Pending:
+    """all_reduce_, under way."""
     work = None
     if axis.size > 1:
         axis.ledger.record("all_reduce", phase, buffer.numel() * buffer.element_size())
-        work = dist.all_reduce(buffer, group=axis.group, async_op=True)
-    return Pending(work, lambda: buffer)
-
-
-def all_reduce_(buffer: Tensor, axis: Axis, phase: str, op: Any = dist.ReduceOp.SUM) -> Tensor:
-    """all_reduce in place, for a contiguous buffer that belongs to the caller alone."""
-    if axis.size > 1:
-        axis.ledger.record("all_reduce", phase, buffer.numel() * buffer.element_size())
-        dist.all_reduce(buffer, op=op, group=axis.group)
-    return buffer
+        work = dist.all_reduce(buffer, op=op, group=axis.group, async_op=True)
+    return Pending(work, axis.ledger, lambda: buffer)
 
 
 def all_gather(tensor: Tensor, axis: Axis, phase: str, dim: int = -1) -> Tensor:
@@ -68,13 +71,13 @@ def all_gather(tensor: Tensor, axis: Axis, phase: str, dim: int = -1) -> Tensor:
 def start_all_gather(tensor: Tensor, axis: Axis, phase: str, dim: int = -1) -> Pending:
     """all_gather, under way."""
     if axis.size == 1:
-        return Pending(None, lambda: tensor)
+        return Pending(None, axis.ledger, lambda: tensor)
     # The collective stacks along dimension 0, so `dim` travels there and back.
     part = tensor.detach().movedim(dim, 0).contiguous()
     whole = part.new_empty((axis.size * part.shape[0], *part.shape[1:]))
     axis.ledger.record("all_gather", phase, whole.numel() * whole.element_size())
     work = _all_gather_single(whole, part, group=axis.group, async_op=True)
-    return Pending(work, lambda: whole.movedim(0, dim).contiguous(), part)
+    return Pending(work, axis.ledger, lambda: whole.movedim(0, dim).contiguous(), part)
 
 
 def reduce_scatter(tensor: Tensor, axis: Axis, phase: str, dim: int = -1) -> Tensor:
@@ -85,12 +88,12 @@ def reduce_scatter(tensor: Tensor, axis: Axis, phase: str, dim: int = -1) -> Ten
 def start_reduce_scatter(tensor: Tensor, axis: Axis, phase: str, dim: int = -1) -> Pending:
     """reduce_scatter, under way."""
     if axis.size == 1:
-        return Pending(None, lambda: tensor)
+        return Pending(None, axis.ledger, lambda: tensor)
     whole = tensor.detach().movedim(dim, 0).contiguous()
     part = whole.new_empty((whole.shape[0] // axis.size, *whole.shape[1:]))
     axis.ledger.record("reduce_scatter", phase, whole.numel() * whole.element_size())
     work = _reduce_scatter_single(part, whole, group=axis.group, async_op=True)
-    return Pending(work, lambda: part.movedim(0, dim).contiguous(), whole)
+    return Pending(work, axis.ledger, lambda: part.movedim(0, dim).contiguous(), whole)
 
 
 def broadcast_(buffer: Tensor, axis: Axis, phase: str) -> Tensor:

@@ -26,12 +26,19 @@ class Traffic:
 
 @dataclass
 class Ledger:
-    """Counts an axis's collectives by (operation, phase); comm.py writes it."""
+    """Counts an axis's collectives by (operation, phase); comm.py writes it.
+
+    `begun` and `waited` go on when the entries are cleared: collectives of all kinds, and the
+    seconds in which this rank could only wait for them.
+    """
 
     entries: dict[tuple[str, str], Traffic] = field(default_factory=dict)
     again: bool = False
+    begun: int = 0
+    waited: float = 0.0
 
     def record(self, operation: str, phase: str, payload_bytes: int) -> None:
+        self.begun += 1
         if self.again and phase == "forward":
             phase = "recompute"
         entry = self.entries.setdefault((operation, phase), Traffic())

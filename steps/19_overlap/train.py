@@ -8,8 +8,10 @@ from __future__ import annotations
 import math
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 
 import torch
+from checkpoint import find_start, load, save
 from clip import clip_gradients
 from comm import all_reduce, all_reduce_
 from config import IGNORED, ConfigError, GPTConfig, ParallelConfig
@@ -83,11 +85,15 @@ def train(
     dtype: torch.dtype = torch.float32,
     max_norm: float = 1.0,
     max_skipped: int = 0,
+    save_every: int = 0,
+    out: Path = Path("out"),
+    start: Path | None = None,
 ) -> list[float]:
     """The loss of each step over all ranks, then the validation loss, in nats.
 
     A step with a gradient that is not finite is skipped; its loss is nan. Raises ConfigError if
-    more than max_skipped are, and if the loss is not finite.
+    more than max_skipped are, and if the loss is not finite. Saves in `out` after each save_every
+    steps, and goes on after the checkpoint `start`, if there is one.
     """
     autocast = autocast_for(dtype, context.device)
     model = GPTModel(config, context).to(torch.float32 if dtype == torch.bfloat16 else dtype)
@@ -97,7 +103,8 @@ def train(
         lr=LEARNING_RATE,
     )
     losses = []
-    bar = tqdm(range(steps), unit="step", leave=False, disable=context.rank > 0)
+    first = load(start, model, optimizer) if start else 0
+    bar = tqdm(range(first, steps), unit="step", leave=False, disable=context.rank > 0)
     for step in bar:
         input_ids, labels = own_rows(corpus.batch(step, ROWS, config.context_length), context)
         optimizer.zero_grad()
@@ -111,10 +118,12 @@ def train(
             if skipped > max_skipped:
                 stop = f"steps skipped: {skipped}, max_skipped={max_skipped}; {error}"
                 raise ConfigError(stop) from None
-            continue
-        clip_gradients(model, context.tp, max_norm)
-        optimizer.step()
-        bar.set_postfix_str(f"loss {losses[-1]:.4f}")
+        else:
+            clip_gradients(model, context.tp, max_norm)
+            optimizer.step()
+            bar.set_postfix_str(f"loss {losses[-1]:.4f}")
+        if save_every > 0 and (step + 1) % save_every == 0:
+            save(out, step + 1, model, optimizer, context)
     with torch.no_grad(), autocast():
         input_ids, labels = (t.to(context.device) for t in corpus.validation(config.context_length))
         _, loss = model(input_ids, labels=labels, return_logits=False)
@@ -134,6 +143,9 @@ def main() -> None:
     parser.add_argument("--dropout", type=float, default=0.0, help="from 0 to below 1")
     parser.add_argument("--max-skipped", type=int, default=0, help="steps that may be skipped")
     parser.add_argument("--max-norm", type=float, default=1.0, help="0 does not clip")
+    parser.add_argument("--save-every", type=int, default=0, help="steps; 0 never saves")
+    parser.add_argument("--out", type=Path, default=Path("out"), help="folder of the checkpoints")
+    parser.add_argument("--resume", action="store_true", help="from the newest in --out")
     flags = parser.parse_args()
     how = (flags.sequence_parallel, flags.recompute, not flags.no_overlap)
     parallel = ParallelConfig(flags.tp_size, None, *how)
@@ -143,14 +155,19 @@ def main() -> None:
     config.check(tp_size, flags.sequence_parallel)
     if ROWS % dp_size:
         raise ConfigError(f"dp_size={dp_size} cannot share {ROWS} rows; it can be 1, 2, 4, 8 or 16")
+    start = find_start(flags.out, flags.resume, flags.save_every)
     context = init_parallel(parallel, flags.device)
     say(f"{tp_size} tensor-parallel x {dp_size} data-parallel ranks: {ROWS // dp_size} rows each")
+    if start:
+        say(f"goes on after {start}")
     dtype = getattr(torch, flags.dtype)
-    limits = (flags.max_norm, flags.max_skipped)
-    losses = train(config, corpus, flags.steps, context, dtype, *limits)
+    rest = (flags.max_norm, flags.max_skipped, flags.save_every, flags.out, start)
+    losses = train(config, corpus, flags.steps, context, dtype, *rest)
+    first = flags.steps - len(losses[:-1])
     say(f"ln V {math.log(corpus.alphabet):.4f}, floor {corpus.floor:.4f}")
     for step in sorted({0, flags.steps // 4, flags.steps // 2, flags.steps - 1}):
-        say(f"step {step + 1:4d}/{flags.steps}  loss {losses[step]:.8f}")
+        if step >= first:
+            say(f"step {step + 1:4d}/{flags.steps}  loss {losses[step - first]:.8f}")
     say(f"val loss {losses[-1]:.8f}, {losses[-1] - corpus.floor:.4f} nats above the floor")
     end_parallel()
 

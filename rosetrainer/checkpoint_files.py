@@ -1,0 +1,137 @@
+"""A checkpoint on disk: a file of each rank and a manifest, there whole or not at all.
+
+out/RUN/step_000100/ is written under a hidden name, synced, the manifest last, then renamed. Ranks
+leave word of their files beside them, so that no collective is needed and a save can go on behind
+training.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from rosetrainer.durable_files import room, sha256_of, sync_folder, write_whole
+from rosetrainer.manifest import (
+    FORMAT,
+    MANIFEST,
+    CheckpointError,
+    Progress,
+    checkpoints,
+    is_sound,
+    short,
+    with_own_hash,
+)
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A checkpoint while it is being written. `attempt` tells apart what runs of a run left."""
+
+    run: Path
+    step: int
+    attempt: str
+
+    @property
+    def folder(self) -> Path:
+        return self.run / f".step_{self.step:06d}.{self.attempt}.part"
+
+    def write_part(self, rank: int, tensors: dict[str, Tensor], slices: dict[str, Any]) -> None:
+        """Writes this rank's file, and word of it. Raises CheckpointError, and leaves nothing."""
+        name = f"rank_{rank:05d}.safetensors"
+        need = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        with self._clean_up_on_failure(need):
+            self.folder.mkdir(exist_ok=True)
+            path = self.folder / name
+            write_whole(path, lambda part: save_file(tensors, part))
+            word = {"size": path.stat().st_size, "sha256": sha256_of(path), "slices": slices}
+            text = json.dumps(word)
+            write_whole(self.folder / f"{name}.json", lambda part: part.write_text(text))
+
+    def complete(self, world_size: int, progress: Progress, seconds: float) -> Path:
+        """Waits for the word of all ranks, writes the manifest, and gives the folder its name.
+
+        Raises CheckpointError, and leaves nothing, if a rank does not answer in so many seconds.
+        """
+        deadline = time.monotonic() + seconds
+        files: dict[str, Any] = {}
+        tensors: dict[str, Any] = {}
+        with self._clean_up_on_failure(len(str(asdict(progress)))):
+            for rank in range(world_size):
+                name = f"rank_{rank:05d}.safetensors"
+                word = self._word_of(name, deadline)
+                for tensor, facts in word.pop("slices").items():
+                    one = {"file": name, "start": facts.pop("start"), "stop": facts.pop("stop")}
+                    tensors.setdefault(tensor, facts | {"slices": []})["slices"].append(one)
+                files[name] = word
+            stands = json.loads(json.dumps(asdict(progress), default=str))
+            values = {"format": FORMAT, "progress": stands, "files": files, "tensors": tensors}
+            content = with_own_hash(values)
+            write_whole(self.folder / MANIFEST, lambda part: part.write_bytes(content))
+            return self.name_whole()
+
+    def name_whole(self) -> Path:
+        """From now on it is a checkpoint."""
+        final = self.run / f"step_{self.step:06d}"
+        if final.exists():  # a damaged one, that was passed over
+            remove(final)
+        self.folder.rename(final)
+        sync_folder(self.run)
+        return final
+
+    def _word_of(self, name: str, deadline: float) -> dict[str, Any]:
+        path = self.folder / f"{name}.json"
+        while not path.exists():
+            if time.monotonic() > deadline:
+                raise CheckpointError(f"{self.folder / name} was not written in time")
+            time.sleep(0.002)
+        word: dict[str, Any] = json.loads(path.read_text())
+        path.unlink()
+        return word
+
+    @contextlib.contextmanager
+    def _clean_up_on_failure(self, need: int) -> Iterator[None]:
+        """A failure leaves no files behind, and no room taken; one of the disk says what it has."""
+        try:
+            yield
+        except (OSError, SafetensorError, CheckpointError) as error:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(
+                f"cannot write a checkpoint in {self.run}: {short(error)}; a rank needs {need:,} "
+                f"bytes and has {room(self.run)}; the older checkpoints are as they were: free "
+                f"some space, and the same command goes on"
+            ) from None
+
+
+def retain(run: Path, keep: int) -> None:
+    """Removes checkpoints but the newest `keep`, and none if not one of those is sound."""
+    kept, others = checkpoints(run)[:keep], checkpoints(run)[keep:]
+    if others and any(is_sound(folder) for folder in kept):
+        for folder in others:
+            remove(folder)
+
+
+def remove(folder: Path) -> None:
+    """Under another name first: half a checkpoint must not look like one."""
+    hidden = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    folder.rename(hidden)
+    shutil.rmtree(hidden)
+
+
+def clear_drafts(run: Path) -> None:
+    """Removes what killed processes left; only for the one that holds the run's lock."""
+    for pattern in (".step_*.part", ".step_*.old"):
+        for folder in run.glob(pattern):
+            shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,50 @@
+"""Files that are there whole or not at all, on the disk and not only in memory."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import resource
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """path as `write` makes it, synced, whole or as it was before."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        write(part)
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        part.replace(path)
+        sync_folder(path.parent)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """A rename is on the disk only when its folder is."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256_of(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        for block in iter(partial(file.read, 2**20), b""):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def room(folder: Path) -> str:
+    """How much may be written: the disk's free bytes, or the limit on a file's size if less."""
+    free = shutil.disk_usage(folder).free
+    limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if limit not in (resource.RLIM_INFINITY, -1) and limit < free:
+        return f"{limit:,} (the limit on a file's size, see ulimit -f)"
+    return f"{free:,}"

@@ -1,0 +1,161 @@
+"""The training loop: steps, evaluations and checkpoints, until the end or a wish to stop."""
+
+from __future__ import annotations
+
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from rosetrainer.agreement import agree_to_stop
+from rosetrainer.checkpoint import Saver
+from rosetrainer.config import TrainConfig
+from rosetrainer.data import Corpus
+from rosetrainer.evaluation import evaluate
+from rosetrainer.manifest import DataPosition, Progress, RandomState, Schedule
+from rosetrainer.model import GPTModel
+from rosetrainer.optim import learning_rate
+from rosetrainer.parallel_context import Axis, ParallelContext
+from rosetrainer.performance import flops_per_token
+from rosetrainer.precision import Autocast, NonFiniteGradientError
+from rosetrainer.replicas import check_replicas
+from rosetrainer.run_folder import save_weights
+from rosetrainer.run_log import RunLog, traffic
+from rosetrainer.stop import STOP
+from rosetrainer.training_step import check_finite, check_skipped, train_step
+from rosetrainer.watch import HangWatch, Pace
+
+
+@dataclass
+class TrainingLoop:
+    """One run on this rank. `log` is rank 0's; `watch` is there if there are other ranks."""
+
+    config: TrainConfig
+    corpus: Corpus
+    model: GPTModel
+    optimizer: torch.optim.Optimizer
+    context: ParallelContext
+    world: Axis
+    autocast: Autocast
+    dtype: torch.dtype
+    folder: Path
+    saver: Saver
+    log: RunLog | None
+    watch: HangWatch | None
+    peak: float
+    """FLOP/s of all ranks together."""
+    step: int = 0
+    skipped: int = 0
+    saved: int = 0
+    """The step of the newest checkpoint."""
+    stopped: signal.Signals | None = None
+    """What has asked to stop."""
+
+    def run(self) -> None:
+        """From the step that is reached to the last, or to a signal; then all is on the disk."""
+        STOP.wait_for_steps()
+        pace = Pace(self.world, (*self.context.axes, self.world), self.context.device)
+        traffic(self.context)  # what came before the first step is not a step's
+        if self.step and self.due(self.config.run.eval_every):
+            self.evaluate()  # a run that was killed may not have come to it
+        while self.step < self.config.run.steps and not self.wants_to_stop():
+            started = time.perf_counter()
+            self.one_step()
+            self.say(pace.step(time.perf_counter() - started))
+            every = self.config.run.check_replicas
+            if every and self.step % every == 0:
+                check_replicas(self.model, self.context, self.step)
+            if self.config.run.checkpoint_every and self.due(self.config.run.checkpoint_every):
+                self.save()
+            if self.due(self.config.run.eval_every):
+                self.evaluate()
+            traffic(self.context)  # what was no step's
+        if self.stopped and self.step > self.saved:
+            self.save()
+        self.saver.wait()
+        self.tell_of_saves()
+
+    def one_step(self) -> None:
+        started = time.perf_counter()
+        try:
+            figures = train_step(
+                self.config,
+                self.corpus,
+                self.model,
+                self.optimizer,
+                self.context,
+                self.autocast,
+                self.step,
+            )
+        except NonFiniteGradientError as error:
+            self.skipped += 1
+            check_skipped(self.skipped, error, self.step, self.config)
+            self.optimizer.zero_grad()
+            if self.log:
+                self.log.skipped(self.step + 1, self.skipped, str(error))
+        else:
+            tokens = self.config.optim.global_batch_size * self.config.model.context_length
+            speed = tokens / (time.perf_counter() - started)
+            figures["perf/tokens_per_s"] = speed
+            figures["perf/mfu"] = speed * flops_per_token(self.config.model) / self.peak
+            if self.log:
+                self.log.step(self.step + 1, figures | traffic(self.context))
+        self.step += 1
+
+    def due(self, every: int) -> bool:
+        """Whether something that comes every so many steps, and at the end, comes now."""
+        return self.step == self.config.run.steps or bool(every and self.step % every == 0)
+
+    def wants_to_stop(self) -> bool:
+        if self.watch:
+            self.watch.beat()
+        self.stopped = agree_to_stop(STOP.signal, self.world, self.context.device)
+        return self.stopped is not None
+
+    def evaluate(self) -> None:
+        """Says and saves what an evaluation finds, unless a signal breaks it off."""
+        found = evaluate(
+            self.config, self.corpus, self.model, self.context, self.autocast, self.wants_to_stop
+        )
+        if found is None:
+            return
+        figures, remark = found
+        check_finite("validation loss", figures["val/loss"], self.step - 1, self.config)
+        if self.log:
+            self.log.evaluation(self.step, figures, remark)
+        save_weights(self.folder, self.model, self.context, self.step)
+
+    def save(self) -> None:
+        self.saver.save(self.progress())
+        self.saved = self.step
+        self.tell_of_saves()
+
+    def tell_of_saves(self) -> None:
+        for step, held, seconds in self.saver.saved:
+            self.say(
+                f"step {step:5d}/{self.config.run.steps}  checkpoint in {seconds:.2f} s, training "
+                f"held {held:.3f} s"
+            )
+        self.saver.saved.clear()
+
+    def say(self, line: str) -> None:
+        if line and self.log:
+            self.log.say(line)
+
+    def progress(self) -> Progress:
+        optim, run = self.config.optim, self.config.run
+        rows = self.step * optim.global_batch_size
+        rate = learning_rate(optim, self.step, run.steps)
+        return Progress(
+            step=self.step,
+            updates=self.step - self.skipped,
+            skipped=self.skipped,
+            tokens_seen=rows * self.config.model.context_length,
+            dtype=str(self.dtype).removeprefix("torch."),
+            data=DataPosition(rows, self.corpus.meta.sha256),
+            schedule=Schedule(self.step, run.steps, rate),
+            random=RandomState(run.seed, self.step),
+            config=self.config,
+        )

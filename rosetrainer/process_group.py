@@ -1,0 +1,59 @@
+"""How ranks meet: in a file under our launcher, else at the address that torchrun gives."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from rosetrainer.environment import world_from_environment
+from rosetrainer.fields import ConfigError
+from rosetrainer.parallel_context import choose_device
+from rosetrainer.rank import MEETING
+
+
+def own_device(wanted: str) -> torch.device:
+    """This rank's device, see choose_device."""
+    _, _, local_rank, local_world_size = world_from_environment()
+    return choose_device(wanted, local_rank, local_world_size)
+
+
+def meet(device: str, timeout_seconds: float = 300.0) -> dist.Store | None:
+    """Starts the default process group, where there is more than one rank and none is there yet.
+
+    Gives the store in which the ranks met. Raises ConfigError if its port is taken.
+    """
+    rank, world_size, _, _ = world_from_environment()
+    if world_size == 1 or dist.is_initialized():
+        return None
+    own = own_device(device)
+    # The hang watch has the first word: it can name the rank.
+    timeout = timedelta(seconds=timeout_seconds + 60)
+    folder = os.environ.get(MEETING)
+    try:
+        if folder:
+            store: dist.Store = dist.FileStore(str(Path(folder) / "store"), world_size)
+        else:
+            store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=timeout))
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        port = os.environ.get("MASTER_PORT", "")
+        raise ConfigError(
+            f"port {port} is in use on this machine; choose another: torchrun's --master-port, or "
+            f"MASTER_PORT where you start the ranks yourself"
+        ) from None
+    if own.type == "cuda":
+        torch.cuda.set_device(own)
+    dist.init_process_group(
+        "nccl" if own.type == "cuda" else "gloo",
+        store=dist.PrefixStore("process group", store),
+        rank=rank,
+        world_size=world_size,
+        timeout=timeout,
+        device_id=own if own.type == "cuda" else None,
+    )
+    return store

@@ -1,0 +1,76 @@
+"""A signal that asks a run to stop: obeyed at once before training, and between steps later.
+
+Imports no torch, so that a signal counts from a process's first moment on.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from types import FrameType
+
+from rosetrainer.rank import last_words
+
+ONE_WISH_SECONDS = 1.0
+"""A terminal and a launcher may both send a signal; a later second one is impatience."""
+
+
+class StopRequest:
+    """SIGTERM or Ctrl-C, once it has come. A second one ends the process at once."""
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+        self._last = 0.0
+        self._waits = False
+        self._before: dict[signal.Signals, object] = {}
+
+    def listen(self) -> None:
+        """From now on. A signal that is ignored, as under nohup, stays ignored.
+
+        A thread looks at the signals, for the main one may hang in another rank's absence.
+        """
+        if self._before:
+            return
+        reading, writing = os.pipe()
+        os.set_blocking(writing, False)
+        signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            if signal.getsignal(signum) != signal.SIG_IGN:
+                self._before[signum] = signal.signal(signum, self._receive)
+        threading.Thread(target=self._obey, args=(reading,), name="stop", daemon=True).start()
+
+    def wait_for_steps(self) -> None:
+        """From now on the training loop looks at `signal` by itself."""
+        self._waits = True
+
+    def release(self) -> None:
+        """Signals mean again what they meant before."""
+        signal.set_wakeup_fd(-1)
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)  # type: ignore[arg-type]
+        self._before.clear()
+
+    def _receive(self, signum: int, frame: FrameType | None) -> None:
+        now, before, self._last = time.monotonic(), self._last, time.monotonic()
+        if self.signal and now - before > ONE_WISH_SECONDS:
+            os._exit(128 + self.signal)
+        self.signal = self.signal or signal.Signals(signum)
+
+    def _obey(self, reading: int) -> None:
+        while received := os.read(reading, 1):
+            signum = signal.Signals(received[0])
+            if signum in self._before and not self._waits:
+                if os.environ.get("RANK", "0") == "0":
+                    last_words("before the first step, so there is nothing to save")
+                os._exit(stop_status(signum))
+
+
+def stop_status(signum: signal.Signals | None) -> int:
+    """The exit status of a run that has ended, or that a signal has stopped: 130 after Ctrl-C."""
+    return 130 if signum == signal.SIGINT else 0
+
+
+STOP = StopRequest()
+"""The process's own: signals belong to a process. `python -m rosetrainer train` listens."""

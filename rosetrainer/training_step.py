@@ -1,0 +1,84 @@
+"""One update of the model, and what stops a run that has gone wrong."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from rosetrainer.clip import clip_gradients
+from rosetrainer.config import TrainConfig
+from rosetrainer.data import Corpus
+from rosetrainer.data_parallel import accumulate_gradients
+from rosetrainer.dropout import DropoutSeed
+from rosetrainer.fields import ConfigError
+from rosetrainer.optim import learning_rate
+from rosetrainer.parallel_context import ParallelContext
+from rosetrainer.precision import Autocast, NonFiniteGradientError
+
+
+def train_step(
+    config: TrainConfig,
+    corpus: Corpus,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    context: ParallelContext,
+    autocast: Autocast,
+    step: int,
+) -> dict[str, float]:
+    """One update; its figures by TensorBoard tag. Raises ConfigError if the loss is not finite.
+
+    Raises NonFiniteGradientError, on every rank and before anything is updated, if a gradient or
+    the norm of all is not.
+    """
+    rate = learning_rate(config.optim, step, config.run.steps)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    batches = micro_batches(config, corpus, context, step)
+    seed = DropoutSeed(config.run.seed, step)
+    loss = accumulate_gradients(model, batches, context, autocast, seed)
+    check_finite("loss", loss, step, config)
+    norm = clip_gradients(model, context.tp, config.optim.grad_clip)
+    if not math.isfinite(norm):
+        raise NonFiniteGradientError(f"the gradients' norm is {norm}")
+    optimizer.step()
+    optimizer.zero_grad()
+    return {"train/loss": loss, "train/lr": rate, "train/grad_norm": norm}
+
+
+def check_finite(what: str, value: float, step: int, config: TrainConfig) -> None:
+    """Raises ConfigError, before anything is saved, if training has diverged."""
+    if not math.isfinite(value):
+        raise ConfigError(
+            f"the {what} is {value} at step {step + 1}; try a learning_rate below "
+            f"{config.optim.learning_rate:g}; weights saved by earlier evaluations are kept"
+        )
+
+
+def check_skipped(
+    skipped: int, error: NonFiniteGradientError, step: int, config: TrainConfig
+) -> None:
+    """Raises ConfigError if more steps were skipped than config.run.max_skipped."""
+    if skipped > config.run.max_skipped:
+        raise ConfigError(
+            f"step {step + 1}: {error}; skipped {skipped}, max_skipped={config.run.max_skipped}; "
+            f"try a learning_rate below {config.optim.learning_rate:g}; weights saved by earlier "
+            f"evaluations are kept"
+        )
+
+
+def micro_batches(
+    config: TrainConfig, corpus: Corpus, context: ParallelContext, step: int
+) -> list[tuple[Tensor, Tensor]]:
+    """This rank's part of the step's global batch: by dp rank alone, so a tp group shares it."""
+    optim, dp = config.optim, context.dp
+    size = optim.micro_batch(dp.size)
+    batches = []
+    for index in range(optim.accumulation(dp.size)):
+        first = (index * dp.size + dp.rank) * size
+        rows = range(first, first + size)
+        arrays = corpus.train_batch(config.run.seed, step, optim.global_batch_size, rows)
+        input_ids, labels = (torch.from_numpy(a).to(context.device) for a in arrays)
+        batches.append((input_ids, labels))
+    return batches

@@ -1,0 +1,312 @@
+"""Training runs whose ranks meet with real faults, and what is left of them.
+
+Ranks are forked from a process that has torch loaded, and are what torchrun would start: they run
+the command line, write to files of their own, and end with an exit status. A fault happens on one
+rank, at one step, in one phase.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from ranks import FORKSERVER
+
+CHAOS = bool(os.environ.get("CHAOS"))
+"""`make chaos`: every trial of the matrix; otherwise a few of each."""
+
+GRACE_SECONDS = 3.0
+STEPS = 8
+SHAPE = [
+    "--context-length",
+    "16",
+    "--n-layers",
+    "1",
+    "--n-heads",
+    "2",
+    "--d-model",
+    "16",
+    "--dropout",
+    "0.1",
+]
+SCHEDULE = f"--steps {STEPS} --warmup-steps 2 --eval-every 4 --eval-tokens 256".split()
+SAVES = [
+    "--checkpoint-every",
+    "2",
+    "--global-batch-size",
+    "8",
+    "--dtype",
+    "float32",
+    "--threads",
+    "1",
+]
+FLAGS = [*SHAPE, *SCHEDULE, *SAVES]
+
+Act = Callable[..., object]
+
+POINTS = {
+    # phase: (module, function, before or after it, or in the middle of its file)
+    "start": ("train", "meet", "before"),
+    "batch": ("training_step", "micro_batches", "after"),
+    "forward": ("training_step", "accumulate_gradients", "before"),
+    "backward": ("data_parallel", "check_gradients", "before"),
+    "reduce": ("data_parallel", "reduce_gradients", "before"),
+    "clip": ("training_step", "clip_gradients", "before"),
+    "updated": ("loop", "train_step", "after"),
+    "evaluation": ("loop", "evaluate", "before"),
+    "weights": ("loop", "save_weights", "before"),
+    # Inside a save.
+    "mid-shard": ("checkpoint_files", "save_file", "half"),
+    "shard": ("checkpoint_files", "sha256_of", "before"),
+    "manifest": ("checkpoint_files", "with_own_hash", "before"),
+    "rename": ("checkpoint_files.Draft", "name_whole", "before"),
+    "renamed": ("checkpoint_files.Draft", "name_whole", "after"),
+    "retention": ("checkpoint", "retain", "before"),
+    "removal": ("checkpoint_files.shutil", "rmtree", "before"),
+}
+TRAINING = ("batch", "forward", "backward", "reduce", "clip", "updated")
+SAVING = ("mid-shard", "shard", "manifest", "rename", "renamed", "retention", "removal")
+OF_RANK_0 = ("manifest", "rename", "renamed", "retention", "removal")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """`act` happens on `rank` in the first `phase` of `step`, counted from 1; 0: before any.
+
+    It is given the arguments of the function that stands for the phase, see POINTS.
+    """
+
+    rank: int
+    step: int
+    phase: str
+    act: Act
+
+    def install(self, current: dict[str, int]) -> None:
+        path, name, when = POINTS[self.phase]
+        module, _, owner = path.partition(".")
+        holder = import_module(f"rosetrainer.{module}")
+        holder = getattr(holder, owner) if owner else holder
+        original = getattr(holder, name)
+
+        def changed(*args: Any, **kwargs: Any) -> Any:
+            now = current["step"] == self.step and not current.get("done")
+            if now and when != "after":
+                current["done"] = 1
+                if when == "half":  # the file is begun
+                    Path(args[1]).write_bytes(b"half a shard")
+                self.act(*args)
+            result = original(*args, **kwargs)
+            if now and when == "after":
+                current["done"] = 1
+                self.act(*args)
+            return result
+
+        setattr(holder, name, changed)
+
+
+def kill(*_: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@dataclass
+class Outcome:
+    """What the ranks of one launch left: statuses as subprocess has them, and what they said."""
+
+    statuses: list[int]
+    outputs: list[str]
+    errors: list[str]
+    seconds: float
+    lived_after_failure: float = 0.0
+
+    @property
+    def said(self) -> str:
+        return "".join(self.outputs)
+
+    @property
+    def complained(self) -> str:
+        return "".join(self.errors)
+
+
+@dataclass
+class Launch:
+    """Ranks under way."""
+
+    folder: tempfile.TemporaryDirectory[str]
+    processes: list[Any]
+    started: float = field(default_factory=time.monotonic)
+
+    def wait(self, seconds: float = 60.0) -> Outcome:
+        """Their end. If one fails, the others are told to end, and killed if they do not."""
+        failed_at = 0.0
+        deadline = self.started + seconds
+        while any(p.exitcode is None for p in self.processes):
+            now = time.monotonic()
+            if not failed_at and any(p.exitcode not in (None, 0) for p in self.processes):
+                failed_at = now
+                self.send(signal.SIGTERM)
+            if now > deadline or (failed_at and now > failed_at + GRACE_SECONDS):
+                self.send(signal.SIGKILL)
+            time.sleep(0.01)
+        ended = time.monotonic()
+        place = Path(self.folder.name)
+        outputs, errors = (
+            [(place / f"{stream}{rank}").read_text() for rank in range(len(self.processes))]
+            for stream in ("out", "err")
+        )
+        self.folder.cleanup()
+        statuses = [p.exitcode for p in self.processes]
+        lived_on = ended - failed_at if failed_at else 0.0
+        return Outcome(statuses, outputs, errors, ended - self.started, lived_on)
+
+    def send(self, signum: int, ranks: Sequence[int] | None = None) -> None:
+        for rank, process in enumerate(self.processes):
+            if process.exitcode is None and (ranks is None or rank in ranks):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process.pid, signum)
+
+    @property
+    def ready(self) -> bool:
+        """Whether all ranks listen to signals, as they do from the start of their real life."""
+        place = Path(self.folder.name)
+        return all((place / f"ready{rank}").exists() for rank in range(len(self.processes)))
+
+    @property
+    def said_so_far(self) -> str:
+        """By rank 0."""
+        path = Path(self.folder.name, "out0")
+        return path.read_text() if path.exists() else ""
+
+    def wait_for(self, condition: Callable[[], bool], seconds: float = 30.0) -> None:
+        end = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < end, f"not so after {seconds} s"
+            time.sleep(0.002)
+
+
+def launch(
+    n_ranks: int,
+    flags: Sequence[str],
+    *faults: Fault,
+    of_rank: dict[int, list[str]] | None = None,
+    prepare: Callable[[int], None] | None = None,
+    environment: dict[str, str] | None = None,
+    cwd: Path | None = None,
+) -> Launch:
+    """Starts `python -m rosetrainer train flags...` as n_ranks ranks.
+
+    of_rank: more flags of one rank. prepare(rank) runs in each rank first.
+    """
+    folder = tempfile.TemporaryDirectory(prefix="faults_")
+    processes = []
+    for rank in range(n_ranks):
+        own = [*flags, *(of_rank or {}).get(rank, [])]
+        mine = [fault for fault in faults if fault.rank == rank]
+        variables = {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(n_ranks),
+            "LOCAL_WORLD_SIZE": str(n_ranks),
+            "ROSETRAINER_MEETING": folder.name,
+        } | (environment or {})
+        target = (folder.name, rank, own, mine, prepare, variables, cwd)
+        process = FORKSERVER.Process(target=_rank_main, args=target)
+        process.start()
+        processes.append(process)
+    return Launch(folder, processes)
+
+
+def run(n_ranks: int, flags: Sequence[str], *faults: Fault, **more: Any) -> Outcome:
+    return launch(n_ranks, flags, *faults, **more).wait()
+
+
+def _rank_main(
+    folder: str,
+    rank: int,
+    argv: list[str],
+    faults: list[Fault],
+    prepare: Callable[[int], None] | None,
+    environment: dict[str, str],
+    cwd: Path | None,
+) -> None:
+    for descriptor, stream in ((1, "out"), (2, "err")):
+        target = os.open(f"{folder}/{stream}{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(target, descriptor)
+    sys.stdout = os.fdopen(1, "w", buffering=1)
+    sys.stderr = os.fdopen(2, "w", buffering=1)
+    os.environ.update(environment)
+    os.chdir(cwd or folder)
+    warnings.simplefilter("error")
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
+    from rosetrainer.__main__ import start
+    from rosetrainer.stop import STOP
+
+    STOP.listen()
+    Path(folder, f"ready{rank}").touch()
+    current = {"step": 0}
+    note_losses(current, rank)
+    measures_nothing = lambda *_: 1e9  # noqa: E731
+    vars(import_module("rosetrainer.train"))["matmul_peak"] = measures_nothing  # 0.3 s
+    for fault in faults:
+        fault.install(current)
+    if prepare:
+        prepare(rank)
+    start(["train", *argv])
+
+
+def note_losses(current: dict[str, int], rank: int) -> None:
+    """Keeps the step that is under way, and writes each loss, exact, beside the run's log."""
+    loop = import_module("rosetrainer.loop")
+    original = loop.train_step
+
+    def train_step(config: Any, *args: Any) -> dict[str, float]:
+        current["step"] = args[-1] + 1
+        figures: dict[str, float] = original(config, *args)
+        if rank == 0 and config.run.out:
+            with Path(f"{config.run.out}.losses").open("a") as file:
+                file.write(f"{current['step']} {figures['train/loss'].hex()}\n")
+        return figures
+
+    vars(loop)["train_step"] = train_step
+
+
+def losses(out: Path) -> dict[int, str]:
+    """The exact loss of each step, the one that was computed last."""
+    lines = Path(f"{out}.losses").read_text().splitlines()
+    return {int(step): loss for step, loss in (line.split() for line in lines)}
+
+
+def weights(out: Path) -> bytes:
+    return (out / "model.safetensors").read_bytes()
+
+
+def state(folder: Path) -> dict[str, bytes]:
+    """All that a checkpoint holds, whole: parameters and moments, bit for bit."""
+    from rosetrainer.checkpoint import read_whole
+    from rosetrainer.manifest import check_files, read_manifest
+
+    manifest = read_manifest(folder)
+    check_files(folder, manifest)
+    return {name: read_whole(folder, manifest, name).numpy().tobytes() for name in manifest.tensors}
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run that nothing interrupted: what every other one has to come to."""
+
+    losses: dict[int, str]
+    weights: bytes
+    state: dict[str, bytes]
+
+    @classmethod
+    def of(cls, out: Path) -> Finished:
+        return cls(losses(out), weights(out), state(out / f"step_{STEPS:06d}"))

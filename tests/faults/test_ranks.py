@@ -1,0 +1,199 @@
+"""A rank that hangs, lags, raises, or was started with other settings is named, once."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import signal
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from faults.harness import CHAOS, FLAGS, TRAINING, Fault, launch, run
+
+from rosetrainer.watch import at_fault, slow_ranks
+
+COMMAND = [*FLAGS, "--timeout", "1"]
+TIMEOUT = 1
+TRIALS = 25 if CHAOS else 2
+CLEAN = 20 if CHAOS else 2
+
+
+def freeze(*_: object) -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def sleep_on(*_: object) -> None:
+    time.sleep(3600)
+
+
+def boom(*_: object) -> None:
+    raise RuntimeError("boom")
+
+
+@pytest.mark.parametrize("number", range(TRIALS))
+@pytest.mark.parametrize("act", [freeze, sleep_on])
+def test_a_rank_that_hangs_is_named_and_all_end(
+    act: Any, number: int, markov: Path, tmp_path: Path
+) -> None:
+    draw = random.Random(number)
+    rank, layout = draw.randrange(2), draw.choice(["--tp-size", "--dp-size"])
+    phase = draw.choice([p for p in TRAINING if act is freeze or p not in ("clip", "updated")])
+    command = [*COMMAND, layout, "2", "--data", str(markov), "--out", str(tmp_path / "run")]
+    outcome = run(2, command, Fault(rank, draw.randrange(2, 8), phase, act))
+    assert outcome.seconds < TIMEOUT + 10
+    assert outcome.complained.startswith(f"error: no progress for 1 s: rank {rank} "), outcome
+    assert outcome.complained.count("\n") == 1
+
+
+def test_control_without_the_watch_a_hang_lasts(markov: Path, tmp_path: Path) -> None:
+    command = [*COMMAND, "--tp-size", "2", "--data", str(markov), "--out", str(tmp_path / "run")]
+    ranks = launch(2, command, Fault(1, 3, "forward", freeze), prepare=watch_nothing)
+    outcome = ranks.wait(seconds=TIMEOUT + 6)
+    assert outcome.seconds > TIMEOUT + 5
+    assert not outcome.complained
+
+
+def watch_nothing(rank: int) -> None:
+    from rosetrainer.watch import HangWatch
+
+    HangWatch._watch = lambda self: None  # type: ignore[method-assign]
+
+
+def test_who_is_at_fault() -> None:
+    assert at_fault({0: 7, 2: 7}, 3) == (1, "gives no sign of life")
+    assert at_fault({0: 7, 1: 8, 2: 8}, 3)[0] == 0
+    assert "waits like all others" in at_fault({0: 7, 1: 7}, 2)[1]
+
+
+def test_who_is_slow() -> None:
+    assert slow_ranks([1.0, 1.1, 5.0, 0.9], 3.0, 0.01) == {2}
+    assert slow_ranks([1.0, 2.9], 3.0, 0.01) == set()
+    assert slow_ranks([0.001, 0.008], 3.0, 0.01) == set()  # too little to be sure of
+
+
+LONG = [*FLAGS, "--steps", "30", "--checkpoint-every", "0"]
+
+
+def lag(rank: int) -> None:
+    """From step 6 on, rank 1 sleeps for five medians of the steps before."""
+    if rank != 1:
+        return
+    from rosetrainer import loop
+
+    original, seconds = loop.train_step, []
+
+    def train_step(*args: Any) -> Any:
+        started = time.perf_counter()
+        if len(seconds) >= 5:
+            time.sleep(5 * sorted(seconds[1:5])[2])
+        figures = original(*args)
+        seconds.append(time.perf_counter() - started)
+        return figures
+
+    loop.train_step = train_step  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("layout", ["--tp-size", "--dp-size"])
+def test_a_slow_rank_is_named_within_20_steps(layout: str, markov: Path, tmp_path: Path) -> None:
+    command = [*LONG, layout, "2", "--data", str(markov), "--out", str(tmp_path / "run")]
+    outcome = run(2, command, prepare=lag)
+    assert outcome.statuses == [0, 0], outcome.complained
+    found = re.search(r"rank 1 is slow: .* ms a step by itself", outcome.said)
+    assert found, outcome.said
+    steps = re.findall(r"^step +(\d+)/", outcome.said[: found.start()], re.MULTILINE)
+    assert int(steps[-1]) <= 6 + 20
+    assert "rank 0 is slow" not in outcome.said
+
+
+@pytest.mark.parametrize("number", range(CLEAN))
+def test_a_clean_run_raises_no_alarm(number: int, markov: Path, tmp_path: Path) -> None:
+    layout = ["--tp-size", "--dp-size"][number % 2]
+    command = [*LONG, layout, "2", "--data", str(markov), "--out", str(tmp_path / "run")]
+    outcome = run(2, command)
+    assert outcome.statuses == [0, 0], outcome.complained
+    assert "slow" not in outcome.said
+    assert not outcome.complained
+
+
+@pytest.mark.parametrize("layout", ["--tp-size", "--dp-size"])
+def test_what_one_rank_raises_is_told_once(layout: str, markov: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    command = [*FLAGS, layout, "2", "--data", str(markov), "--out", str(out)]
+    outcome = run(2, command, Fault(1, 3, "forward", boom))
+    assert outcome.statuses[1] == 1
+    lines = outcome.complained.splitlines()
+    assert lines[0] == "error: rank 1 of 2 failed: RuntimeError: boom"
+    assert len(lines) <= 5
+    traceback = out / "error_rank_00001.txt"
+    assert lines[-1] == f"  the whole traceback: {traceback}"
+    assert 'raise RuntimeError("boom")' in traceback.read_text()
+
+
+OVERRIDES = {
+    "learning_rate": (["--learning-rate", "0.5"], "learning_rate=0.5 and not 0.001"),
+    "layout": (["--tp-size", "1", "--dp-size", "2"], "tp_size=1 and not 2, dp_size=2 and not None"),
+    "seed": (["--seed", "7"], "seed=7 and not 1337"),
+}
+
+
+@pytest.mark.parametrize("case", OVERRIDES)
+def test_other_settings_are_found_before_the_first_step(
+    case: str, markov: Path, tmp_path: Path
+) -> None:
+    override, told = OVERRIDES[case]
+    command = [*FLAGS, "--tp-size", "2", "--data", str(markov), "--out", str(tmp_path / "run")]
+    outcome = run(2, command, of_rank={1: override})
+    assert outcome.statuses == [2, 2], outcome
+    assert outcome.complained == (
+        f"error: rank 1 has {told} like rank 0; start all ranks with the same flags\n"
+    )
+    assert "step     1" not in outcome.said
+
+
+def test_other_data_are_found_before_the_first_step(markov: Path, tmp_path: Path) -> None:
+    from prepare import main as prepare
+
+    prepare(["markov", "--seed", "5", "--out", str(tmp_path / "other")])
+    command = [*FLAGS, "--tp-size", "2", "--data", str(markov), "--out", str(tmp_path / "run")]
+    outcome = run(2, command, of_rank={1: ["--data", str(tmp_path / "other")]})
+    assert outcome.statuses == [2, 2], outcome
+    assert "rank 1 has data=" in outcome.complained
+    assert "train.bin=" in outcome.complained
+
+
+def test_control_the_same_settings_are_no_difference(markov: Path, tmp_path: Path) -> None:
+    command = [*FLAGS, "--tp-size", "2", "--data", str(markov), "--out", str(tmp_path / "run")]
+    assert run(2, command, of_rank={1: ["--seed", "1337"]}).statuses == [0, 0]
+
+
+def test_a_port_in_use_is_named_with_its_flag(markov: Path, tmp_path: Path) -> None:
+    command = [*FLAGS, "--data", str(markov), "--out", str(tmp_path / "run")]
+    with socket.create_server(("", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ROSETRAINER_MEETING": ""}
+        outcome = run(2, command, environment=address)
+    assert outcome.statuses[0] == 2, outcome
+    assert f"error: port {port} is in use on this machine" in outcome.complained
+    assert "--master-port" in outcome.complained
+    assert outcome.complained.count("error: ") == 1
+
+
+def test_of_two_runs_in_one_folder_the_second_names_the_first(markov: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    command = [*FLAGS, "--data", str(markov), "--out", str(out)]
+    first = launch(2, [*command, "--steps", "100000"])
+    first.wait_for(lambda: (out / "step_000002").exists())
+    second = run(1, [*command, "--steps", "100000"])
+    assert second.statuses == [2], second
+    holder = first.processes[0].pid
+    assert f"error: {out} is in use by process {holder} on " in second.complained
+    first.send(signal.SIGTERM)
+    assert first.wait().statuses == [0, 0]
+    again = launch(1, [*command, "--steps", "100000"])
+    again.wait_for(lambda: "going on" in again.said_so_far)
+    again.send(signal.SIGTERM)
+    assert again.wait().statuses == [0]

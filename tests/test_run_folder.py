@@ -1,0 +1,176 @@
+"""Run folders: what is saved loads in any layout, and what is broken is named."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from oracle import dense_model, tiny_config
+from prepare import main as prepare
+from ranks import run_ranks
+
+from rosetrainer import run_folder
+from rosetrainer.config import TrainConfig
+from rosetrainer.fields import ConfigError
+from rosetrainer.model import GPTModel
+from rosetrainer.parallel_context import ParallelContext, init_tensor_parallel
+from rosetrainer.tensor_parallel import gather_whole, init_weights, load_whole
+
+META = {"tokenizer": "bytes", "vocab_size": 256}
+
+
+def save(folder: Path) -> None:
+    """Saves the oracle's weights from this layout."""
+    context = init_tensor_parallel()
+    config = tiny_config(vocab_size=256)
+    model = GPTModel(config, context)
+    load_whole(model, dense_model(config).state_dict())
+    if context.rank == 0:
+        run_folder.describe_run(folder, TrainConfig(model=config), folder)
+    run_folder.save_weights(folder, model, context, step=7)
+
+
+def load(folder: Path) -> bool:
+    """Whether the whole weights, loaded into this layout and gathered, are the oracle's."""
+    context = init_tensor_parallel()
+    config, whole, _ = run_folder.load_run(folder)
+    model = GPTModel(config.model, context)
+    load_whole(model, whole)
+    expected = dense_model(config.model).float().state_dict()
+    gathered = gather_whole(model, context.tp)
+    return all(torch.equal(gathered[name], expected[name]) for name in expected)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    (tmp_path / "meta.json").write_text(json.dumps(META))
+    return tmp_path
+
+
+@pytest.mark.parametrize(("saved_at", "loaded_at"), [(1, 2), (2, 1), (2, 4), (4, 2)])
+def test_weights_load_at_another_tp_size_bitwise(run: Path, saved_at: int, loaded_at: int) -> None:
+    run_ranks(saved_at, save, run)
+    assert run_ranks(loaded_at, load, run) == [True] * loaded_at
+
+
+def test_an_interrupted_save_leaves_the_old_weights(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(run)
+    before = (run / "model.safetensors").read_bytes()
+
+    def half(tensors: dict[str, torch.Tensor], path: Path, _: dict[str, str]) -> None:
+        path.write_bytes(b"half a file")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(run_folder, "save_file", half)
+    with pytest.raises(OSError, match="No space left"):
+        save(run)
+    assert (run / "model.safetensors").read_bytes() == before
+    assert {path.name for path in run.iterdir()} == {
+        "config.json",
+        "meta.json",
+        "model.safetensors",
+    }
+
+
+def test_broken_files_are_named(run: Path) -> None:
+    save(run)
+    weights = run / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ConfigError, match=r"model\.safetensors cannot be read as safetensors"):
+        run_folder.load_run(run)
+    weights.unlink()
+    with pytest.raises(ConfigError, match=r"model\.safetensors cannot be read"):
+        run_folder.load_run(run)
+    values = json.loads((run / "config.json").read_text())
+    values["model"]["n_head"] = 4
+    (run / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ConfigError, match=r"config\.json: model has unknown keys n_head"):
+        run_folder.load_run(run)
+    (run / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"config\.json cannot be read"):
+        run_folder.load_run(run)
+
+
+def test_a_config_comes_back_as_it_was(run: Path) -> None:
+    save(run)
+    config, _, _ = run_folder.load_run(run)
+    assert config == TrainConfig(model=tiny_config(vocab_size=256))
+
+
+def test_run_folders_are_numbered_and_never_taken_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = [run_folder.new_run_folder(None).name for _ in range(3)]
+    assert names == ["run-001", "run-002", "run-003"]
+    mine = run_folder.new_run_folder(Path("deep/er"))
+    (mine / "note").write_text("kept")
+    with pytest.raises(ConfigError, match="out=deep/er is not empty"):
+        run_folder.new_run_folder(Path("deep/er"))
+    with pytest.raises(ConfigError, match="out=deep/er/note is not empty"):
+        run_folder.check_run_folder(Path("deep/er/note"))
+    with pytest.raises(ConfigError, match="deep/er/note/x cannot be made"):
+        run_folder.check_run_folder(Path("deep/er/note/x"))
+
+
+def test_the_latest_run_is_the_one_written_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="no run with weights in out/"):
+        run_folder.latest_run()
+    for age, name in ((5, "run-002"), (9, "run-001")):
+        folder = Path("out") / name
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").write_bytes(b"")
+        os.utime(folder / "model.safetensors", (1000 - age, 1000 - age))
+    Path("out/run-003").mkdir()  # nothing saved yet
+    assert run_folder.latest_run() == Path("out/run-002")
+
+
+def test_a_bpe_corpus_s_tokenizer_travels_with_the_run(tmp_path: Path) -> None:
+    text, corpus, run = tmp_path / "text", tmp_path / "corpus", tmp_path / "run"
+    text.write_text("the rank that waits, and the rank that it waits for\n" * 40)
+    flags = ["--tokenizer", "bpe", "--vocab-size", "270", "--out", str(corpus)]
+    prepare(["file", str(text), *flags])
+    run.mkdir()
+    config = TrainConfig(model=tiny_config(vocab_size=270))
+    model = GPTModel(config.model)
+    init_weights(model, seed=1)
+    run_folder.describe_run(run, config, corpus)
+    run_folder.save_weights(run, model, ParallelContext(), step=1)
+    _, _, tokenizer = run_folder.load_run(run)
+    ids = tokenizer.encode("the rank that waits")
+    assert tokenizer.decode(ids) == "the rank that waits"
+    assert len(ids) < 10
+
+
+def test_files_of_different_runs_are_told_apart(run: Path) -> None:
+    save(run)
+    (run / "meta.json").write_text(
+        json.dumps({"tokenizer": "chars", "characters": "ab"} | {"vocab_size": 2})
+    )
+    with pytest.raises(ConfigError, match="has 2 tokens and the model 256: they are of different"):
+        run_folder.load_run(run)
+    (run / "meta.json").write_text(json.dumps(META))
+    values = json.loads((run / "config.json").read_text())
+    values["model"]["d_ff"] = 48
+    (run / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ConfigError, match=r"dense_h_to_4h.weight has shape \(40, 24\), the"):
+        run_folder.load_run(run)
+
+
+def test_an_out_that_leads_nowhere_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("out").symlink_to(tmp_path / "unmounted")
+    with pytest.raises(ConfigError, match="out=out cannot be made in"):
+        run_folder.check_run_folder(None)
+    with pytest.raises(ConfigError, match="cannot make out/run-001"):
+        run_folder.new_run_folder(None)
