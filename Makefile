@@ -9,7 +9,7 @@ WORKS := $(VENV_PYTHON) -c 'import pip' 2>/dev/null
 REMAKE := $(shell $(WORKS) || echo remake)
 
 .DEFAULT_GOAL := help
-.PHONY: help train plan test test-steps lint bench clean remake
+.PHONY: help train plan test test-steps chaos lint bench clean remake
 
 help:  ## List these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -31,6 +31,9 @@ test: .venv/.installed-dev  ## Run all tests
 
 test-steps: .venv/.installed-dev  ## Run each step's tests and a short training by torchrun
 	$(VENV_PYTHON) steps/steps.py rehearse
+
+chaos: .venv/.installed-dev  ## Interrupt, damage and starve hundreds of runs: the whole fault matrix
+	CHAOS=1 $(VENV_PYTHON) -m pytest -q tests/faults
 
 lint: .venv/.installed-dev  ## Check style and types
 	$(VENV_PYTHON) -m ruff check .

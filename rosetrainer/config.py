@@ -178,6 +178,8 @@ class RunConfig:
     """auto takes CUDA when each local rank has a GPU of its own."""
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
     """bfloat16 is autocast over fp32 parameters; auto takes it where the hardware multiplies it."""
+    deterministic: bool = False
+    """Only kernels that give the same bits each time. CPUs do anyway; on CUDA it costs speed."""
     max_skipped: CountOrZero = 0
     """Steps with nan or inf in a gradient that may be skipped before the run stops."""
     checkpoint_every: CountOrZero = 100

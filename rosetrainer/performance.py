@@ -59,6 +59,16 @@ def matmul_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) 
     return 2 * n**3 / best
 
 
+def be_deterministic() -> None:
+    """Same bits each time, on CUDA too; an operation that cannot raises RuntimeError.
+
+    To be called before CUDA starts: cuBLAS reads its setting then.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+
+
 def set_threads(wanted: int) -> None:
     """`wanted` threads; 0 leaves it to OMP_NUM_THREADS, or shares the cores among local ranks."""
     if wanted:

@@ -35,7 +35,7 @@ from rosetrainer.parallel_context import (
     init_parallel,
 )
 from rosetrainer.parity import show_proof
-from rosetrainer.performance import choose_dtype, matmul_peak, set_threads
+from rosetrainer.performance import be_deterministic, choose_dtype, matmul_peak, set_threads
 from rosetrainer.precision import autocast_for
 from rosetrainer.process_group import meet, own_device
 from rosetrainer.rank import last_words
@@ -95,6 +95,8 @@ def train(
 
     Gives the model, and the signal that stopped training before its end. Raises RankError.
     """
+    if config.run.deterministic:
+        be_deterministic()
     store = meet(config.run.device, config.run.timeout)
     world = world_axis()
     with told_once(store, world) as failures:

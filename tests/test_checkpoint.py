@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,11 @@ import pytest
 import torch
 from oracle import assert_all_equal
 from ranks import run_ranks
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from rosetrainer import checkpoint_command, loop
 from rosetrainer.checkpoint import read_whole
+from rosetrainer.checkpoint_files import retain
 from rosetrainer.config import GPTConfig, OptimConfig, RunConfig, TrainConfig
 from rosetrainer.fields import ConfigError
 from rosetrainer.manifest import CheckpointError, check_files, checkpoints, read_manifest
@@ -63,8 +65,14 @@ def train_here(config: TrainConfig, world: int, stop_after: int) -> dict[int, fl
             STOP.signal = loop.signal.SIGTERM
         return figures
 
+    def slow_save(*arguments: Any) -> None:
+        time.sleep(0.1)  # time in which training goes on
+        save_file(*arguments)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "train_step", train_step)
+        if config.run.async_checkpoint:
+            patch.setattr("rosetrainer.checkpoint_files.save_file", slow_save)
         patch.setattr("rosetrainer.train.matmul_peak", lambda *_: 1.0)  # a third of a second
         train(*check_config(config, world))
     return found
@@ -157,6 +165,19 @@ def test_keep_decides_how_many_stay(config: TrainConfig, tmp_path: Path) -> None
         "step_000005",
         "step_000004",
     ]
+
+
+def test_retention_never_removes_the_last_sound_one(config: TrainConfig, tmp_path: Path) -> None:
+    trained(config, 1, 1, 0)
+    run, newest = tmp_path / "run", tmp_path / "run" / "step_000006"
+    file = newest / "rank_00000.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    retain(run, keep=1)
+    assert [folder.name for folder in checkpoints(run)] == ["step_000006", "step_000005"]
+    file.write_bytes(content)
+    retain(run, keep=1)
+    assert [folder.name for folder in checkpoints(run)] == ["step_000006"]
 
 
 def refusal(config: TrainConfig, **changes: Any) -> str:

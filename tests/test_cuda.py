@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from prepare import main as prepare
+from test_checkpoint import state, train_here
 
 from rosetrainer.config import GPTConfig, OptimConfig, RunConfig, TrainConfig
 from rosetrainer.dropout import Dropout, DropoutSeed
@@ -44,3 +45,18 @@ def test_one_gpu_trains(tmp_path: Path, dtype: str) -> None:
     assert choose_dtype("float32", torch.device("cuda")) == torch.float32
     log = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
     assert len(log) == 31
+
+
+def test_a_deterministic_run_goes_on_bitwise(tmp_path: Path) -> None:
+    prepare(["markov", "--out", str(tmp_path / "markov")])
+    shared = {"data": tmp_path / "markov", "steps": 6, "eval_every": 0, "deterministic": True}
+    losses: dict[str, dict[int, float]] = {}
+    for name, stops in (("whole", [0]), ("resumed", [3, 0])):
+        run = RunConfig(out=tmp_path / name, checkpoint_every=1, **shared)  # type: ignore[arg-type]
+        config = TrainConfig(replace(MODEL, dropout=0.1), run=run)
+        losses[name] = {}
+        for stop in stops:
+            losses[name] |= train_here(config, 1, stop)
+    assert losses["resumed"] == losses["whole"]
+    ours, expected = (state(tmp_path / name / "step_000006") for name in losses)
+    assert all(torch.equal(ours[name], expected[name]) for name in expected)

@@ -118,7 +118,7 @@ def test_with_no_sound_checkpoint_the_run_begins_again(
     assert (out / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
 
 
-def rewritten(folder: Path, change: Callable[[dict], object]) -> None:  # type: ignore[type-arg]
+def rewritten(folder: Path, change: Callable[[dict], object]) -> None:
     """A manifest that says something else, with its own hash right: what an attacker would do."""
     import json
 
@@ -128,7 +128,7 @@ def rewritten(folder: Path, change: Callable[[dict], object]) -> None:  # type: 
     path.write_bytes(with_own_hash(values))
 
 
-def rename_file(values: dict, name: str) -> None:  # type: ignore[type-arg]
+def rename_file(values: dict, name: str) -> None:
     values["files"][name] = values["files"].pop("rank_00001.safetensors")
     for tensor in values["tensors"].values():
         for one in tensor["slices"]:
@@ -161,7 +161,7 @@ def test_a_link_is_refused(finished: Path, tmp_path: Path) -> None:
         read_manifest(link)
 
 
-LIES: dict[str, Callable[[dict], object]] = {  # type: ignore[type-arg]
+LIES: dict[str, Callable[[dict], object]] = {
     "shape": lambda v: v["tensors"]["final_norm.weight"].update(shape=[10**12]),
     "negative": lambda v: v["tensors"]["final_norm.weight"].update(shape=[-16]),
     "dim": lambda v: v["tensors"]["final_norm.weight"].update(dim=7),

@@ -84,7 +84,8 @@ def lag(rank: int) -> None:
         return
     from rosetrainer import loop
 
-    original, seconds = loop.train_step, []
+    original = loop.train_step
+    seconds: list[float] = []
 
     def train_step(*args: Any) -> Any:
         started = time.perf_counter()
