@@ -50,15 +50,19 @@ class Saver:
     def save(self, progress: Progress) -> None:
         """Raises CheckpointError if this save, or the one before it, could not be written."""
         started, behind = time.perf_counter(), self._config.async_checkpoint
-        self.wait()
-        tensors, slices = owned_slices(self._model, self._optimizer, self._context, behind)
+        self.join()
+        self.check()
+        tensors, slices, need = owned_slices(self._model, self._optimizer, self._context, behind)
         held = time.perf_counter() - started
 
         def write() -> None:
             draft = Draft(self._run, progress.step, self._attempt)
-            draft.write_part(self._context.rank, tensors, slices)
+            draft.write_part(self._context.rank, tensors, slices, need)
+            # Rank 0 now waits for the others as in a collective, and the hang watch counts those.
+            self._context.dp.ledger.begun += 1
             if self._context.rank == 0:
-                draft.complete(self._context.world_size, progress, self._config.timeout)
+                patience = self._config.timeout + 60  # the watch has the first word
+                draft.complete(self._context.world_size, progress, patience)
                 retain(self._run, self._config.keep)
             seconds = time.perf_counter() - started
             self.saved.append((progress.step, held if behind else seconds, seconds))
@@ -76,25 +80,29 @@ class Saver:
         self._thread = threading.Thread(target=write_behind, name="checkpoint")
         self._thread.start()
 
-    def wait(self) -> None:
-        """Until what is being saved is on the disk. Raises what went wrong there."""
+    def join(self) -> None:
+        """Waits until what is being saved is on the disk."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+
+    def check(self) -> None:
+        """Raises what went wrong behind training."""
         if self._error is not None:
             raise self._error
 
 
 def owned_slices(
     model: nn.Module, optimizer: torch.optim.Optimizer, context: ParallelContext, copy: bool
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
+) -> tuple[dict[str, Tensor], dict[str, Any], int]:
     """This rank's share of the state: tensors on the CPU by global name, and where they belong.
 
-    A moment's name is its parameter's and its own: blocks.0.attention.dense.weight/exp_avg.
-    copy: the tensors must not change with the model.
+    And the bytes that all ranks' shares take. A moment's name is its parameter's and its own:
+    blocks.0.attention.dense.weight/exp_avg. copy: the tensors must not change with the model.
     """
     tensors, slices = {}, {}
     everything = list(whole_state(model, optimizer))
+    need = sum(math.prod(spec.shape) * tensor.element_size() for _, tensor, spec in everything)
     writers = share_out([spec for _, _, spec in everything], context)
     for (name, tensor, spec), writer in zip(everything, writers, strict=True):
         start, stop = own_range(spec)
@@ -109,7 +117,7 @@ def owned_slices(
             "start": start,
             "stop": stop,
         }
-    return tensors, slices
+    return tensors, slices, need
 
 
 def whole_state(

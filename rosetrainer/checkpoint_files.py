@@ -12,7 +12,6 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rosetrainer.durable_files import room, sha256_of, sync_folder, write_whole
+from rosetrainer.durable_files import room, sha256_of, short, sync_folder, write_whole
 from rosetrainer.manifest import (
     FORMAT,
     MANIFEST,
@@ -29,7 +28,6 @@ from rosetrainer.manifest import (
     Progress,
     checkpoints,
     is_sound,
-    short,
     with_own_hash,
 )
 
@@ -46,17 +44,34 @@ class Draft:
     def folder(self) -> Path:
         return self.run / f".step_{self.step:06d}.{self.attempt}.part"
 
-    def write_part(self, rank: int, tensors: dict[str, Tensor], slices: dict[str, Any]) -> None:
-        """Writes this rank's file, and word of it. Raises CheckpointError, and leaves nothing."""
+    def write_part(
+        self, rank: int, tensors: dict[str, Tensor], slices: dict[str, Any], need: int
+    ) -> None:
+        """Writes this rank's file, and word of it. need: the bytes of all ranks' tensors.
+
+        Raises CheckpointError, and leaves nothing but word of that.
+        """
         name = f"rank_{rank:05d}.safetensors"
-        need = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-        with self._clean_up_on_failure(need):
+        path, has = self.folder / name, room(self.run)
+        try:
             self.folder.mkdir(exist_ok=True)
-            path = self.folder / name
             write_whole(path, lambda part: save_file(tensors, part))
             word = {"size": path.stat().st_size, "sha256": sha256_of(path), "slices": slices}
-            text = json.dumps(word)
-            write_whole(self.folder / f"{name}.json", lambda part: part.write_text(text))
+            self._leave(name, word)
+        except (OSError, SafetensorError) as error:
+            path.unlink(missing_ok=True)
+            text = (
+                f"cannot write a checkpoint in {self.run}: {short(error)}; it needs {need:,} bytes "
+                f"and has {has}; the older checkpoints are as they were: free some space, and the "
+                f"same command goes on"
+            )
+            with contextlib.suppress(OSError):
+                self._leave(name, {"error": text})
+            raise CheckpointError(text) from None
+
+    def _leave(self, name: str, word: dict[str, Any]) -> None:
+        text = json.dumps(word)
+        write_whole(self.folder / f"{name}.json", lambda part: part.write_text(text))
 
     def complete(self, world_size: int, progress: Progress, seconds: float) -> Path:
         """Waits for the word of all ranks, writes the manifest, and gives the folder its name.
@@ -66,7 +81,7 @@ class Draft:
         deadline = time.monotonic() + seconds
         files: dict[str, Any] = {}
         tensors: dict[str, Any] = {}
-        with self._clean_up_on_failure(len(str(asdict(progress)))):
+        try:
             for rank in range(world_size):
                 name = f"rank_{rank:05d}.safetensors"
                 word = self._word_of(name, deadline)
@@ -79,6 +94,11 @@ class Draft:
             content = with_own_hash(values)
             write_whole(self.folder / MANIFEST, lambda part: part.write_bytes(content))
             return self.name_whole()
+        except (OSError, CheckpointError) as error:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(f"cannot write in {self.run}: {short(error)}") from None
 
     def name_whole(self) -> Path:
         """From now on it is a checkpoint."""
@@ -97,22 +117,9 @@ class Draft:
             time.sleep(0.002)
         word: dict[str, Any] = json.loads(path.read_text())
         path.unlink()
+        if "error" in word:
+            raise CheckpointError(word["error"])
         return word
-
-    @contextlib.contextmanager
-    def _clean_up_on_failure(self, need: int) -> Iterator[None]:
-        """A failure leaves no files behind, and no room taken; one of the disk says what it has."""
-        try:
-            yield
-        except (OSError, SafetensorError, CheckpointError) as error:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            if isinstance(error, CheckpointError):
-                raise
-            raise CheckpointError(
-                f"cannot write a checkpoint in {self.run}: {short(error)}; a rank needs {need:,} "
-                f"bytes and has {room(self.run)}; the older checkpoints are as they were: free "
-                f"some space, and the same command goes on"
-            ) from None
 
 
 def retain(run: Path, keep: int) -> None:

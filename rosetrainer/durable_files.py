@@ -48,3 +48,11 @@ def room(folder: Path) -> str:
     if limit not in (resource.RLIM_INFINITY, -1) and limit < free:
         return f"{limit:,} (the limit on a file's size, see ulimit -f)"
     return f"{free:,}"
+
+
+def short(error: Exception) -> str:
+    """One line for a message of ours."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    reason = str(error).rpartition("I/O error: ")[2]  # without safetensors' words before it
+    return reason.splitlines()[0][:300] if reason else type(error).__name__

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch.distributed as dist
+from safetensors import SafetensorError
 
+from rosetrainer.durable_files import room, short
 from rosetrainer.fields import ConfigError
 from rosetrainer.parallel_context import Axis
 from rosetrainer.rank import RankError
 
-LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+LOST = (
+    *("Connection closed by peer", "Connection reset by peer", "Broken pipe"),
+    *("remote process exited", "NCCL communicator was aborted"),
+)
+T = TypeVar("T")
 
 
 @dataclass
@@ -30,28 +39,56 @@ def told_once(store: dist.Store | None, world: Axis) -> Iterator[Failures]:
     failures = Failures()
     try:
         yield failures
-    except RankError:
+    except (RankError, BrokenPipeError):  # of the latter's kind: `train | head`
         raise
     except Exception as error:
         if store is None and isinstance(error, ConfigError):
             raise  # nobody else could speak
-        status = 2 if isinstance(error, ConfigError) else 1
+        status = 2 if isinstance(error, ConfigError) or is_of_the_disk(error) else 1
         text = explain(error, world, failures.folder) if is_first(store) else ""
         raise RankError(text, status) from error
 
 
 def is_first(store: dist.Store | None) -> bool:
     """Whether no other rank has failed before; the store counts."""
-    try:
-        return store is None or store.add("failures", 1) == 1
-    except (RuntimeError, OSError):
-        return True  # whoever kept the store is gone, so this may be the only one to speak
+    if store is None:
+        return True
+    # Where whoever keeps the store is gone, this may be the only rank to speak.
+    return answer(lambda: store.add("failures", 1), 2.0) in (1, None)
+
+
+def answer(question: Callable[[], T], seconds: float) -> T | None:
+    """What a question to the store gives; None if the store fails or does not answer in time."""
+    answers: list[T] = []
+
+    def ask() -> None:
+        with contextlib.suppress(RuntimeError, OSError):
+            answers.append(question())
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return answers[0] if answers else None
+
+
+def is_of_the_disk(error: Exception) -> bool:
+    """Whether something could not be written for want of room or of permission."""
+    if isinstance(error, OSError):
+        wants = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EACCES)
+        return error.errno in wants
+    return isinstance(error, SafetensorError) and "I/O error" in str(error)
 
 
 def explain(error: Exception, world: Axis, folder: Path | None) -> str:
     """What a user needs of it: at most five lines."""
     if isinstance(error, ConfigError):
         return str(error)
+    if is_of_the_disk(error):
+        where = folder or Path.cwd()
+        return (
+            f"cannot write in {where}: {short(error)}; {room(where)} bytes can be written there; "
+            f"free some space, and the same command goes on"
+        )
     line = (str(error).splitlines() or [""])[0]
     if any(reason in str(error) for reason in LOST):
         return (

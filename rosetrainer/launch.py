@@ -246,6 +246,4 @@ def _note_signals() -> Iterator[list[tuple[int, float]]]:
 
 def _say(text: str) -> None:
     """Prints to standard error; on a terminal below the progress bar that may stand there."""
-    if sys.stderr.isatty():
-        print(file=sys.stderr)
-    print(text, file=sys.stderr)
+    print("\n" * sys.stderr.isatty() + text, file=sys.stderr)

@@ -55,15 +55,22 @@ class TrainingLoop:
 
     def run(self) -> None:
         """From the step that is reached to the last, or to a signal; then all is on the disk."""
-        STOP.wait_for_steps()
+        try:
+            self._steps()
+        finally:
+            self.saver.join()  # what goes on behind training is worth finishing, whatever happened
+        self.saver.check()
+        self.tell_of_saves()
+
+    def _steps(self) -> None:
         pace = Pace(self.world, (*self.context.axes, self.world), self.context.device)
         traffic(self.context)  # what came before the first step is not a step's
         if self.step and self.due(self.config.run.eval_every):
             self.evaluate()  # a run that was killed may not have come to it
         while self.step < self.config.run.steps and not self.wants_to_stop():
-            started = time.perf_counter()
+            pace.begin()
             self.one_step()
-            self.say(pace.step(time.perf_counter() - started))
+            self.say(pace.end())
             every = self.config.run.check_replicas
             if every and self.step % every == 0:
                 check_replicas(self.model, self.context, self.step)
@@ -74,8 +81,6 @@ class TrainingLoop:
             traffic(self.context)  # what was no step's
         if self.stopped and self.step > self.saved:
             self.save()
-        self.saver.wait()
-        self.tell_of_saves()
 
     def one_step(self) -> None:
         started = time.perf_counter()
@@ -109,9 +114,11 @@ class TrainingLoop:
         return self.step == self.config.run.steps or bool(every and self.step % every == 0)
 
     def wants_to_stop(self) -> bool:
+        self.saver.check()
         if self.watch:
             self.watch.beat()
         self.stopped = agree_to_stop(STOP.signal, self.world, self.context.device)
+        STOP.wait_for_steps()
         return self.stopped is not None
 
     def evaluate(self) -> None:

@@ -13,11 +13,18 @@ import stat
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from rosetrainer.config import TrainConfig
-from rosetrainer.durable_files import sha256_of
-from rosetrainer.fields import ConfigError, Count, CountOrZero, PositiveOrZero, config_from_dict
+from rosetrainer.durable_files import sha256_of, short
+from rosetrainer.fields import (
+    Bounds,
+    ConfigError,
+    Count,
+    CountOrZero,
+    PositiveOrZero,
+    config_from_dict,
+)
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -27,7 +34,17 @@ RANK_FILE = re.compile(r"rank_\d{5,8}\.safetensors")
 
 
 class CheckpointError(ConfigError):
-    """A checkpoint that cannot be read or written; the text names the file and the reason."""
+    """A checkpoint that is damaged, or cannot be written; the text says which file, and why."""
+
+
+class OtherFormatError(ConfigError):
+    """A checkpoint that is whole, but of another version of this program."""
+
+
+def unreadable(path: Path, error: OSError) -> ConfigError:
+    """A file that is not there is damage; one that this machine cannot read now may be whole."""
+    text = f"{path}: {error.strerror}"
+    return CheckpointError(text) if isinstance(error, FileNotFoundError) else ConfigError(text)
 
 
 @dataclass(frozen=True)
@@ -86,7 +103,7 @@ class Progress:
     updates: CountOrZero
     """Steps that were not skipped: AdamW's own count."""
     skipped: CountOrZero
-    tokens_seen: CountOrZero
+    tokens_seen: Annotated[int, Bounds(0, 2**62)]
     dtype: str
     """In which the run computes, as torch calls it."""
     data: DataPosition
@@ -122,9 +139,9 @@ def read_manifest(folder: Path) -> Manifest:
             raise CheckpointError(f"{path} has more than {LARGEST_MANIFEST} bytes")
         return _parse_manifest(path.read_bytes(), folder)
     except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}") from None
+        raise unreadable(path, error) from None
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        if isinstance(error, CheckpointError):
+        if type(error) in (CheckpointError, OtherFormatError):
             raise
         raise CheckpointError(f"{path} is damaged: {short(error)}") from None
 
@@ -134,7 +151,10 @@ def _parse_manifest(content: bytes, folder: Path) -> Manifest:
     if not isinstance(values, dict) or content != with_own_hash(values):
         raise ValueError("its own SHA-256 does not fit it")
     if values["format"] != FORMAT:
-        raise ValueError(f"format {values['format']}; this program reads format {FORMAT}")
+        raise OtherFormatError(
+            f"{folder} has format {values['format']}, and this program reads format {FORMAT}; use "
+            f"the program that wrote it"
+        )
     files = {}
     for name, facts in values["files"].items():
         if not RANK_FILE.fullmatch(name):
@@ -182,13 +202,13 @@ def check_files(folder: Path, manifest: Manifest, share: int = 0, shares: int = 
             if sha256_of(path) != facts.sha256:
                 raise CheckpointError(f"{path} is damaged: its SHA-256 is not the manifest's")
         except OSError as error:
-            raise CheckpointError(f"{path}: {error.strerror}") from None
+            raise unreadable(path, error) from None
 
 
 def is_sound(folder: Path) -> bool:
     try:
         check_files(folder, read_manifest(folder))
-    except CheckpointError:
+    except ConfigError:
         return False
     return True
 
@@ -198,15 +218,7 @@ def _check_place(path: Path, is_right: Callable[[int], bool]) -> None:
     try:
         mode = path.lstat().st_mode
     except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}") from None
+        raise unreadable(path, error) from None
     if not is_right(mode):
         kind = "a link" if stat.S_ISLNK(mode) else "of the wrong kind"
         raise CheckpointError(f"{path} is {kind}, and refused")
-
-
-def short(error: Exception) -> str:
-    """One line for a message of ours."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    reason = str(error).rpartition("I/O error: ")[2]  # without safetensors' words before it
-    return reason.splitlines()[0][:300] if reason else type(error).__name__

@@ -23,10 +23,12 @@ from rosetrainer.manifest import (
     check_files,
     checkpoints,
     read_manifest,
+    step_of,
 )
 from rosetrainer.parallel_context import Axis
 from rosetrainer.run_folder import (
     CONFIG,
+    LOCK,
     RUNS,
     check_run_folder,
     check_unlocked,
@@ -89,19 +91,19 @@ def _unfinished(config: TrainConfig, corpus: Corpus) -> Iterator[Beginning]:
 
 
 def _go_on(folder: Path, config: TrainConfig, corpus: Corpus) -> Beginning:
-    _check_same_run(folder, read_config(folder), config)
-    candidates = checkpoints(folder)
-    if not candidates and (step := weights_step(folder)):
+    held = read_config(folder)
+    _check_same_run(folder, held, config)
+    candidates, step = checkpoints(folder), weights_step(folder)
+    if not candidates and step == held.run.steps:
         raise ConfigError(
-            f"{folder} holds weights of step {step} and no checkpoint to go on from; choose "
-            f"another --out"
+            f"{folder} holds a finished run and no checkpoint to go on from; choose another --out"
         )
     for candidate in candidates:
         try:
             manifest = read_manifest(candidate)
         except CheckpointError:
             continue  # whoever loads it will say so
-        _check_same_data(candidate, manifest, corpus)
+        _check_fits(candidate, manifest, config, corpus)
         break
     return Beginning(folder, tuple(candidates))
 
@@ -110,18 +112,23 @@ def _from_path(path: Path, config: TrainConfig, corpus: Corpus) -> Beginning:
     """--resume PATH: a checkpoint, or a run folder, whose newest one is meant."""
     is_one = bool(STEP.fullmatch(path.name))
     candidates = (path,) if is_one else tuple(checkpoints(path))
+    own = config.run.out or (path.parent if is_one else path)
+    if (own / CONFIG).is_file() and read_config(own).run.resume == config.run.resume:
+        check_unlocked(own)  # this very command has begun there before
+        written = _go_on(own, config, corpus).candidates
+        return Beginning(own, written + tuple(one for one in candidates if one not in written))
     if not candidates:
         raise ConfigError(
             f"resume={path} holds no checkpoint; give a run folder or its step_NNNNNN"
         )
     run, manifest = (path.parent if is_one else path), read_manifest(candidates[0])
     _check_same_run(candidates[0], manifest.progress.config, config)
-    _check_same_data(candidates[0], manifest, corpus)
+    _check_fits(candidates[0], manifest, config, corpus)
     out = config.run.out
     if out is not None and out.absolute() != run.absolute():
         check_run_folder(out)
         return Beginning(None, candidates[:1], given=True)
-    if newer := [one for one in checkpoints(run) if one.name > candidates[0].name]:
+    if newer := [one for one in checkpoints(run) if step_of(one) > step_of(candidates[0])]:
         raise ConfigError(
             f"{newer[0]} is newer than {candidates[0]}; give a new --out to branch off, or remove "
             f"what is newer"
@@ -153,7 +160,13 @@ def _check_same_run(where: Path, held: TrainConfig, wanted: TrainConfig) -> None
         )
 
 
-def _check_same_data(where: Path, manifest: Manifest, corpus: Corpus) -> None:
+def _check_fits(where: Path, manifest: Manifest, config: TrainConfig, corpus: Corpus) -> None:
+    """Raises ConfigError if the run cannot go on from there with this corpus and so few steps."""
+    if manifest.progress.step > config.run.steps:
+        raise ConfigError(
+            f"steps={config.run.steps} is less than the {manifest.progress.step} of {where}; give "
+            f"more steps, or a new --out"
+        )
     for name, digest in manifest.progress.data.sha256.items():
         if corpus.meta.sha256.get(name) != digest:
             raise ConfigError(
@@ -189,6 +202,11 @@ def begin(config: TrainConfig, corpus: Corpus, world: Axis, device: torch.device
         candidates = [str(path.absolute()) for path in beginning.candidates]
         told = json.dumps([str(folder), secrets.token_hex(4), candidates, beginning.given])
     name, attempt, paths, given = json.loads(gather_texts(told, world, device)[0])
+    if not (Path(name) / LOCK).exists():
+        raise ConfigError(
+            f"rank {world.rank} does not see {name}; --out has to lie on a disk that all machines "
+            f"share"
+        )
     found = newest_sound([Path(path) for path in paths], given, world, device)
     checkpoint, manifest = found or (None, None)
     return Place(Path(name), attempt, checkpoint, manifest, lock)
@@ -215,6 +233,11 @@ def newest_sound(
             raise CheckpointError(f"{problems[0]}; --resume auto takes the newest sound one")
         if world.rank == 0:
             print(f"{problems[0]}; trying the one before it", flush=True)
+    if candidates and weights_step(candidates[0].parent):
+        raise CheckpointError(
+            f"no checkpoint of {candidates[0].parent} is sound, and it holds weights, which are "
+            f"not overwritten; choose another --out"
+        )
     if candidates and world.rank == 0:
         print("no checkpoint is sound; beginning at step 1 again", flush=True)
     return None

@@ -71,8 +71,9 @@ def check_run_folder(wanted: Path | None) -> None:
 
 
 def is_empty(folder: Path) -> bool:
-    """Whether nothing is there but the lock of a run that was killed as it began."""
-    return all(path.name == LOCK for path in folder.iterdir())
+    """Whether nothing is there but what a run leaves that was killed, or failed, as it began."""
+    left = (LOCK, ".*.part", "error_rank_*.txt")
+    return all(any(path.match(name) for name in left) for path in folder.iterdir())
 
 
 def lock_run(folder: Path) -> IO[str]:
@@ -80,23 +81,26 @@ def lock_run(folder: Path) -> IO[str]:
 
     Raises ConfigError, with the process that has it, if another one is at work there.
     """
-    file = (folder / LOCK).open("a+")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        with file:
+        file = (folder / LOCK).open("a+")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
+        except BlockingIOError:
             file.seek(0)
             holder = file.read(200).strip() or "another process"
-        raise ConfigError(
-            f"{folder} is in use by {holder}; wait until it ends, stop it, or choose another --out"
-        ) from None
+            file.close()
+            raise ConfigError(
+                f"{folder} is in use by {holder}; wait until it ends, stop it, or choose another "
+                f"--out"
+            ) from None
+        except OSError:
+            file.close()
+            raise
     except OSError as error:
-        file.close()
         raise ConfigError(f"cannot lock {folder}: {error.strerror}; choose another --out") from None
-    file.seek(0)
-    file.truncate()
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    file.flush()
     return file
 
 

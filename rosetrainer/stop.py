@@ -22,7 +22,6 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
-        self._last = 0.0
         self._waits = False
         self._before: dict[signal.Signals, object] = {}
 
@@ -42,7 +41,7 @@ class StopRequest:
         threading.Thread(target=self._obey, args=(reading,), name="stop", daemon=True).start()
 
     def wait_for_steps(self) -> None:
-        """From now on the training loop looks at `signal` by itself."""
+        """From now on the training loop looks at `signal`: all ranks have come to it."""
         self._waits = True
 
     def release(self) -> None:
@@ -53,18 +52,21 @@ class StopRequest:
         self._before.clear()
 
     def _receive(self, signum: int, frame: FrameType | None) -> None:
-        now, before, self._last = time.monotonic(), self._last, time.monotonic()
-        if self.signal and now - before > ONE_WISH_SECONDS:
-            os._exit(128 + self.signal)
         self.signal = self.signal or signal.Signals(signum)
 
     def _obey(self, reading: int) -> None:
+        first: float | None = None
         while received := os.read(reading, 1):
             signum = signal.Signals(received[0])
-            if signum in self._before and not self._waits:
+            if signum not in self._before:
+                continue
+            if not self._waits:
                 if os.environ.get("RANK", "0") == "0":
-                    last_words("before the first step, so there is nothing to save")
+                    last_words("before it went a step, so there is nothing to save")
                 os._exit(stop_status(signum))
+            if first is not None and time.monotonic() - first > ONE_WISH_SECONDS:
+                os._exit(128 + signum)
+            first = first or time.monotonic()
 
 
 def stop_status(signum: signal.Signals | None) -> int:

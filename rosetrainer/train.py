@@ -1,4 +1,4 @@
-"""The training loop.
+"""Training: the command, and what it sets up before the loop begins.
 
 OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node=2 -m rosetrainer train --tp-size 2
 """
@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from rosetrainer.agreement import check_same_settings, world_axis
 from rosetrainer.checkpoint import Saver, load_checkpoint
@@ -75,15 +74,14 @@ def main(argv: list[str]) -> int:
 def check_config(config: TrainConfig, world_size: int) -> tuple[TrainConfig, Corpus]:
     """The config with the corpus's vocabulary, all of it checked. Raises ConfigError."""
     config.check(world_size)
-    _, _, local_rank, local_world_size = world_from_environment()
+    rank, _, local_rank, local_world_size = world_from_environment()
     local_ranks = local_world_size if under_torchrun() else world_size
     choose_device(config.run.device, local_rank, local_ranks)
-    speaks = local_rank == 0
-    corpus = open_corpus(config.run.data, config.model.context_length, read_all=speaks)
+    corpus = open_corpus(config.run.data, config.model.context_length, read_all=local_rank == 0)
     corpus.tokenizer()  # better found broken now than by whoever wants text of the trained model
     model = replace(config.model, vocab_size=corpus.meta.vocab_size)
     config = replace(config, model=model)
-    if speaks:
+    if rank == 0:
         find_beginning(config, corpus)
     return config, corpus
 
@@ -99,20 +97,21 @@ def train(
         be_deterministic()
     store = meet(config.run.device, config.run.timeout)
     world = world_axis()
+    watch = HangWatch(store, world, config.run.timeout) if store is not None else None
     with told_once(store, world) as failures:
         device = own_device(config.run.device)
         check_same_settings(config, corpus, world, device)
         place = begin(config, corpus, world, device)
         failures.folder = place.folder
         with place.lock or nullcontext():
-            return run_here(config, corpus, place, store, world, prove_first)
+            return run_here(config, corpus, place, watch, world, prove_first)
 
 
 def run_here(
     config: TrainConfig,
     corpus: Corpus,
     place: Place,
-    store: dist.Store | None,
+    watch: HangWatch | None,
     world: Axis,
     prove_first: bool,
 ) -> tuple[GPTModel, signal.Signals | None]:
@@ -138,9 +137,8 @@ def run_here(
     if speaks:
         introduce(config, corpus, model, context, place)
     peak = sum_over_ranks(matmul_peak(context.device, dtype), context)
-    watch = None
-    if store is not None:
-        watch = HangWatch(store, world, (*context.axes, world), config.run.timeout)
+    if watch:
+        watch.follow(context.axes)
     with RunLog(place.folder, config.run.steps, step) if speaks else nullcontext() as log:
         loop = TrainingLoop(
             config=config,
@@ -176,7 +174,7 @@ def say_goodbye(loop: TrainingLoop, folder: Path) -> None:
     elif loop.saved:
         last_words(f"saved in {where}/step_{loop.saved:06d}; the same command goes on from there")
     else:
-        last_words("before the first step, so there is nothing to save")
+        last_words("before it went a step, so there is nothing to save")
 
 
 def introduce(

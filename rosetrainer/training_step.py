@@ -52,7 +52,7 @@ def check_finite(what: str, value: float, step: int, config: TrainConfig) -> Non
     if not math.isfinite(value):
         raise ConfigError(
             f"the {what} is {value} at step {step + 1}; try a learning_rate below "
-            f"{config.optim.learning_rate:g}; weights saved by earlier evaluations are kept"
+            f"{config.optim.learning_rate:g} and a new --out; what was saved before is kept"
         )
 
 
@@ -63,8 +63,8 @@ def check_skipped(
     if skipped > config.run.max_skipped:
         raise ConfigError(
             f"step {step + 1}: {error}; skipped {skipped}, max_skipped={config.run.max_skipped}; "
-            f"try a learning_rate below {config.optim.learning_rate:g}; weights saved by earlier "
-            f"evaluations are kept"
+            f"try a learning_rate below {config.optim.learning_rate:g} and a new --out; what was "
+            f"saved before is kept"
         )
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from rosetrainer.comm import all_gather
-from rosetrainer.failures import is_first
+from rosetrainer.failures import answer, is_first
 from rosetrainer.parallel_context import Axis
 from rosetrainer.rank import RankError, end_rank
 
@@ -27,12 +27,17 @@ class HangWatch:
     at fault is the one that has begun the fewest collectives: the others wait in the next.
     """
 
-    def __init__(self, store: dist.Store, world: Axis, axes: Sequence[Axis], seconds: float):
-        self._store, self._world, self._axes, self._seconds = store, world, axes, seconds
+    def __init__(self, store: dist.Store, world: Axis, seconds: float):
+        self._store, self._world, self._seconds = store, world, seconds
+        self._axes: Sequence[Axis] = (world,)
         self._beats = 0
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="hang watch", daemon=True)
         self._thread.start()
+
+    def follow(self, axes: Sequence[Axis]) -> None:
+        """Counts the collectives of these as well."""
+        self._axes = (self._world, *axes)
 
     def beat(self) -> None:
         """Says that this rank is at work although it begins no collective."""
@@ -52,6 +57,16 @@ class HangWatch:
                 self._end(now[1])
 
     def _end(self, begun: int) -> None:
+        text = answer(lambda: self._verdict(begun), ANSWER_SECONDS + 1)
+        if text is None:
+            host = "the process that keeps the ranks' store, by default of rank 0's machine,"
+            text = self._told(f"{host} does not answer") if self._world.rank == 1 else ""
+        if not text:
+            time.sleep(1.0)  # the end of this rank is not to be told as the cause
+        end_rank(RankError(text))
+
+    def _verdict(self, begun: int) -> str:
+        """What this rank has to say of who is at fault; nothing if another one says it."""
         key = "hang/{}".format
         self._store.set(key(self._world.rank), str(begun))
         deadline = time.monotonic() + ANSWER_SECONDS
@@ -66,13 +81,13 @@ class HangWatch:
         speaks = self._world.rank == min(set(answers) - {fault}, default=self._world.rank)
         if speaks:
             is_first(self._store)
-        else:
-            time.sleep(1.0)  # the end of this rank is not to be told as the cause
-        text = (
-            f"no progress for {self._seconds:g} s: rank {fault} {why}; all ranks end, and the same "
-            f"command goes on from the last checkpoint; --timeout gives slower ranks more time"
+        return self._told(f"rank {fault} {why}") if speaks else ""
+
+    def _told(self, who: str) -> str:
+        return (
+            f"no progress for {self._seconds:g} s: {who}; all ranks end, and the same command goes "
+            f"on from the last checkpoint; --timeout gives slower ranks more time"
         )
-        end_rank(RankError(text if speaks else ""))
 
 
 def at_fault(begun: dict[int, int], world_size: int) -> tuple[int, str]:
@@ -102,21 +117,23 @@ class Pace:
         self._busy: list[float] = []
         self._suspects: set[int] = set()
         self._told: set[int] = set()
-        self._waited = self._waited_so_far()
+        self.begin()
 
-    def step(self, seconds: float) -> str:
-        """After each step, with its duration: a line about ranks newly found slow, or ""."""
+    def begin(self) -> None:
+        """Before each step."""
+        self._started, self._waited = time.perf_counter(), self._waited_so_far()
+
+    def end(self) -> str:
+        """After each step: a line about ranks newly found slow, or ""."""
         if self._world.size == 1 or self._device.type == "cuda":
             return ""
-        waited = self._waited_so_far()
-        self._busy.append(seconds - (waited - self._waited))
-        self._waited = waited
+        waited = self._waited_so_far() - self._waited
+        self._busy.append(time.perf_counter() - self._started - waited)
         if len(self._busy) < self.WINDOW:
             return ""
         own = torch.tensor([statistics.median(self._busy)], dtype=torch.float64)
         self._busy.clear()
         busy = all_gather(own, self._world, "pace", dim=0).tolist()
-        self._waited = self._waited_so_far()
         suspects = slow_ranks(busy, self.SLOW, self.LEAST_SECONDS)
         found = (suspects & self._suspects) - self._told
         self._suspects, self._told = suspects, (self._told | found) & suspects

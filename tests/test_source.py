@@ -21,13 +21,15 @@ PICKLING = {"all_gather_object", "broadcast_object_list", "gather_object", "scat
 
 
 def dangers(source: str) -> Iterator[str]:
-    for node in ast.walk(ast.parse(source)):
+    nodes = list(ast.walk(ast.parse(source)))
+    names = [a for node in nodes if isinstance(node, ast.Import) for a in node.names]
+    torches = {a.asname or "torch" for a in names if a.name.split(".")[0] == "torch"} | {"torch"}
+    for node in nodes:
         if isinstance(node, ast.Import):
-            yield from (a.name for a in node.names if a.name.split(".")[0] in MODULES)
+            yield from (a.name for a in node.names if unpickles(a.name))
         elif isinstance(node, ast.ImportFrom) and node.module:
-            # torch's own checkpoints unpickle their .metadata
-            pickled = node.module.startswith("torch.distributed.checkpoint")
-            if pickled or node.module.split(".")[0] in MODULES:
+            full = {f"{node.module}.{a.name}" for a in node.names}
+            if unpickles(node.module) or any(map(unpickles, full)) or "torch.load" in full:
                 yield node.module
         elif isinstance(node, ast.keyword) and node.arg in ("trust_remote_code", "allow_pickle"):
             yield node.arg
@@ -37,8 +39,14 @@ def dangers(source: str) -> Iterator[str]:
             name = ast.unparse(node.func)
             safe = any(k.arg == "weights_only" and is_true(k.value) for k in node.keywords)
             shell = any(k.arg == "shell" and is_true(k.value) for k in node.keywords)
-            if name in CALLS | METHODS or shell or (name == "torch.load" and not safe):
+            loads = name.split(".")[0] in torches and name.endswith(".load") and not safe
+            if name.removeprefix("builtins.") in CALLS | METHODS or shell or loads:
                 yield name
+
+
+def unpickles(module: str) -> bool:
+    """torch's own checkpoints unpickle their .metadata."""
+    return module.split(".")[0] in MODULES or module.startswith("torch.distributed.checkpoint")
 
 
 def is_true(value: ast.expr) -> bool:
@@ -64,6 +72,13 @@ def test_control_each_danger_is_seen() -> None:
         "dist.broadcast_object_list(x)",
         "subprocess.run('ls', shell=True)",
         "from torch.distributed.checkpoint import load",
+        "from torch.distributed import checkpoint",
+        "import torch.distributed.checkpoint as dcp",
+        "from torch import load",
+        "import torch as t\nt.load('x')",
+        "torch.serialization.load('x')",
+        "torch.jit.load('x')",
+        "import builtins\nbuiltins.eval('1')",
     ):
         assert list(dangers(source)), source
     assert not list(dangers("torch.load('x', weights_only=True)"))

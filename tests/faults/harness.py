@@ -57,6 +57,9 @@ Act = Callable[..., object]
 POINTS = {
     # phase: (module, function, before or after it, or in the middle of its file)
     "start": ("train", "meet", "before"),
+    "layout": ("train", "init_parallel", "before"),
+    "describe": ("run_folder", "write_whole", "before"),
+    "log": ("train", "RunLog", "before"),
     "batch": ("training_step", "micro_batches", "after"),
     "forward": ("training_step", "accumulate_gradients", "before"),
     "backward": ("data_parallel", "check_gradients", "before"),
@@ -75,8 +78,9 @@ POINTS = {
     "removal": ("checkpoint_files.shutil", "rmtree", "before"),
 }
 TRAINING = ("batch", "forward", "backward", "reduce", "clip", "updated")
+BEGINNING = ("start", "layout", "describe", "log")
 SAVING = ("mid-shard", "shard", "manifest", "rename", "renamed", "retention", "removal")
-OF_RANK_0 = ("manifest", "rename", "renamed", "retention", "removal")
+OF_RANK_0 = (*("describe", "log"), *("manifest", "rename", "renamed", "retention", "removal"))
 
 
 @dataclass(frozen=True)
@@ -99,19 +103,21 @@ class Fault:
         original = getattr(holder, name)
 
         def changed(*args: Any, **kwargs: Any) -> Any:
-            now = current["step"] == self.step and not current.get("done")
-            if now and when != "after":
-                current["done"] = 1
-                if when == "half":  # the file is begun
-                    Path(args[1]).write_bytes(b"half a shard")
-                self.act(*args)
-            result = original(*args, **kwargs)
-            if now and when == "after":
-                current["done"] = 1
-                self.act(*args)
-            return result
+            if when == "after":
+                result = original(*args, **kwargs)
+                self.strike(current, args)
+                return result
+            if when == "half" and current["step"] == self.step:  # the file is begun
+                Path(args[1]).write_bytes(b"half a shard")
+            self.strike(current, args)
+            return original(*args, **kwargs)
 
         setattr(holder, name, changed)
+
+    def strike(self, current: dict[str, int], arguments: Sequence[Any]) -> None:
+        if current["step"] == self.step and "struck" not in current:
+            current["struck"] = 1
+            self.act(*arguments)
 
 
 def kill(*_: object) -> None:
@@ -126,7 +132,6 @@ class Outcome:
     outputs: list[str]
     errors: list[str]
     seconds: float
-    lived_after_failure: float = 0.0
 
     @property
     def said(self) -> str:
@@ -165,8 +170,7 @@ class Launch:
         )
         self.folder.cleanup()
         statuses = [p.exitcode for p in self.processes]
-        lived_on = ended - failed_at if failed_at else 0.0
-        return Outcome(statuses, outputs, errors, ended - self.started, lived_on)
+        return Outcome(statuses, outputs, errors, ended - self.started)
 
     def send(self, signum: int, ranks: Sequence[int] | None = None) -> None:
         for rank, process in enumerate(self.processes):

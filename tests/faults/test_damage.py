@@ -57,6 +57,20 @@ def sound_one(run_folder: Path) -> str:
     return found[0].name if found else "none"
 
 
+def test_a_checkpoint_of_another_version_is_not_taken_for_damaged(
+    finished: Path, markov: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    for folder in checkpoints(out):
+        rewritten(folder, lambda values: values.update(format=2))
+    before = (out / "model.safetensors").read_bytes()
+    refused = run(2, [*COMMAND, "--data", str(markov), "--out", str(out)])
+    assert refused.statuses[0] == 2, refused
+    assert "has format 2, and this program reads format 1" in refused.complained
+    assert (out / "model.safetensors").read_bytes() == before
+
+
 def test_each_damage_is_named_and_the_checkpoint_before_it_is_used(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -112,6 +126,10 @@ def test_with_no_sound_checkpoint_the_run_begins_again(
     shutil.copytree(finished, out)
     for folder in checkpoints(out):
         (folder / "manifest.json").write_text("{")
+    refused = run(2, [*COMMAND, "--data", str(markov), "--out", str(out)])
+    assert refused.statuses == [2, 2], refused
+    assert "is sound, and it holds weights, which are not overwritten" in refused.complained
+    (out / "model.safetensors").unlink()
     again = run(2, [*COMMAND, "--data", str(markov), "--out", str(out)])
     assert again.statuses == [0, 0], again.complained
     assert "no checkpoint is sound; beginning at step 1 again" in again.said
@@ -209,8 +227,8 @@ def test_control_a_bomb_goes_off_when_it_is_unpickled(tmp_path: Path) -> None:
 
 
 READ = {
-    "corpus": ["train.bin", "val.bin", "meta.json"],
-    "run": ["config.json", "meta.json", "model.safetensors", "log.jsonl"],
+    "corpus": ["train.bin", "val.bin", "meta.json", "tokenizer.json"],
+    "run": ["tokenizer.json", "config.json", "meta.json", "model.safetensors", "log.jsonl"],
     "run/step_000008": ["manifest.json", "rank_00000.safetensors", "rank_00001.safetensors"],
 }
 

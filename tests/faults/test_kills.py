@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 from faults.harness import (
+    BEGINNING,
     CHAOS,
     FLAGS,
     OF_RANK_0,
@@ -16,11 +23,15 @@ from faults.harness import (
     Fault,
     Finished,
     kill,
+    launch,
     run,
+    state,
+    weights,
 )
 
 from rosetrainer.manifest import checkpoints, is_sound
 
+ROOT = Path(__file__).resolve().parent.parent.parent
 LAYOUTS = (["--tp-size", "2"], ["--dp-size", "2"])
 ANYWHERE = 200 if CHAOS else 30
 A_PHASE = 25 if CHAOS else 1
@@ -50,8 +61,9 @@ def anywhere(number: int) -> Fault:
         phases += [phase for phase in SAVING if rank == 0 or phase not in OF_RANK_0]
         if step < 6:  # nothing is old enough to be removed
             phases = [phase for phase in phases if phase != "removal"]
-    phase = draw.choice([*phases, "start"])
-    return Fault(rank, 0 if phase == "start" else step, phase, kill)
+    beginning = [phase for phase in BEGINNING if rank == 0 or phase not in OF_RANK_0]
+    phase = draw.choice([*phases, draw.choice(beginning)])
+    return Fault(rank, 0 if phase in BEGINNING else step, phase, kill)
 
 
 def in_a_save(phase: str, number: int) -> Fault:
@@ -86,6 +98,70 @@ def test_a_killed_run_goes_on_bitwise(
     assert Finished.of(out) == never_interrupted[layout]
     assert not list(out.glob(".*.part")), "what the killed run left is cleared away"
     assert ("going on from" in resumed.said) == (fault.step > 2 or fault.phase in AFTER_THE_NAME)
+
+
+@pytest.mark.skipif(not CHAOS, reason="make chaos: it starts torch in four processes")
+def test_torchrun_restarts_a_killed_run_by_itself(markov: Path, tmp_path: Path) -> None:
+    flags = [*FLAGS, "--steps", "200", "--tp-size", "2", "--data", str(markov), "--out"]
+    out, whole = tmp_path / "run", tmp_path / "whole"
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    process = subprocess.Popen(
+        [sys.executable, *torchrun, "--max-restarts=1", "-m", "rosetrainer", "train", *flags, out],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    while not (out / "step_000020").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    holder = int((out / ".lock").read_text().split()[1])  # rank 0
+    os.kill(holder, signal.SIGKILL)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert "going on from" in said
+    assert run(2, [*flags, str(whole)]).statuses == [0, 0]
+    assert weights(out) == weights(whole)
+    assert state(out / "step_000200") == state(whole / "step_000200")
+
+
+OTHERWISE = {
+    "evaluations more often than checkpoints": ["--eval-every", "1", "--checkpoint-every", "8"],
+    "behind training": ["--async-checkpoint"],
+    "from a path": ["--resume", "PATH"],
+}
+
+
+@pytest.mark.parametrize("number", range(10 if CHAOS else 1))
+@pytest.mark.parametrize("flags", OTHERWISE)
+def test_a_killed_run_with_other_flags_goes_on_bitwise(
+    flags: str, number: int, markov: Path, tmp_path: Path, never_interrupted: list[Finished]
+) -> None:
+    out, more, origin = tmp_path / "run", OTHERWISE[flags], tmp_path / "origin"
+    command = [*FLAGS, *LAYOUTS[0], "--data", str(markov), "--out"]
+    if "PATH" in more:
+        run(2, [*command, str(origin)], Fault(1, 3, "forward", kill))
+        more = ["--resume", str(origin / "step_000002")]
+        shutil.copy(f"{origin}.losses", f"{out}.losses")
+    draw = random.Random(f"{flags} {number}")
+    fault = Fault(draw.randrange(2), draw.randrange(5, STEPS), draw.choice(TRAINING), kill)
+    assert -9 in run(2, [*command, str(out), *more], fault).statuses
+    resumed = run(2, [*command, str(out), *more])
+    assert resumed.statuses == [0, 0], resumed.complained
+    assert Finished.of(out) == never_interrupted[0]
+
+
+def test_all_ranks_killed_at_once(
+    markov: Path, tmp_path: Path, never_interrupted: list[Finished]
+) -> None:
+    out = tmp_path / "run"
+    command = [*FLAGS, *LAYOUTS[0], "--data", str(markov), "--out", str(out)]
+    ranks = launch(2, command)
+    ranks.wait_for(lambda: (out / "step_000002").exists())
+    ranks.send(signal.SIGKILL)
+    assert ranks.wait().statuses == [-9, -9]
+    assert run(2, command).statuses == [0, 0]
+    assert Finished.of(out) == never_interrupted[0]
 
 
 def test_control_without_its_moments_a_run_does_not_go_on_bitwise(

@@ -19,7 +19,7 @@ from rosetrainer.watch import at_fault, slow_ranks
 COMMAND = [*FLAGS, "--timeout", "1"]
 TIMEOUT = 1
 TRIALS = 25 if CHAOS else 2
-CLEAN = 20 if CHAOS else 2
+CLEAN = 20 if CHAOS else 4
 
 
 def freeze(*_: object) -> None:
@@ -41,12 +41,27 @@ def test_a_rank_that_hangs_is_named_and_all_end(
 ) -> None:
     draw = random.Random(number)
     rank, layout = draw.randrange(2), draw.choice(["--tp-size", "--dp-size"])
-    phase = draw.choice([p for p in TRAINING if act is freeze or p not in ("clip", "updated")])
+    phase = draw.choice([*TRAINING, "shard"])
     command = [*COMMAND, layout, "2", "--data", str(markov), "--out", str(tmp_path / "run")]
-    outcome = run(2, command, Fault(rank, draw.randrange(2, 8), phase, act))
+    step = draw.choice([2, 4, 6]) if phase == "shard" else draw.randrange(2, 8)
+    outcome = run(2, command, Fault(rank, step, phase, act))
     assert outcome.seconds < TIMEOUT + 10
     assert outcome.complained.startswith(f"error: no progress for 1 s: rank {rank} "), outcome
     assert outcome.complained.count("\n") == 1
+
+
+def test_a_frozen_rank_that_keeps_the_store_is_named_as_well(markov: Path, tmp_path: Path) -> None:
+    """As where ranks are started by MASTER_ADDR and MASTER_PORT, or a node loses its power."""
+    command = [*COMMAND, "--tp-size", "2", "--data", str(markov), "--out", str(tmp_path / "run")]
+    with socket.create_server(("", 0)) as free:
+        port = str(free.getsockname()[1])
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ROSETRAINER_MEETING": ""}
+    outcome = run(2, command, Fault(0, 3, "forward", freeze), environment=address)
+    assert outcome.seconds < TIMEOUT + 12
+    assert (
+        "error: no progress for 1 s: the process that keeps the ranks' store" in outcome.complained
+    )
+    assert outcome.complained.count("error: ") == 1
 
 
 def test_control_without_the_watch_a_hang_lasts(markov: Path, tmp_path: Path) -> None:
@@ -112,8 +127,9 @@ def test_a_slow_rank_is_named_within_20_steps(layout: str, markov: Path, tmp_pat
 
 @pytest.mark.parametrize("number", range(CLEAN))
 def test_a_clean_run_raises_no_alarm(number: int, markov: Path, tmp_path: Path) -> None:
-    layout = ["--tp-size", "--dp-size"][number % 2]
+    layout, saves = ["--tp-size", "--dp-size"][number % 2], ["0", "1"][number // 2 % 2]
     command = [*LONG, layout, "2", "--data", str(markov), "--out", str(tmp_path / "run")]
+    command += ["--checkpoint-every", saves]
     outcome = run(2, command)
     assert outcome.statuses == [0, 0], outcome.complained
     assert "slow" not in outcome.said
