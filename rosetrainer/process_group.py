@@ -37,7 +37,10 @@ def meet(device: str, timeout_seconds: float = 300.0) -> dist.Store | None:
         if folder:
             store: dist.Store = dist.FileStore(str(Path(folder) / "store"), world_size)
         else:
-            store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=timeout))
+            kept, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=timeout))
+            # torchrun keeps one store for all its restarts: nobody may read a dead rank's address.
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            store = dist.PrefixStore(f"attempt {attempt}", kept)
     except dist.DistNetworkError as error:
         if "EADDRINUSE" not in str(error):
             raise

@@ -9,7 +9,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted(
-    path.relative_to(ROOT) for path in [ROOT / "README.md", *ROOT.glob("steps/**/README.md")]
+    path.relative_to(ROOT)
+    for path in [
+        ROOT / "README.md",
+        ROOT / "tests/faults/README.md",
+        *ROOT.glob("steps/**/README.md"),
+    ]
 )
 
 

@@ -109,7 +109,7 @@ def test_torchrun_restarts_a_killed_run_by_itself(markov: Path, tmp_path: Path) 
         [sys.executable, *torchrun, "--max-restarts=1", "-m", "rosetrainer", "train", *flags, out],
         cwd=ROOT,
         stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
         text=True,
     )
     while not (out / "step_000020").exists():
@@ -117,8 +117,8 @@ def test_torchrun_restarts_a_killed_run_by_itself(markov: Path, tmp_path: Path) 
         time.sleep(0.01)
     holder = int((out / ".lock").read_text().split()[1])  # rank 0
     os.kill(holder, signal.SIGKILL)
-    said, _ = process.communicate(timeout=120)
-    assert process.returncode == 0
+    said, complained = process.communicate(timeout=120)
+    assert process.returncode == 0, complained
     assert "going on from" in said
     assert run(2, [*flags, str(whole)]).statuses == [0, 0]
     assert weights(out) == weights(whole)
