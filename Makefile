@@ -27,7 +27,7 @@ plan:
 	@echo
 
 test: .venv/.installed-dev  ## Run all tests
-	$(VENV_PYTHON) -m pytest -q
+	$(VENV_PYTHON) -m pytest -q -n 2 --dist loadfile
 
 test-steps: .venv/.installed-dev  ## Run each step's tests and a short training by torchrun
 	$(VENV_PYTHON) steps/steps.py rehearse
