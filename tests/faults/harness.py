@@ -134,6 +134,11 @@ class Outcome:
     seconds: float
 
     @property
+    def refused(self) -> bool:
+        """Ended by a user's mistake. A rank that is told to end before it trains ends with 0."""
+        return 2 in self.statuses and set(self.statuses) <= {0, 2}
+
+    @property
     def said(self) -> str:
         return "".join(self.outputs)
 

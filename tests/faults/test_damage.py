@@ -66,7 +66,7 @@ def test_a_checkpoint_of_another_version_is_not_taken_for_damaged(
         rewritten(folder, lambda values: values.update(format=2))
     before = (out / "model.safetensors").read_bytes()
     refused = run(2, [*COMMAND, "--data", str(markov), "--out", str(out)])
-    assert refused.statuses[0] == 2, refused
+    assert refused.refused, refused
     assert "has format 2, and this program reads format 1" in refused.complained
     assert (out / "model.safetensors").read_bytes() == before
 
@@ -114,7 +114,7 @@ def test_the_ranks_fall_back_together(markov: Path, finished: Path, tmp_path: Pa
     given = [*COMMAND, "--data", str(markov), "--out", str(tmp_path / "other")]
     file.write_bytes(file.read_bytes()[:-1])
     refused = run(2, [*given, "--resume", str(out / "step_000008")])
-    assert refused.statuses == [2, 2]
+    assert refused.refused, refused
     assert refused.complained.count("error: ") == 1
     assert "rank_00001.safetensors has" in refused.complained
 
@@ -127,7 +127,7 @@ def test_with_no_sound_checkpoint_the_run_begins_again(
     for folder in checkpoints(out):
         (folder / "manifest.json").write_text("{")
     refused = run(2, [*COMMAND, "--data", str(markov), "--out", str(out)])
-    assert refused.statuses == [2, 2], refused
+    assert refused.refused, refused
     assert "is sound, and it holds weights, which are not overwritten" in refused.complained
     (out / "model.safetensors").unlink()
     again = run(2, [*COMMAND, "--data", str(markov), "--out", str(out)])
@@ -205,8 +205,7 @@ def test_a_manifest_that_lies_is_an_error_in_one_line(
     rewritten(folder, LIES[lie])
     command = [*COMMAND, "--data", str(markov), "--out", str(tmp_path / "new")]
     refused = run(2, [*command, "--resume", str(folder)])
-    assert refused.statuses[0] == 2, refused
-    assert refused.statuses[1] in (0, 2), "told to end while it waits for rank 0"
+    assert refused.refused, refused
     assert refused.complained.count("error: ") == 1
     assert refused.complained.count("\n") == 1, refused.complained
 
