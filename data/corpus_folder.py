@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
+from rosetrainer.durable_files import sha256_of
 from rosetrainer.fields import ConfigError
 
 OURS = {"meta.json", "train.bin", "val.bin", "tokenizer.json"}
@@ -71,14 +71,10 @@ def _existing(out: Path) -> dict[str, Any] | None:
 
 
 def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
     try:
-        with path.open("rb") as file:
-            while part := file.read(1 << 20):
-                digest.update(part)
+        return sha256_of(path)
     except OSError:
         return "unreadable"
-    return digest.hexdigest()
 
 
 def write(out: Path, files: dict[str, bytes]) -> None:

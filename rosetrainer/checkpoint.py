@@ -58,8 +58,9 @@ class Saver:
         def write() -> None:
             draft = Draft(self._run, progress.step, self._attempt)
             draft.write_part(self._context.rank, tensors, slices, need)
-            # Rank 0 now waits for the others as in a collective, and the hang watch counts those.
-            self._context.dp.ledger.begun += 1
+            if not behind:
+                # Rank 0 now waits for the others as in a collective: the hang watch counts those.
+                self._context.dp.ledger.begun += 1
             if self._context.rank == 0:
                 patience = self._config.timeout + 60  # the watch has the first word
                 draft.complete(self._context.world_size, progress, patience)

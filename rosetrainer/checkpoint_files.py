@@ -27,6 +27,7 @@ from rosetrainer.manifest import (
     CheckpointError,
     Progress,
     checkpoints,
+    folder_name,
     is_sound,
     with_own_hash,
 )
@@ -42,7 +43,7 @@ class Draft:
 
     @property
     def folder(self) -> Path:
-        return self.run / f".step_{self.step:06d}.{self.attempt}.part"
+        return self.run / f".{folder_name(self.step)}.{self.attempt}.part"
 
     def write_part(
         self, rank: int, tensors: dict[str, Tensor], slices: dict[str, Any], need: int
@@ -102,7 +103,7 @@ class Draft:
 
     def name_whole(self) -> Path:
         """From now on it is a checkpoint."""
-        final = self.run / f"step_{self.step:06d}"
+        final = self.run / folder_name(self.step)
         if final.exists():  # a damaged one, that was passed over
             remove(final)
         self.folder.rename(final)

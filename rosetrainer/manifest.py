@@ -125,6 +125,10 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted(found, key=step_of, reverse=True)
 
 
+def folder_name(step: int) -> str:
+    return f"step_{step:06d}"
+
+
 def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step_"))
 

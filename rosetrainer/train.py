@@ -24,6 +24,7 @@ from rosetrainer.fields import Count, check_fields
 from rosetrainer.flags import parse_flags, ranks_to_start
 from rosetrainer.launch import launch
 from rosetrainer.loop import TrainingLoop
+from rosetrainer.manifest import folder_name
 from rosetrainer.model import GPTModel
 from rosetrainer.optim import build_optimizer
 from rosetrainer.parallel_context import (
@@ -172,7 +173,8 @@ def say_goodbye(loop: TrainingLoop, folder: Path) -> None:
     if not loop.stopped:
         print(f"saved in {where}: weights, config, log.jsonl, TensorBoard events")
     elif loop.saved:
-        last_words(f"saved in {where}/step_{loop.saved:06d}; the same command goes on from there")
+        saved = f"{where}/{folder_name(loop.saved)}"
+        last_words(f"saved in {saved}; the same command goes on from there")
     else:
         last_words("before it went a step, so there is nothing to save")
 
