@@ -123,7 +123,9 @@ def validate(model: PlainGPT, ids: Tensor) -> float:
     windows = (len(ids) - 1) // CONTEXT
     used = ids[: windows * CONTEXT + 1]
     inputs, labels = used[:-1].view(windows, CONTEXT), used[1:].view(windows, CONTEXT)
-    losses = [model(a, b) * len(a) for a, b in zip(inputs.split(128), labels.split(128))]
+    losses = [
+        model(a, b) * len(a) for a, b in zip(inputs.split(128), labels.split(128), strict=True)
+    ]
     return float(sum(losses)) / windows
 
 

@@ -1,4 +1,4 @@
-"""Two or more sides of a comparison in turn on one machine: medians, a ratio, and a JSON of the run.
+"""Sides of a comparison, in turn on one machine: medians, a ratio, and a JSON of the run.
 
 A side is a command whose last line of output is a JSON object of figures. Other work on the machine
 comes and goes, so the sides alternate, each round is a fresh process, and only the ratio of medians
