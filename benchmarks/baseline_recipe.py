@@ -35,11 +35,11 @@ class PlainBlock(nn.Module):
         self.down = nn.Linear(4 * d_model, d_model, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        heads = (
+        q, k, v = (
             t.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)  # (B, H, T, K)
             for t in self.qkv(self.norm_1(x)).chunk(3, dim=-1)
         )
-        y = F.scaled_dot_product_attention(*heads, is_causal=True)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.out(y.transpose(1, 2).flatten(2))
         return x + self.down(F.gelu(self.up(self.norm_2(x))))
 
