@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rosetrainer.adamw import AdamW
 from rosetrainer.parallel_context import Axis
 from rosetrainer.tensor_parallel import ColumnParallelLinear, RowParallelLinear, shard_spec
 
@@ -23,7 +24,7 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # the paper's: steep at zero, flat eno
 ITERATIONS = 5
 
 
-class Muon(torch.optim.AdamW):
+class Muon(AdamW):
     """One optimizer: groups with "momentum" hold matrices for Muon, all others are AdamW's.
 
     A cut matrix is gathered over tp first, so that every layout makes the same step, and q, k and
@@ -35,7 +36,7 @@ class Muon(torch.optim.AdamW):
         self._tp = tp
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
+    def step(self) -> None:
         """One update of all parameters; the gradients of Muon's matrices are used up."""
         for group in self.param_groups:
             if "momentum" in group:

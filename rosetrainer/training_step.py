@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from rosetrainer.adamw import AdamW
 from rosetrainer.clip import clip_gradients
 from rosetrainer.config import TrainConfig
 from rosetrainer.data import Corpus
@@ -22,7 +23,7 @@ def train_step(
     config: TrainConfig,
     corpus: Corpus,
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: AdamW,
     context: ParallelContext,
     autocast: Autocast,
     step: int,

@@ -108,7 +108,7 @@ def test_a_resumed_run_is_bitwise_the_one_that_was_not_interrupted(
     assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
-ROTARY = {"architecture": "rotary", "tied": False}
+ROTARY: dict[str, Any] = {"architecture": "rotary", "tied": False}
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])

@@ -17,7 +17,7 @@ FLOORS = [
         *("comm", "flags", "launch", "corpus_files", "performance", "process_group", "failures"),
         "reference_rotary",
     },
-    {"overlap", "dropout", "recompute", "precision", "watch", "checkpoint_files"},
+    {"overlap", "dropout", "recompute", "precision", "watch", "checkpoint_files", "adamw"},
     {"attention"},
     {"tensor_parallel"},
     {"vocab_parallel"},
@@ -30,6 +30,7 @@ FLOORS = [
     {"parity", "evaluation", "planner", "training_step", "agreement"},
     {"loop", "resume"},
     {"train", "generate", "plan", "tour", "checkpoint_command"},
+    {"train_command"},
     {"__main__"},
 ]
 

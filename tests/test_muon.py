@@ -11,6 +11,7 @@ from oracle import assert_all_equal, dense_model, gradients, random_batch, tiny_
 from ranks import run_ranks
 from torch import Tensor, nn
 
+from rosetrainer.adamw import AdamW
 from rosetrainer.config import OptimConfig, ParallelConfig
 from rosetrainer.data_parallel import accumulate_gradients
 from rosetrainer.model import GPTModel
@@ -139,4 +140,4 @@ def test_muon_takes_the_linear_layers_and_adamw_the_rest() -> None:
     groups = {len(group["params"]): "momentum" in group for group in optimizer.param_groups}
     assert [n for n, muon in groups.items() if muon] == [len(hidden_layers(model))] == [8]
     assert sum(groups) == len(list(model.parameters()))
-    assert type(build_optimizer(model, OptimConfig())) is torch.optim.AdamW
+    assert type(build_optimizer(model, OptimConfig())) is AdamW
