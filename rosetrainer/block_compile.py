@@ -48,9 +48,7 @@ def obstacle(config: TrainConfig, tp_size: int) -> str:
     if config.parallel.recompute == "attention":
         return "recompute=attention, a part of a block; recompute can be none or block"
     if config.run.deterministic:
-        return (
-            "deterministic=True, for kernels are chosen by their time; deterministic can be False"
-        )
+        return "deterministic=True, as kernels are chosen by their time; it can be False"
     return ""
 
 
@@ -77,8 +75,8 @@ def compile_blocks(model: GPTModel, backend: str = "inductor") -> None:
     """From now on each block of the model runs compiled. Names of parameters stay as they are.
 
     backend: torch.compile's. The function inside a block is compiled, not the module: recompute of
-    whole blocks then stands outside, and hooks, names and types do not change. Shapes are fixed
-    ones: a batch of another size is compiled again, so what runs does not depend on what ran before.
+    whole blocks then stands outside, and hooks, names and types do not change. Shapes are
+    fixed: a batch of another size is compiled again, so no kernel depends on what ran before it.
     """
     # fp32 means fp32 here; who wants tensor cores takes bfloat16, as dtype=auto does.
     warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores", category=UserWarning)

@@ -181,7 +181,7 @@ class RunConfig:
     deterministic: bool = False
     """Only kernels that give the same bits each time. CPUs do anyway; on CUDA it costs speed."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile of each block; auto does where it is faster and can be: on CUDA, at tp_size 1."""
+    """torch.compile of each block; auto: on where it is faster and possible, CUDA at tp_size 1."""
     max_skipped: CountOrZero = 0
     """Steps with nan or inf in a gradient that may be skipped before the run stops."""
     checkpoint_every: CountOrZero = 100
@@ -197,7 +197,7 @@ class RunConfig:
     check_replicas: CountOrZero = 0
     """Steps between two comparisons of what several ranks hold alike; 0 never compares."""
     profile: CountOrZero = 0
-    """Steps that torch.profiler records, after five that warm up: a trace for a browser, a table."""
+    """Steps that torch.profiler records, after five that are not: a trace and a table."""
     threads: CountOrZero = 0
     """CPU threads of a rank; 0 shares the cores among the local ranks."""
 

@@ -42,7 +42,7 @@ def test_each_rank_writes_its_trace_and_rank_0_prints_the_table(
         assert any(name.startswith("aten::") for name in names)
         steps = {name for name in names if name.startswith("ProfilerStep#")}
         assert steps == {f"ProfilerStep#{WARM_UP}", f"ProfilerStep#{WARM_UP + 1}"}
-    (told,) = [part for part in said.read_text().split("profile of 2 steps: ")[1:]]
+    _, told = said.read_text().split("profile of 2 steps: ")
     where, title, *rows = told.splitlines()[: ROWS + 2]
     assert where.startswith(
         f"{out}/trace_rank_00000.json, one for each rank; open it at https://ui"
