@@ -43,6 +43,8 @@ def obstacle(config: TrainConfig, tp_size: int) -> str:
     """What of this config torch.compile has no graph for, and what would work; "" if nothing."""
     if tp_size > 1:
         return f"tp_size={tp_size}, whose blocks hold collectives; tp_size can be 1"
+    if config.model.architecture == "rotary":
+        return "architecture=rotary, which turns by complex numbers; architecture can be gpt2"
     if config.model.dropout:
         return f"dropout={config.model.dropout}, whose masks are keyed in Python; dropout can be 0"
     if config.parallel.recompute == "attention":

@@ -10,11 +10,13 @@ import signal
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 from rosetrainer.agreement import check_same_settings, world_axis
 from rosetrainer.block_compile import compile_blocks, compiles
+from rosetrainer.blocks import build_model
 from rosetrainer.checkpoint import Saver, load_checkpoint
 from rosetrainer.comm import all_reduce
 from rosetrainer.config import TrainConfig
@@ -38,6 +40,7 @@ from rosetrainer.parallel_context import (
 from rosetrainer.parity import show_proof
 from rosetrainer.performance import be_deterministic, choose_dtype, matmul_peak, set_threads
 from rosetrainer.precision import autocast_for
+from rosetrainer.presets import PRESETS
 from rosetrainer.process_group import meet, own_device
 from rosetrainer.rank import last_words
 from rosetrainer.resume import Place, begin, find_beginning
@@ -54,6 +57,8 @@ class TrainCommand:
     """Trains a GPT on a corpus that data/prepare.py wrote."""
 
     config: TrainConfig = field(default_factory=TrainConfig)
+    preset: Literal["default", "speedrun"] = "default"
+    """Settings that belong together; further flags change single ones."""
     nproc: Count | None = None
     """Start this many ranks on this machine; leave it out under torchrun."""
     prove: bool = False
@@ -62,7 +67,9 @@ class TrainCommand:
 
 def main(argv: list[str]) -> int:
     """The command. Raises ConfigError for a user's mistake, before any process group starts."""
-    command = parse_flags(TrainCommand, argv, "python -m rosetrainer train")
+    prog = "python -m rosetrainer train"
+    preset = parse_flags(TrainCommand, argv, prog).preset
+    command = parse_flags(TrainCommand, argv, prog, TrainCommand(PRESETS[preset], preset))
     check_fields(command)
     parallel = command.config.parallel
     world_size, starts = ranks_to_start("train", argv, command.nproc, parallel)
@@ -129,7 +136,7 @@ def run_here(
         print(describe(context, dtype, config.run.device))
     if prove_first:
         show_proof(config.model, context, dtype)
-    model = GPTModel(config.model, context)
+    model = build_model(config.model, context)
     if dtype == torch.float64:
         model.double()
     optimizer = build_optimizer(model, config.optim)

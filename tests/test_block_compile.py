@@ -94,6 +94,11 @@ def test_training_compiled_gives_the_same_losses(
 REFUSED: dict[str, tuple[int, dict[str, Any], str]] = {
     "tensor parallel": (2, {}, "tp_size=2, whose blocks hold collectives; tp_size can be 1"),
     "dropout": (1, {"model": GPTConfig(dropout=0.1)}, "dropout=0.1, whose masks are keyed"),
+    "complex numbers": (
+        1,
+        {"model": GPTConfig(architecture="rotary", tied=False)},
+        "architecture=rotary, which turns by complex numbers; architecture can be gpt2",
+    ),
     "attention again": (
         1,
         {"parallel": ParallelConfig(recompute="attention")},
