@@ -61,12 +61,12 @@ def missing_tool(device: torch.device) -> str:
             return "a torch without Triton; install it: pip install triton"
         if torch.cuda.get_device_capability(device) < (7, 0):
             return "a GPU older than Volta, for which Triton makes no kernels; it needs 7.0"
-        variable, names = "CC", ("gcc", "clang")
+        variable, names = "CC", ["gcc", "clang"]
     else:
-        variable, names = "CXX", ("clang++",) if sys.platform == "darwin" else ("g++",)
-    given = shlex.split(os.environ.get(variable, ""))[:1]
-    if not any(shutil.which(name) for name in given or names):
-        return f"a machine without {' or '.join(given or names)}; install one, or set {variable}"
+        variable, names = "CXX", ["clang++" if sys.platform == "darwin" else "g++"]
+    names = shlex.split(os.environ.get(variable, ""))[:1] or names
+    if not any(map(shutil.which, names)):
+        return f"a machine without {' or '.join(names)}; install one, or set {variable}"
     folders = {sysconfig.get_path("include"), sysconfig.get_config_var("INCLUDEPY")}
     if not any(folder and (Path(folder) / "Python.h").exists() for folder in folders):
         return "a Python without Python.h; install its headers, such as the package python3-dev"

@@ -82,7 +82,7 @@ def test_training_compiled_gives_the_same_losses(
         config = TrainConfig(
             GPTConfig(context_length=16, n_layers=2, n_heads=2, d_model=32),
             optim=OptimConfig(warmup_steps=0, global_batch_size=4, micro_batch_size=2),
-            run=replace(run, compile=wanted),  # type: ignore[arg-type]
+            run=replace(run, compile=wanted),
         )
         losses[wanted] = train_here(config, 1, 0)
         assert bool(counters["stats"]) == (wanted == "on")
@@ -112,7 +112,7 @@ REFUSED: dict[str, tuple[int, dict[str, Any], str]] = {
 def test_what_cannot_be_compiled_is_refused_or_left_as_it_is(case: str) -> None:
     tp_size, parts, reason = REFUSED[case]
     config = replace(TrainConfig(), **parts)
-    on, off = (replace(config, run=replace(config.run, compile=c)) for c in ("on", "off"))  # type: ignore[arg-type]
+    on, off = (replace(config, run=replace(config.run, compile=c)) for c in ("on", "off"))
     with pytest.raises(ConfigError, match="compile=on does not go with ") as caught:
         compiles(on, tp_size, CPU)
     assert reason in str(caught.value)
