@@ -9,7 +9,7 @@ WORKS := $(VENV_PYTHON) -c 'import pip' 2>/dev/null
 REMAKE := $(shell $(WORKS) || echo remake)
 
 .DEFAULT_GOAL := help
-.PHONY: help train plan test test-steps chaos lint bench clean remake
+.PHONY: help train plan test test-steps chaos lint bench bench-gpu clean remake
 
 help:  ## List these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -42,6 +42,9 @@ lint: .venv/.installed-dev  ## Check style and types
 
 bench: .venv/.installed  ## Measure the time of a step
 	$(VENV_PYTHON) benchmarks/step_time.py
+
+bench-gpu: .venv/.installed  ## Measure a GPU: GPT-2 1.5B and 124M, under eight minutes
+	$(VENV_PYTHON) benchmarks/gpu.py
 
 clean:  ## Remove caches and builds; leaves .venv, out and the data
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

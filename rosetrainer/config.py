@@ -199,6 +199,8 @@ class RunConfig:
     """bfloat16 is autocast over fp32 parameters; auto takes it where the hardware multiplies it."""
     deterministic: bool = False
     """Only kernels that give the same bits each time. CPUs do anyway; on CUDA it costs speed."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile of each block; auto: on where it is faster and possible, CUDA at tp_size 1."""
     max_skipped: CountOrZero = 0
     """Steps with nan or inf in a gradient that may be skipped before the run stops."""
     checkpoint_every: CountOrZero = 100
@@ -213,6 +215,8 @@ class RunConfig:
     """Seconds without progress after which ranks that hang are ended."""
     check_replicas: CountOrZero = 0
     """Steps between two comparisons of what several ranks hold alike; 0 never compares."""
+    profile: CountOrZero = 0
+    """Steps that torch.profiler records, after five that are not: a trace and a table."""
     threads: CountOrZero = 0
     """CPU threads of a rank; 0 shares the cores among the local ranks."""
 
