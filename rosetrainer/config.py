@@ -50,6 +50,10 @@ class GPTConfig:
     """The output head shares the token embedding's weights."""
     dropout: BelowOne = 0.0
     """Share of activations that training drops: embeddings, attention, and what blocks add."""
+    architecture: Literal["gpt2", "rotary"] = "gpt2"
+    """rotary: rotary positions, squared ReLU, norms without weights, outputs that begin at zero."""
+    rotary_base: Positive = 10000.0
+    """Rotary positions: the slowest pair of a head turns once in about 6 times as many tokens."""
 
     @property
     def head_width(self) -> int:
@@ -66,6 +70,13 @@ class GPTConfig:
             raise ConfigError(
                 f"d_model={self.d_model} is not divisible by n_heads={self.n_heads}; "
                 f"n_heads can be {one_of(divisors(self.d_model))}, or give d_head"
+            )
+        if self.architecture == "rotary" and self.tied:
+            raise ConfigError("architecture=rotary has an output head of its own; add --no-tied")
+        if self.architecture == "rotary" and self.head_width % 2:
+            raise ConfigError(
+                f"architecture=rotary turns pairs, and a head is {self.head_width} wide; "
+                f"d_head can be {self.head_width + 1}"
             )
         for name, value in (("n_heads", self.n_heads), ("d_ff", self.ff_width)):
             if value % tp_size:
@@ -114,12 +125,12 @@ class ParallelConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW, its schedule and the batch."""
+    """The optimizer, its schedule and the batch."""
 
     learning_rate: PositiveOrZero = 1e-3
-    """Peak learning rate, reached after the warm-up."""
+    """AdamW's peak learning rate, reached after the warm-up."""
     min_lr_ratio: Fraction = 0.1
-    """The cosine ends at this fraction of the peak."""
+    """The schedule ends at this fraction of the peak."""
     warmup_steps: CountOrZero = 20
     """Steps of linear warm-up."""
     weight_decay: PositiveOrZero = 0.1
@@ -136,6 +147,14 @@ class OptimConfig:
     """Sequences in one update, over all ranks: the work is the same in every layout."""
     micro_batch_size: Count | None = None
     """Sequences in one forward pass of a rank; global_batch_size / dp_size unless given."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon: Muon for the matrices of the blocks, AdamW for the rest."""
+    muon_learning_rate: PositiveOrZero = 0.02
+    """Muon's peak learning rate; it follows the same schedule."""
+    muon_momentum: BelowOne = 0.95
+    """Decay of Muon's mean of gradients."""
+    schedule: Literal["cosine", "linear"] = "cosine"
+    """How the learning rate falls after the warm-up."""
 
     def micro_batch(self, dp_size: int) -> int:
         """Sequences in one forward pass of a rank."""

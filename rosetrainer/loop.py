@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from rosetrainer.adamw import AdamW
 from rosetrainer.agreement import agree_to_stop
 from rosetrainer.checkpoint import Saver
 from rosetrainer.config import TrainConfig
@@ -35,7 +36,7 @@ class TrainingLoop:
     config: TrainConfig
     corpus: Corpus
     model: GPTModel
-    optimizer: torch.optim.Optimizer
+    optimizer: AdamW
     context: ParallelContext
     world: Axis
     autocast: Autocast
