@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from benchmarks.work import Work
+from rosetrainer.blocks import build_model
 from rosetrainer.config import OptimConfig, TrainConfig
 from rosetrainer.data import Corpus
-from rosetrainer.model import GPTModel
 from rosetrainer.optim import build_optimizer
 from rosetrainer.parallel_context import ParallelContext
 from rosetrainer.precision import autocast_for
@@ -37,7 +37,7 @@ class OurStep:
         self.context = context or ParallelContext()
         self.config = TrainConfig(work.model, optim=OptimConfig(global_batch_size=work.batch_size))
         self.corpus = SameBatch(work)
-        self.model = GPTModel(work.model, self.context)
+        self.model = build_model(work.model, self.context)
         if dtype == torch.float64:
             self.model.double()
         self.optimizer = build_optimizer(self.model, self.config.optim)

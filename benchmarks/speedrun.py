@@ -19,8 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from side_by_side import Side, in_turn, introduce, keep, median
-
+from benchmarks.side_by_side import Side, in_turn, introduce, keep, median
 from rosetrainer.fields import ConfigError, Count, CountOrZero, check_fields
 from rosetrainer.flags import parse_flags
 from rosetrainer.presets import PRESETS

@@ -60,11 +60,12 @@ def parse_work(argv: list[str], benchmark: str, tp_size: int = 1) -> Work:
     check_fields(work)
     model = work.model
     model.check(tp_size)
-    if (model.d_head, model.d_ff, model.tied, model.dropout) != (None, None, True, 0.0):
-        raise ConfigError(
-            f"d_head={model.d_head} d_ff={model.d_ff} tied={model.tied} dropout={model.dropout}: "
-            f"the other sides are GPT-2 without dropout; leave these four as they are"
-        )
+    for name in ("d_head", "d_ff", "tied", "dropout", "architecture"):
+        value, default = getattr(model, name), getattr(GPTConfig(), name)
+        if value != default:
+            raise ConfigError(
+                f"{name}={value}, and the other sides have {default}: leave --{name} out"
+            )
     return work
 
 

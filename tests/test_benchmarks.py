@@ -209,5 +209,5 @@ def test_start_up_times_the_command_itself(
 
 
 def test_a_shape_that_another_side_has_not_is_refused() -> None:
-    with pytest.raises(ConfigError, match="leave these four as they are"):
+    with pytest.raises(ConfigError, match="the other sides have 0.0"):
         parse_work(["--dropout", "0.1"], "tokens_per_second")
