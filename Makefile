@@ -40,8 +40,11 @@ lint: .venv/.installed-dev  ## Check style and types
 	$(VENV_PYTHON) -m ruff format --check .
 	$(VENV_PYTHON) -m mypy
 
-bench: .venv/.installed  ## Measure the time of a step
-	$(VENV_PYTHON) benchmarks/step_time.py
+# benchmarks/NAME.py, each a comparison with a table of its own.
+BENCHMARKS := tokens_per_second tensor_parallel start_up
+
+bench: .venv/.installed-dev  ## Measure speed against what else one could pick: about 15 minutes
+	@for name in $(BENCHMARKS); do $(VENV_PYTHON) benchmarks/$$name.py || exit 1; done
 
 bench-gpu: .venv/.installed  ## Measure a GPU: GPT-2 1.5B and 124M, under eight minutes
 	$(VENV_PYTHON) benchmarks/gpu.py

@@ -25,9 +25,9 @@ PEAK, FLOOR, WARMUP = 1e-3, 1e-4, 100
 
 
 class PlainBlock(nn.Module):
-    def __init__(self, d_model: int, n_heads: int, bias: bool) -> None:
+    def __init__(self, d_model: int, n_heads: int, bias: bool, gelu: str) -> None:
         super().__init__()
-        self.n_heads = n_heads
+        self.n_heads, self.gelu = n_heads, gelu
         self.norm_1 = nn.LayerNorm(d_model, bias=bias)
         self.qkv = nn.Linear(d_model, 3 * d_model, bias=bias)
         self.out = nn.Linear(d_model, d_model, bias=bias)
@@ -42,19 +42,28 @@ class PlainBlock(nn.Module):
         )
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.out(y.transpose(1, 2).flatten(2))
-        return x + self.down(F.gelu(self.up(self.norm_2(x))))
+        return x + self.down(F.gelu(self.up(self.norm_2(x)), approximate=self.gelu))
 
 
 class PlainGPT(nn.Module):
     """(B, T) ids and labels -> the mean loss, all logits at once; embeddings tied."""
 
     def __init__(
-        self, vocab: int, context: int, n_layers: int, n_heads: int, d_model: int, bias: bool
+        self,
+        vocab: int,
+        context: int,
+        n_layers: int,
+        n_heads: int,
+        d_model: int,
+        bias: bool,
+        gelu: str = "none",
     ) -> None:
         super().__init__()
         self.tokens = nn.Embedding(vocab, d_model)
         self.positions = nn.Embedding(context, d_model)
-        self.blocks = nn.ModuleList(PlainBlock(d_model, n_heads, bias) for _ in range(n_layers))
+        self.blocks = nn.ModuleList(
+            PlainBlock(d_model, n_heads, bias, gelu) for _ in range(n_layers)
+        )
         self.norm = nn.LayerNorm(d_model, bias=bias)
         self.head = nn.Linear(d_model, vocab, bias=False)
         self.head.weight = self.tokens.weight
