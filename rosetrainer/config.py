@@ -149,6 +149,8 @@ class OptimConfig:
     """Sequences in one forward pass of a rank; global_batch_size / dp_size unless given."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """muon: Muon for the matrices of the blocks, AdamW for the rest."""
+    head_learning_rate: PositiveOrZero | None = None
+    """AdamW's peak for an output head that is not tied; learning_rate unless given."""
     muon_learning_rate: PositiveOrZero = 0.02
     """Muon's peak learning rate; it follows the same schedule."""
     muon_momentum: BelowOne = 0.95
@@ -236,3 +238,8 @@ class TrainConfig:
         tp_size, dp_size = self.parallel.resolve(world_size)
         self.model.check(tp_size, self.parallel.sequence_parallel)
         self.optim.accumulation(dp_size)
+        if self.model.tied and self.optim.head_learning_rate is not None:
+            raise ConfigError(
+                f"head_learning_rate={self.optim.head_learning_rate:g}, but the output head is the "
+                "token embedding; add --no-tied or leave it out"
+            )
