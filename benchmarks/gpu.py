@@ -116,7 +116,11 @@ def main(limits: Mapping[str, float] = LIMITS) -> int:
     if both:
         ours, plain = (median(both, side, "tokens_per_second") for side in ("ours", "plain"))
         ratio = ours / plain
-    more: dict[str, Any] = {"card": card, "facts": facts, "ended_early": {k: p for k, (_, p) in parts.items()}}
+    more: dict[str, Any] = {
+        "card": card,
+        "facts": facts,
+        "ended_early": {k: p for k, (_, p) in parts.items()},
+    }
     if card:
         keep("gpu-1.5b", share, SHARE_WANTED, big, **more)
         keep("gpu-124m", ratio, RATIO_WANTED, both, **more)

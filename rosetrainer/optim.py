@@ -17,7 +17,8 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> AdamW:
     """What config.optimizer names, over the model's parameters."""
     layers = hidden_layers(model) if config.optimizer == "muon" else []
     muon = [layer.weight for layer in layers]
-    head = [] if config.head_learning_rate is None else list(model.get_submodule("output_head").parameters())
+    own_rate = config.head_learning_rate is not None
+    head = list(model.get_submodule("output_head").parameters()) if own_rate else []
     taken = {id(weight) for weight in (*muon, *head)}
     parameters = [p for p in model.parameters() if id(p) not in taken]
     decayed = [p for p in parameters if shard_spec(p).decay]
