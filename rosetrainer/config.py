@@ -149,6 +149,8 @@ class OptimConfig:
     """Sequences in one forward pass of a rank; global_batch_size / dp_size unless given."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """muon: Muon for the matrices of the blocks, AdamW for the rest."""
+    head_learning_rate: PositiveOrZero | None = None
+    """AdamW's peak for an output head that is not tied; learning_rate unless given."""
     muon_learning_rate: PositiveOrZero = 0.02
     """Muon's peak learning rate; it follows the same schedule."""
     muon_momentum: BelowOne = 0.95
@@ -199,6 +201,8 @@ class RunConfig:
     """bfloat16 is autocast over fp32 parameters; auto takes it where the hardware multiplies it."""
     deterministic: bool = False
     """Only kernels that give the same bits each time. CPUs do anyway; on CUDA it costs speed."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile of each block; auto: on where it is faster and possible, CUDA at tp_size 1."""
     max_skipped: CountOrZero = 0
     """Steps with nan or inf in a gradient that may be skipped before the run stops."""
     checkpoint_every: CountOrZero = 100
@@ -213,6 +217,8 @@ class RunConfig:
     """Seconds without progress after which ranks that hang are ended."""
     check_replicas: CountOrZero = 0
     """Steps between two comparisons of what several ranks hold alike; 0 never compares."""
+    profile: CountOrZero = 0
+    """Steps that torch.profiler records, after five that are not: a trace and a table."""
     threads: CountOrZero = 0
     """CPU threads of a rank; 0 shares the cores among the local ranks."""
 
@@ -232,3 +238,8 @@ class TrainConfig:
         tp_size, dp_size = self.parallel.resolve(world_size)
         self.model.check(tp_size, self.parallel.sequence_parallel)
         self.optim.accumulation(dp_size)
+        if self.model.tied and self.optim.head_learning_rate is not None:
+            raise ConfigError(
+                f"head_learning_rate={self.optim.head_learning_rate:g}, but the output head is the "
+                "token embedding; add --no-tied or leave it out"
+            )

@@ -17,29 +17,33 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> AdamW:
     """What config.optimizer names, over the model's parameters."""
     layers = hidden_layers(model) if config.optimizer == "muon" else []
     muon = [layer.weight for layer in layers]
-    taken = {id(weight) for weight in muon}
+    own_rate = config.head_learning_rate is not None
+    head = list(model.get_submodule("output_head").parameters()) if own_rate else []
+    taken = {id(weight) for weight in (*muon, *head)}
     parameters = [p for p in model.parameters() if id(p) not in taken]
     decayed = [p for p in parameters if shard_spec(p).decay]
     others = [p for p in parameters if not shard_spec(p).decay]
-    groups = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-        {"params": muon, "weight_decay": config.weight_decay, "momentum": config.muon_momentum},
+    decay, rate = {"weight_decay": config.weight_decay}, {"peak": config.learning_rate}
+    groups: list[dict[str, Any]] = [
+        {"params": decayed, **decay, **rate},
+        {"params": others, "weight_decay": 0.0, **rate},
+        {"params": head, **decay, "peak": config.head_learning_rate},
+        {
+            "params": muon,
+            **decay,
+            "peak": config.muon_learning_rate,
+            "momentum": config.muon_momentum,
+        },
     ]
-    used = [group for group in groups if group["params"]]
-    adamw: dict[str, Any] = {
-        "lr": config.learning_rate,
-        "betas": (config.beta1, config.beta2),
-        "eps": config.eps,
-    }
+    used = [{**group, "lr": group["peak"]} for group in groups if group["params"]]
+    adamw: dict[str, Any] = {"betas": (config.beta1, config.beta2), "eps": config.eps}
     return Muon(used, layers[0].tp, **adamw) if layers else AdamW(used, **adamw)
 
 
 def set_learning_rates(optimizer: AdamW, config: OptimConfig, step: int, steps: int) -> float:
     """Sets each group's for the step, which is counted from 0; gives AdamW's."""
     for group in optimizer.param_groups:
-        peak = config.muon_learning_rate if "momentum" in group else config.learning_rate
-        group["lr"] = learning_rate(config, step, steps, peak)
+        group["lr"] = learning_rate(config, step, steps, group["peak"])
     return learning_rate(config, step, steps)
 
 

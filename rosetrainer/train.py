@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from rosetrainer.agreement import check_same_settings, world_axis
+from rosetrainer.block_compile import compile_blocks, compiles
 from rosetrainer.blocks import build_model
 from rosetrainer.checkpoint import Saver, load_checkpoint
 from rosetrainer.comm import all_reduce
@@ -36,6 +37,7 @@ from rosetrainer.rank import last_words
 from rosetrainer.resume import Place, begin, find_beginning
 from rosetrainer.run_folder import describe_run
 from rosetrainer.run_log import RunLog, describe
+from rosetrainer.step_profile import StepProfile, check_profile
 from rosetrainer.tensor_parallel import init_weights
 from rosetrainer.watch import HangWatch
 
@@ -44,7 +46,9 @@ def check_config(config: TrainConfig, world_size: int) -> tuple[TrainConfig, Cor
     """The config with the corpus's vocabulary, all of it checked. Raises ConfigError."""
     config.check(world_size)
     rank, _, local_rank, local_world_size = world_from_environment()
-    choose_device(config.run.device, local_rank, local_world_size)
+    device = choose_device(config.run.device, local_rank, local_world_size)
+    compiles(config, config.parallel.resolve(world_size)[0], device)
+    check_profile(config.run.profile, config.run.steps)
     corpus = open_corpus(config.run.data, config.model.context_length, read_all=local_rank == 0)
     corpus.tokenizer()  # better found broken now than by whoever wants text of the trained model
     model = replace(config.model, vocab_size=corpus.meta.vocab_size)
@@ -102,13 +106,20 @@ def run_here(
         load_checkpoint(place.checkpoint, place.manifest, model, optimizer, dtype)
     else:
         init_weights(model, config.run.seed)
+    compiled, remark = compiles(config, context.tp.size, context.device)
+    if compiled:
+        compile_blocks(model)
     reached = place.manifest.progress if place.manifest else None
     step = reached.step if reached else 0
     if speaks:
-        introduce(config, corpus, model, context, place)
+        introduce(config, corpus, model, context, place, remark)
     peak = sum_over_ranks(matmul_peak(context.device, dtype), context)
     if watch:
         watch.follow(context.axes)
+    profile = None
+    if config.run.profile:
+        where = Path(shown(place.folder))
+        profile = StepProfile(config.run.profile, where, context.rank, context.device)
     with RunLog(place.folder, config.run.steps, step) if speaks else nullcontext() as log:
         loop = TrainingLoop(
             config=config,
@@ -124,6 +135,7 @@ def run_here(
             log=log,
             watch=watch,
             peak=peak,
+            profile=profile,
             step=step,
             skipped=reached.skipped if reached else 0,
             saved=step,
@@ -149,12 +161,22 @@ def say_goodbye(loop: TrainingLoop, folder: Path) -> None:
 
 
 def introduce(
-    config: TrainConfig, corpus: Corpus, model: GPTModel, context: ParallelContext, place: Place
+    config: TrainConfig,
+    corpus: Corpus,
+    model: GPTModel,
+    context: ParallelContext,
+    place: Place,
+    remark: str,
 ) -> None:
-    """Prints the resolved config and the work of a step, once, and writes them to the folder."""
+    """Prints the resolved config and the work of a step, once, and writes them to the folder.
+
+    remark: a line, where there is something to say, of what "auto" came to.
+    """
     describe_run(place.folder, config, corpus.folder)
     for name, component in asdict(config).items():
         print(f"{name}: " + " ".join(f"{key}={value}" for key, value in component.items()))
+    if remark:
+        print(remark)
     optim = config.optim
     accumulation, micro = (f(context.dp.size) for f in (optim.accumulation, optim.micro_batch))
     held = sum(p.numel() for p in model.parameters())

@@ -32,6 +32,7 @@ MAY_BE_ZERO: dict[str, list[object]] = {
     "rotary_base": [1.5],
     "muon_learning_rate": [0, 1.5],
     "muon_momentum": [0],
+    "head_learning_rate": [None],
     "bias": [True],
     "tied": [True],
 }

@@ -17,7 +17,10 @@ FLOORS = [
         *("comm", "flags", "launch", "corpus_files", "performance", "process_group", "failures"),
         "reference_rotary",
     },
-    {"overlap", "dropout", "recompute", "precision", "watch", "checkpoint_files", "adamw"},
+    {
+        *("overlap", "dropout", "recompute", "precision", "watch", "checkpoint_files"),
+        *("adamw", "step_profile"),
+    },
     {"attention"},
     {"tensor_parallel"},
     {"vocab_parallel"},
@@ -25,7 +28,7 @@ FLOORS = [
     {"blocks", "muon"},
     {
         *("encoder_decoder", "data", "data_parallel", "replicas", "clip", "optim"),
-        *("checkpoint", "run_folder", "run_log"),
+        *("checkpoint", "run_folder", "run_log", "block_compile"),
     },
     {"parity", "evaluation", "planner", "training_step", "agreement"},
     {"loop", "resume"},

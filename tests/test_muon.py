@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from ranks import run_ranks
 from torch import Tensor, nn
 
 from rosetrainer.adamw import AdamW
-from rosetrainer.config import OptimConfig, ParallelConfig
+from rosetrainer.config import ConfigError, OptimConfig, ParallelConfig, TrainConfig
 from rosetrainer.data_parallel import accumulate_gradients
 from rosetrainer.model import GPTModel
 from rosetrainer.muon import Muon, hidden_layers, newton_schulz, orthogonalized
@@ -141,3 +142,17 @@ def test_muon_takes_the_linear_layers_and_adamw_the_rest() -> None:
     assert [n for n, muon in groups.items() if muon] == [len(hidden_layers(model))] == [8]
     assert sum(groups) == len(list(model.parameters()))
     assert type(build_optimizer(model, OptimConfig())) is AdamW
+
+
+def test_an_output_head_can_have_a_rate_of_its_own() -> None:
+    model = GPTModel(tiny_config(tied=False))
+    optim = replace(OPTIM, head_learning_rate=0.5)
+    optimizer = build_optimizer(model, optim)
+    set_learning_rates(optimizer, optim, 0, STEPS)  # half of each peak
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert len(rates) == len(list(model.parameters()))
+    assert rates[id(model.output_head.weight)] == 0.25
+    assert rates[id(model.token_embedding.weight)] == 0.5e-3
+    assert rates[id(model.get_parameter("blocks.0.attention.dense.weight"))] == 0.01
+    with pytest.raises(ConfigError, match=r"head_learning_rate=0\.5, but the output head is"):
+        TrainConfig(optim=optim).check(1)
