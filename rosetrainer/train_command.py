@@ -5,15 +5,21 @@ OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node=2 -m rosetrainer train 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import gc
+import json
+import os
+from dataclasses import asdict, dataclass, field
 from typing import Literal
 
 from rosetrainer.config import TrainConfig
-from rosetrainer.fields import Count, check_fields
-from rosetrainer.flags import parse_flags, ranks_to_start
-from rosetrainer.launch import launch
+from rosetrainer.environment import world_from_environment
+from rosetrainer.fields import Count, check_fields, config_from_dict
 from rosetrainer.presets import PRESETS
+from rosetrainer.rank import LAUNCHED
 from rosetrainer.stop import STOP, stop_status
+
+READ = "ROSETRAINER_COMMAND"
+"""Environment variable: the command as JSON, for ranks, which then need not read flags again."""
 
 
 @dataclass(frozen=True)
@@ -31,22 +37,40 @@ class TrainCommand:
 
 def main(argv: list[str]) -> int:
     """The command. Raises ConfigError for a user's mistake, before any process group starts."""
+    if LAUNCHED in os.environ:
+        read = json.loads(os.environ[READ])
+        return run_rank_of(config_from_dict(TrainCommand, read, READ), world_from_environment()[1])
+    from rosetrainer.flags import ranks_to_start
+    from rosetrainer.launch import launch
+
     command = parse_command(argv)
     check_fields(command)
     config = command.config
     world_size, starts = ranks_to_start("train", argv, command.nproc, config.parallel)
     config.check(world_size)
-    if starts:
-        STOP.release()
-        return launch(world_size, ["train", *argv], config.run.threads)
+    if not starts:
+        return run_rank_of(command, world_size)
+    os.environ[READ] = json.dumps(asdict(command), default=str)
+    STOP.release()
+    return launch(world_size, ["train", *argv], config.run.threads)
+
+
+def run_rank_of(command: TrainCommand, world_size: int) -> int:
+    """Trains on this rank."""
+    # Importing makes a million objects and no garbage: looking for some takes a tenth of the time.
+    gc.disable()
     from rosetrainer.train import check_config, train
 
-    _, stopped_by = train(*check_config(config, world_size), command.prove)
+    gc.freeze()
+    gc.enable()
+    _, stopped_by = train(*check_config(command.config, world_size), command.prove)
     return stop_status(stopped_by)
 
 
 def parse_command(argv: list[str]) -> TrainCommand:
     """The preset that argv names, changed by its other flags. Raises ConfigError."""
+    from rosetrainer.flags import parse_flags
+
     prog = "python -m rosetrainer train"
     command = parse_flags(TrainCommand, argv, prog)
     if command.preset == "default":
