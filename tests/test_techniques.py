@@ -120,18 +120,25 @@ def test_a_gradient_that_is_not_finite_is_named_on_every_rank(bad_rank: int, bad
     run_ranks(4, check_not_finite, bad_rank, bad)
 
 
+def blamed(model: GPTModel) -> str:
+    try:
+        check_gradients(model, ParallelContext())
+    except NonFiniteGradientError as error:
+        return str(error)
+    return "nobody"
+
+
 def test_finite_gradients_whose_squares_overflow_are_no_fault() -> None:
     """fp32 ends at 3.4e38, and so do sums of squares: 1e30 is large, but it is a number."""
-    model, context = GPTModel(tiny_config()), ParallelContext()
+    model = GPTModel(tiny_config())
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, 1e30)
-    check_gradients(model, context)
+    assert blamed(model) == "nobody"
     bad = model.get_parameter("blocks.1.attention_norm.weight").grad
     assert bad is not None
     for value in (math.nan, math.inf, -math.inf):
         bad[7] = value
-        with pytest.raises(NonFiniteGradientError, match="rank 0 has .*: blocks.1.attention_norm"):
-            check_gradients(model, context)
+        assert blamed(model).endswith("gradient: blocks.1.attention_norm.weight")
 
 
 def check_drift() -> None:
