@@ -56,7 +56,7 @@ def test_a_full_disk_at_the_start_is_one_line_too(markov: Path, small_disk: Path
     (small_disk / "full").write_bytes(bytes(2**20 - 8192))
     command = [*COMMAND, "--data", str(markov), "--out", str(small_disk / "run")]
     outcome = run(2, command)
-    assert outcome.refused, outcome
+    assert 2 in outcome.statuses, outcome  # the other rank may already miss it, and ends with 1
     assert outcome.complained.startswith(f"error: cannot write in {small_disk / 'run'}: No space")
     assert outcome.complained.count("\n") == 1
 
