@@ -21,7 +21,7 @@ FLOORS = [
     {"model"},
     {
         *("encoder_decoder", "data", "data_parallel", "replicas", "clip", "optim"),
-        *("checkpoint", "run_folder", "run_log"),
+        *("checkpoint", "run_folder", "run_log", "loss_planner"),
     },
     {"parity", "evaluation", "planner", "training_step", "agreement"},
     {"loop", "resume"},
