@@ -13,11 +13,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracle import assert_equal
+from peak import Peak
 from ranks import run_ranks
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from rosetrainer import vocab_parallel
 from rosetrainer.comm import own_slice
@@ -164,30 +162,6 @@ def test_a_second_backward_is_refused_for_the_gradient_has_been_scaled() -> None
     mean.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         mean.backward()
-
-
-class Peak(TorchDispatchMode):
-    """The most bytes of storages alive at once besides those given; no allocator is asked."""
-
-    def __init__(self, *given: Tensor) -> None:
-        super().__init__()
-        self.given = storages(given)
-        self.made: dict[int, tuple[StorageWeakRef, int]] = {}
-        self.bytes = 0
-
-    def __torch_dispatch__(self, function: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        for key, storage in storages(result).items():
-            if key not in self.given:
-                self.made[key] = StorageWeakRef(storage), storage.nbytes()
-        self.made = {key: one for key, one in self.made.items() if not one[0].expired()}
-        self.bytes = max(self.bytes, sum(size for _, size in self.made.values()))
-        return result
-
-
-def storages(tree: Any) -> dict[int, torch.UntypedStorage]:
-    tensors = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
-    return {t.untyped_storage()._cdata: t.untyped_storage() for t in tensors}
 
 
 class WholeCrossEntropy(torch.autograd.Function):
