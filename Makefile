@@ -9,7 +9,7 @@ WORKS := $(VENV_PYTHON) -c 'import pip' 2>/dev/null
 REMAKE := $(shell $(WORKS) || echo remake)
 
 .DEFAULT_GOAL := help
-.PHONY: help train plan test test-steps chaos lint bench clean remake
+.PHONY: help train plan test test-steps chaos lint bench speedrun bench-gpu clean remake
 
 help:  ## List these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -40,8 +40,21 @@ lint: .venv/.installed-dev  ## Check style and types
 	$(VENV_PYTHON) -m ruff format --check .
 	$(VENV_PYTHON) -m mypy
 
-bench: .venv/.installed  ## Measure the time of a step
-	$(VENV_PYTHON) benchmarks/step_time.py
+# benchmarks/NAME.py, each a comparison with a table of its own.
+BENCHMARKS := tokens_per_second tensor_parallel start_up
+
+bench: .venv/.installed-dev  ## Measure speed against what else one could pick: about 15 minutes
+	@for name in $(BENCHMARKS); do $(VENV_PYTHON) benchmarks/$$name.py || exit 1; done
+
+speedrun: .venv/.installed-dev data/shakespeare-chars/meta.json  ## nanoGPT's laptop demo against ours: ten minutes
+	$(VENV_PYTHON) benchmarks/speedrun.py
+
+# TEXT=FILE takes tiny-shakespeare from a file; without it, it is downloaded.
+data/shakespeare-chars/meta.json: .venv/.installed
+	$(VENV_PYTHON) data/prepare.py shakespeare $(TEXT) --tokenizer chars --out data/shakespeare-chars
+
+bench-gpu: .venv/.installed  ## Measure a GPU: GPT-2 1.5B and 124M, under eight minutes
+	$(VENV_PYTHON) benchmarks/gpu.py
 
 clean:  ## Remove caches and builds; leaves .venv, out and the data
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

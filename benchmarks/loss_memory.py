@@ -16,11 +16,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
-from side_by_side import Side, in_turn, introduce, keep, median
-
+from benchmarks.side_by_side import Side, in_turn, introduce, keep, median
 from rosetrainer.fields import Count, check_fields
 from rosetrainer.flags import parse_flags
 from rosetrainer.rank import run_rank

@@ -88,16 +88,25 @@ def processor() -> str:
 
 
 def keep(
-    benchmark: str, ratio: float, wanted: float, found: Mapping[str, Any], **more: Any
+    benchmark: str,
+    ratio: float,
+    wanted: float,
+    found: Mapping[str, Any],
+    at_most: bool = False,
+    **more: Any,
 ) -> Path:
-    """Writes the run's JSON to benchmarks/results, prints where, and gives its path."""
+    """Writes the run's JSON to benchmarks/results, prints where, and gives its path.
+
+    The ratio should be `wanted` or more, or with at_most, or less.
+    """
     now = datetime.now(timezone.utc)
     path = RESULTS / f"{benchmark}-{now:%Y%m%d-%H%M%S}.json"
     RESULTS.mkdir(exist_ok=True)
     run = {
         "benchmark": benchmark,
         "ratio": round(ratio, 4),
-        "wanted": wanted,
+        "wanted": round(wanted, 4),
+        "at most": at_most,
         "date": f"{now:%Y-%m-%d %H:%M} UTC",
         "machine": machine(),
         "flags": sys.argv[1:],
@@ -105,8 +114,9 @@ def keep(
         "figures": found,
     }
     path.write_text(json.dumps(run, indent=1) + "\n")
-    reached = "reached" if ratio >= wanted else "NOT reached"
-    print(f"{benchmark}: ratio {ratio:.2f}, wanted {wanted:g}: {reached}; {shown(path)}")
+    reached = "reached" if (ratio <= wanted if at_most else ratio >= wanted) else "NOT reached"
+    bound = f"at most {wanted:.3g}" if at_most else f"{wanted:.3g}"
+    print(f"{benchmark}: ratio {ratio:.2f}, wanted {bound}: {reached}; {shown(path)}")
     return path
 
 

@@ -29,7 +29,7 @@ def main(argv: list[str]) -> int | None:
         return 0
     if argv[0] not in COMMANDS:
         raise ConfigError(f"unknown command {argv[0]}; it can be {', '.join(COMMANDS)}")
-    module = "checkpoint_command" if argv[0] == "checkpoint" else argv[0]
+    module = f"{argv[0]}_command" if argv[0] in ("checkpoint", "train") else argv[0]
     status = import_module(f"rosetrainer.{module}").main(argv[1:])
     return status if isinstance(status, int) else None
 

@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from rosetrainer.adamw import AdamW
 from rosetrainer.checkpoint_files import Draft, retain
 from rosetrainer.config import RunConfig
 from rosetrainer.manifest import CheckpointError, Manifest, Progress, SavedTensor
@@ -36,7 +37,7 @@ class Saver:
         run: Path,
         attempt: str,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        optimizer: AdamW,
         context: ParallelContext,
         config: RunConfig,
     ) -> None:
@@ -94,7 +95,7 @@ class Saver:
 
 
 def owned_slices(
-    model: nn.Module, optimizer: torch.optim.Optimizer, context: ParallelContext, copy: bool
+    model: nn.Module, optimizer: AdamW, context: ParallelContext, copy: bool
 ) -> tuple[dict[str, Tensor], dict[str, Any], int]:
     """This rank's share of the state: tensors on the CPU by global name, and where they belong.
 
@@ -121,9 +122,7 @@ def owned_slices(
     return tensors, slices, need
 
 
-def whole_state(
-    model: nn.Module, optimizer: torch.optim.Optimizer
-) -> Iterator[tuple[str, Tensor, ShardSpec]]:
+def whole_state(model: nn.Module, optimizer: AdamW) -> Iterator[tuple[str, Tensor, ShardSpec]]:
     """(global name, this rank's tensor, spec): each parameter and the moments that it has."""
     for name, parameter in model.named_parameters():
         spec = shard_spec(parameter)
@@ -164,7 +163,7 @@ def load_checkpoint(
     folder: Path,
     manifest: Manifest,
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: AdamW,
     dtype: torch.dtype,
 ) -> None:
     """Fills this rank's parameters and moments from the slices, whatever layout wrote them.

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 from tyro.conf import Positional
 
+from rosetrainer.blocks import build_model
 from rosetrainer.checkpoint import read_whole
 from rosetrainer.durable_files import write_whole
 from rosetrainer.fields import ConfigError
@@ -21,7 +22,6 @@ from rosetrainer.manifest import (
     checkpoints,
     read_manifest,
 )
-from rosetrainer.model import GPTModel
 from rosetrainer.parallel_context import ParallelContext
 from rosetrainer.tensor_parallel import shard_spec
 
@@ -115,8 +115,9 @@ def export(command: ExportCommand) -> int:
 def whole_weights(folder: Path, manifest: Manifest) -> dict[str, torch.Tensor]:
     """The parameters by name, shaped as nn.Linear would hold them. Raises CheckpointError."""
     shapes_only = ParallelContext(device=torch.device("meta"))
+    model = build_model(manifest.progress.config.model, shapes_only)
     weights = {}
-    for name, parameter in GPTModel(manifest.progress.config.model, shapes_only).named_parameters():
+    for name, parameter in model.named_parameters():
         spec = shard_spec(parameter)
         if name not in manifest.tensors or manifest.tensors[name].shape != spec.shape:
             raise CheckpointError(f"{folder} does not hold {name} as its own config describes it")

@@ -50,6 +50,10 @@ class GPTConfig:
     """The output head shares the token embedding's weights."""
     dropout: BelowOne = 0.0
     """Share of activations that training drops: embeddings, attention, and what blocks add."""
+    architecture: Literal["gpt2", "rotary"] = "gpt2"
+    """rotary: rotary positions, squared ReLU, norms without weights, outputs that begin at zero."""
+    rotary_base: Positive = 10000.0
+    """Rotary positions: the slowest pair of a head turns once in about 6 times as many tokens."""
 
     @property
     def head_width(self) -> int:
@@ -66,6 +70,13 @@ class GPTConfig:
             raise ConfigError(
                 f"d_model={self.d_model} is not divisible by n_heads={self.n_heads}; "
                 f"n_heads can be {one_of(divisors(self.d_model))}, or give d_head"
+            )
+        if self.architecture == "rotary" and self.tied:
+            raise ConfigError("architecture=rotary has an output head of its own; add --no-tied")
+        if self.architecture == "rotary" and self.head_width % 2:
+            raise ConfigError(
+                f"architecture=rotary turns pairs, and a head is {self.head_width} wide; "
+                f"d_head can be {self.head_width + 1}"
             )
         for name, value in (("n_heads", self.n_heads), ("d_ff", self.ff_width)):
             if value % tp_size:
@@ -114,12 +125,12 @@ class ParallelConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW, its schedule and the batch."""
+    """The optimizer, its schedule and the batch."""
 
     learning_rate: PositiveOrZero = 1e-3
-    """Peak learning rate, reached after the warm-up."""
+    """AdamW's peak learning rate, reached after the warm-up."""
     min_lr_ratio: Fraction = 0.1
-    """The cosine ends at this fraction of the peak."""
+    """The schedule ends at this fraction of the peak."""
     warmup_steps: CountOrZero = 20
     """Steps of linear warm-up."""
     weight_decay: PositiveOrZero = 0.1
@@ -136,6 +147,16 @@ class OptimConfig:
     """Sequences in one update, over all ranks: the work is the same in every layout."""
     micro_batch_size: Count | None = None
     """Sequences in one forward pass of a rank; global_batch_size / dp_size unless given."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon: Muon for the matrices of the blocks, AdamW for the rest."""
+    head_learning_rate: PositiveOrZero | None = None
+    """AdamW's peak for an output head that is not tied; learning_rate unless given."""
+    muon_learning_rate: PositiveOrZero = 0.02
+    """Muon's peak learning rate; it follows the same schedule."""
+    muon_momentum: BelowOne = 0.95
+    """Decay of Muon's mean of gradients."""
+    schedule: Literal["cosine", "linear"] = "cosine"
+    """How the learning rate falls after the warm-up."""
 
     def micro_batch(self, dp_size: int) -> int:
         """Sequences in one forward pass of a rank."""
@@ -180,6 +201,8 @@ class RunConfig:
     """bfloat16 is autocast over fp32 parameters; auto takes it where the hardware multiplies it."""
     deterministic: bool = False
     """Only kernels that give the same bits each time. CPUs do anyway; on CUDA it costs speed."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile of each block; auto: on where it is faster and possible, CUDA at tp_size 1."""
     max_skipped: CountOrZero = 0
     """Steps with nan or inf in a gradient that may be skipped before the run stops."""
     checkpoint_every: CountOrZero = 100
@@ -194,6 +217,8 @@ class RunConfig:
     """Seconds without progress after which ranks that hang are ended."""
     check_replicas: CountOrZero = 0
     """Steps between two comparisons of what several ranks hold alike; 0 never compares."""
+    profile: CountOrZero = 0
+    """Steps that torch.profiler records, after five that are not: a trace and a table."""
     threads: CountOrZero = 0
     """CPU threads of a rank; 0 shares the cores among the local ranks."""
 
@@ -213,3 +238,8 @@ class TrainConfig:
         tp_size, dp_size = self.parallel.resolve(world_size)
         self.model.check(tp_size, self.parallel.sequence_parallel)
         self.optim.accumulation(dp_size)
+        if self.model.tied and self.optim.head_learning_rate is not None:
+            raise ConfigError(
+                f"head_learning_rate={self.optim.head_learning_rate:g}, but the output head is the "
+                "token embedding; add --no-tied or leave it out"
+            )

@@ -21,8 +21,10 @@ from rosetrainer.rank import LAUNCHED
 T = TypeVar("T")
 
 
-def parse_flags(cls: type[T], argv: list[str], prog: str) -> T:
+def parse_flags(cls: type[T], argv: list[str], prog: str, default: T | None = None) -> T:
     """An instance of cls out of argv; nested dataclasses give flat flags.
+
+    What argv leaves out is the default's, or each field's own.
 
     Raises ConfigError for a flag or value that does not fit; `--help` prints and exits.
     """
@@ -35,6 +37,7 @@ def parse_flags(cls: type[T], argv: list[str], prog: str) -> T:
                 args=argv,
                 config=(tyro.conf.OmitArgPrefixes,),
                 return_unknown_args=True,
+                default=tyro.MISSING_NONPROP if default is None else default,
             )
     except SystemExit as stop:
         if not stop.code:

@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from rosetrainer.blocks import build_model
 from rosetrainer.comm import broadcast_
 from rosetrainer.config import ParallelConfig
 from rosetrainer.fields import (
@@ -78,7 +79,7 @@ def main(argv: list[str]) -> int:
         return launch(world_size, ["generate", *argv])
     meet(command.device)
     context = init_parallel(ParallelConfig(tp_size=world_size), command.device)
-    model = GPTModel(config.model, context)
+    model = build_model(config.model, context)
     load_whole(model, whole)
     decoder = tokenizer.stream_decoder()
     if isinstance(sys.stdout, io.TextIOWrapper):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from rosetrainer.adamw import AdamW
 from rosetrainer.agreement import agree_to_stop
 from rosetrainer.checkpoint import Saver
 from rosetrainer.config import TrainConfig
@@ -23,6 +24,7 @@ from rosetrainer.precision import Autocast, NonFiniteGradientError
 from rosetrainer.replicas import check_replicas
 from rosetrainer.run_folder import save_weights
 from rosetrainer.run_log import RunLog, traffic
+from rosetrainer.step_profile import StepProfile
 from rosetrainer.stop import STOP
 from rosetrainer.training_step import check_finite, check_skipped, train_step
 from rosetrainer.watch import HangWatch, Pace
@@ -35,7 +37,7 @@ class TrainingLoop:
     config: TrainConfig
     corpus: Corpus
     model: GPTModel
-    optimizer: torch.optim.Optimizer
+    optimizer: AdamW
     context: ParallelContext
     world: Axis
     autocast: Autocast
@@ -46,6 +48,7 @@ class TrainingLoop:
     watch: HangWatch | None
     peak: float
     """FLOP/s of all ranks together."""
+    profile: StepProfile | None = None
     step: int = 0
     skipped: int = 0
     saved: int = 0
@@ -58,9 +61,12 @@ class TrainingLoop:
         try:
             self._steps()
         finally:
+            unfinished = self.profile is not None and self.profile.close()
             self.saver.join()  # what goes on behind training is worth finishing, whatever happened
         self.saver.check()
         self.tell_of_saves()
+        if unfinished:
+            self.say("no profile: training ended before its steps were recorded")
 
     def _steps(self) -> None:
         pace = Pace(self.world, (*self.context.axes, self.world), self.context.device)
@@ -71,6 +77,8 @@ class TrainingLoop:
             pace.begin()
             self.one_step()
             self.say(pace.end())
+            if self.profile:
+                self.say(self.profile.after_step())
             every = self.config.run.check_replicas
             if every and self.step % every == 0:
                 check_replicas(self.model, self.context, self.step)

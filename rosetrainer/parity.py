@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from rosetrainer.blocks import build_model
 from rosetrainer.comm import all_reduce
 from rosetrainer.config import IGNORED, GPTConfig, ParallelConfig
 from rosetrainer.data_parallel import accumulate_gradients
@@ -20,7 +21,8 @@ from rosetrainer.parallel_context import ParallelContext, end_parallel, init_par
 from rosetrainer.performance import choose_dtype
 from rosetrainer.precision import autocast_for
 from rosetrainer.process_group import meet
-from rosetrainer.reference import ReferenceDropout, ReferenceGPT
+from rosetrainer.reference import ReferenceDropout
+from rosetrainer.reference_rotary import build_reference
 from rosetrainer.tensor_parallel import draw_whole, gather_whole, load_whole, shard_spec
 
 # Of the largest gradient of all. One below it may be zero in truth: BOUND of it is float64's 1e-16
@@ -80,7 +82,7 @@ def prove(
     tp, dp = context.tp, context.dp
     short = max(32 // tp.size, 1) * tp.size  # a length that sequence parallelism can divide
     config = replace(config, context_length=min(config.context_length, short))
-    model = GPTModel(config, context)
+    model = build_model(config, context)
     if dtype == torch.float64:
         model.double()
     autocast = autocast_for(dtype, context.device)
@@ -89,7 +91,7 @@ def prove(
         for name, p in model.named_parameters()
     }
     load_whole(model, whole)
-    dense = ReferenceGPT(config).to(context.device).double()
+    dense = build_reference(config).to(context.device).double()
     dense.load_state_dict(whole)
 
     generator = torch.Generator().manual_seed(seed)
@@ -145,7 +147,7 @@ def show_proof(config: GPTConfig, context: ParallelContext, dtype: torch.dtype) 
     in_dtypes = {used: prove(config, context, used) for used in wanted}
     differences = in_dtypes[torch.float64]
     speak = print if context.rank == 0 else _keep_quiet
-    shapes_only = GPTModel(config, replace(context, device=torch.device("meta")))
+    shapes_only = build_model(config, replace(context, device=torch.device("meta")))
     speak("\nwho holds what\n\n" + who_holds_what(shapes_only, context.tp.size))
     speak("\nsame as one process? worst difference / largest value\n")
     names = (str(used).removeprefix("torch.") for used in in_dtypes)

@@ -36,6 +36,11 @@ def main(argv: list[str]) -> int:
     vocabulary = command.vocabulary or corpus_vocabulary(config)
     config = replace(config, model=replace(config.model, vocab_size=vocabulary), parallel=parallel)
     config.check(parallel.tp_size * parallel.dp_size)
+    if config.model.architecture != "gpt2" or config.optim.optimizer != "adamw":
+        raise ConfigError(
+            f"architecture={config.model.architecture} with optimizer={config.optim.optimizer} has "
+            "no closed form here; plan knows gpt2 with adamw"
+        )
     dtype = choose_dtype(config.run.dtype, torch.device("cpu"))
     print(describe(config, plan_training(config, dtype), dtype))
     return 0

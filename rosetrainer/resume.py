@@ -44,6 +44,7 @@ DECISIVE = {
     "run": {
         *("data", "out", "eval_every", "eval_tokens", "device", "max_skipped", "checkpoint_every"),
         *("keep", "resume", "async_checkpoint", "timeout", "check_replicas", "threads"),
+        *("compile", "profile"),
     },
 }
 """The components that decide what a run computes, and their fields that do not."""

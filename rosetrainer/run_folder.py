@@ -17,10 +17,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from rosetrainer.blocks import build_model
 from rosetrainer.config import TrainConfig
 from rosetrainer.durable_files import write_whole
 from rosetrainer.fields import ConfigError, config_from_dict
-from rosetrainer.model import GPTModel
 from rosetrainer.parallel_context import ParallelContext
 from rosetrainer.tensor_parallel import check_whole, gather_whole
 from rosetrainer.tokenizer import Tokenizer, load_tokenizer
@@ -168,7 +168,7 @@ def load_run(folder: Path) -> tuple[TrainConfig, dict[str, Tensor], Tokenizer]:
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"{path} cannot be read as safetensors: {error}") from None
     shapes_only = ParallelContext(device=torch.device("meta"))
-    check_whole(GPTModel(config.model, shapes_only), whole)
+    check_whole(build_model(config.model, shapes_only), whole)
     return config, whole, tokenizer
 
 

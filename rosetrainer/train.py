@@ -1,28 +1,24 @@
-"""Training: the command, and what it sets up before the loop begins.
-
-OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node=2 -m rosetrainer train --tp-size 2
-"""
+"""What training sets up on a rank before the loop begins."""
 
 from __future__ import annotations
 
 import os
 import signal
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 
 from rosetrainer.agreement import check_same_settings, world_axis
+from rosetrainer.block_compile import compile_blocks, compiles
+from rosetrainer.blocks import build_model
 from rosetrainer.checkpoint import Saver, load_checkpoint
 from rosetrainer.comm import all_reduce
 from rosetrainer.config import TrainConfig
 from rosetrainer.data import Corpus, open_corpus
-from rosetrainer.environment import under_torchrun, world_from_environment
+from rosetrainer.environment import world_from_environment
 from rosetrainer.failures import told_once
-from rosetrainer.fields import Count, check_fields
-from rosetrainer.flags import parse_flags, ranks_to_start
-from rosetrainer.launch import launch
 from rosetrainer.loop import TrainingLoop
 from rosetrainer.manifest import folder_name
 from rosetrainer.model import GPTModel
@@ -34,7 +30,6 @@ from rosetrainer.parallel_context import (
     end_parallel,
     init_parallel,
 )
-from rosetrainer.parity import show_proof
 from rosetrainer.performance import be_deterministic, choose_dtype, matmul_peak, set_threads
 from rosetrainer.precision import autocast_for
 from rosetrainer.process_group import meet, own_device
@@ -42,42 +37,18 @@ from rosetrainer.rank import last_words
 from rosetrainer.resume import Place, begin, find_beginning
 from rosetrainer.run_folder import describe_run
 from rosetrainer.run_log import RunLog, describe
-from rosetrainer.stop import STOP, stop_status
+from rosetrainer.step_profile import StepProfile, check_profile
 from rosetrainer.tensor_parallel import init_weights
 from rosetrainer.watch import HangWatch
-
-
-@dataclass(frozen=True)
-class TrainCommand:
-    """Trains a GPT on a corpus that data/prepare.py wrote."""
-
-    config: TrainConfig = field(default_factory=TrainConfig)
-    nproc: Count | None = None
-    """Start this many ranks on this machine; leave it out under torchrun."""
-    prove: bool = False
-    """First show who holds what, and that this layout computes what one process does."""
-
-
-def main(argv: list[str]) -> int:
-    """The command. Raises ConfigError for a user's mistake, before any process group starts."""
-    command = parse_flags(TrainCommand, argv, "python -m rosetrainer train")
-    check_fields(command)
-    parallel = command.config.parallel
-    world_size, starts = ranks_to_start("train", argv, command.nproc, parallel)
-    config, corpus = check_config(command.config, world_size)
-    if starts:
-        STOP.release()
-        return launch(world_size, ["train", *argv], config.run.threads)
-    _, stopped_by = train(config, corpus, command.prove)
-    return stop_status(stopped_by)
 
 
 def check_config(config: TrainConfig, world_size: int) -> tuple[TrainConfig, Corpus]:
     """The config with the corpus's vocabulary, all of it checked. Raises ConfigError."""
     config.check(world_size)
     rank, _, local_rank, local_world_size = world_from_environment()
-    local_ranks = local_world_size if under_torchrun() else world_size
-    choose_device(config.run.device, local_rank, local_ranks)
+    device = choose_device(config.run.device, local_rank, local_world_size)
+    compiles(config, config.parallel.resolve(world_size)[0], device)
+    check_profile(config.run.profile, config.run.steps)
     corpus = open_corpus(config.run.data, config.model.context_length, read_all=local_rank == 0)
     corpus.tokenizer()  # better found broken now than by whoever wants text of the trained model
     model = replace(config.model, vocab_size=corpus.meta.vocab_size)
@@ -124,8 +95,10 @@ def run_here(
     if speaks:
         print(describe(context, dtype, config.run.device))
     if prove_first:
+        from rosetrainer.parity import show_proof  # which not every run has to wait for
+
         show_proof(config.model, context, dtype)
-    model = GPTModel(config.model, context)
+    model = build_model(config.model, context)
     if dtype == torch.float64:
         model.double()
     optimizer = build_optimizer(model, config.optim)
@@ -133,13 +106,20 @@ def run_here(
         load_checkpoint(place.checkpoint, place.manifest, model, optimizer, dtype)
     else:
         init_weights(model, config.run.seed)
+    compiled, remark = compiles(config, context.tp.size, context.device)
+    if compiled:
+        compile_blocks(model)
     reached = place.manifest.progress if place.manifest else None
     step = reached.step if reached else 0
     if speaks:
-        introduce(config, corpus, model, context, place)
+        introduce(config, corpus, model, context, place, remark)
     peak = sum_over_ranks(matmul_peak(context.device, dtype), context)
     if watch:
         watch.follow(context.axes)
+    profile = None
+    if config.run.profile:
+        where = Path(shown(place.folder))
+        profile = StepProfile(config.run.profile, where, context.rank, context.device)
     with RunLog(place.folder, config.run.steps, step) if speaks else nullcontext() as log:
         loop = TrainingLoop(
             config=config,
@@ -155,6 +135,7 @@ def run_here(
             log=log,
             watch=watch,
             peak=peak,
+            profile=profile,
             step=step,
             skipped=reached.skipped if reached else 0,
             saved=step,
@@ -180,12 +161,22 @@ def say_goodbye(loop: TrainingLoop, folder: Path) -> None:
 
 
 def introduce(
-    config: TrainConfig, corpus: Corpus, model: GPTModel, context: ParallelContext, place: Place
+    config: TrainConfig,
+    corpus: Corpus,
+    model: GPTModel,
+    context: ParallelContext,
+    place: Place,
+    remark: str,
 ) -> None:
-    """Prints the resolved config and the work of a step, once, and writes them to the folder."""
+    """Prints the resolved config and the work of a step, once, and writes them to the folder.
+
+    remark: a line, where there is something to say, of what "auto" came to.
+    """
     describe_run(place.folder, config, corpus.folder)
     for name, component in asdict(config).items():
         print(f"{name}: " + " ".join(f"{key}={value}" for key, value in component.items()))
+    if remark:
+        print(remark)
     optim = config.optim
     accumulation, micro = (f(context.dp.size) for f in (optim.accumulation, optim.micro_batch))
     held = sum(p.numel() for p in model.parameters())

@@ -7,13 +7,14 @@ import math
 import torch
 from torch import Tensor, nn
 
+from rosetrainer.adamw import AdamW
 from rosetrainer.clip import clip_gradients
 from rosetrainer.config import TrainConfig
 from rosetrainer.data import Corpus
 from rosetrainer.data_parallel import accumulate_gradients
 from rosetrainer.dropout import DropoutSeed
 from rosetrainer.fields import ConfigError
-from rosetrainer.optim import learning_rate
+from rosetrainer.optim import set_learning_rates
 from rosetrainer.parallel_context import ParallelContext
 from rosetrainer.precision import Autocast, NonFiniteGradientError
 
@@ -22,7 +23,7 @@ def train_step(
     config: TrainConfig,
     corpus: Corpus,
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: AdamW,
     context: ParallelContext,
     autocast: Autocast,
     step: int,
@@ -32,9 +33,7 @@ def train_step(
     Raises NonFiniteGradientError, on every rank and before anything is updated, if a gradient or
     the norm of all is not.
     """
-    rate = learning_rate(config.optim, step, config.run.steps)
-    for group in optimizer.param_groups:
-        group["lr"] = rate
+    rate = set_learning_rates(optimizer, config.optim, step, config.run.steps)
     batches = micro_batches(config, corpus, context, step)
     seed = DropoutSeed(config.run.seed, step)
     loss = accumulate_gradients(model, batches, context, autocast, seed)

@@ -19,6 +19,7 @@ from ranks import run_ranks
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from rosetrainer.adamw import AdamW
 from rosetrainer.clip import clip_gradients
 from rosetrainer.config import IGNORED, GPTConfig, OptimConfig, ParallelConfig
 from rosetrainer.data_parallel import accumulate_gradients
@@ -215,7 +216,7 @@ def kept(model: nn.Module, inputs: tuple[Tensor, ...], seed: DropoutSeed) -> int
     return sum(size for address, (_, size) in saved.items() if address not in weights)
 
 
-def held(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:
+def held(model: nn.Module, optimizer: torch.optim.Optimizer | AdamW) -> dict[str, int]:
     """Bytes of what stays from step to step."""
     groups: dict[str, list[Tensor]] = {
         "parameters": list(model.parameters()),

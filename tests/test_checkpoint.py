@@ -108,10 +108,21 @@ def test_a_resumed_run_is_bitwise_the_one_that_was_not_interrupted(
     assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
+ROTARY: dict[str, Any] = {"architecture": "rotary", "tied": False}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_run_goes_through_layouts_and_computes_what_one_process_does(
-    config: TrainConfig, tmp_path: Path
+    config: TrainConfig, tmp_path: Path, optimizer: Any
 ) -> None:
     """tp 2 -> tp 4 -> dp 2 -> tp 2 x dp 2 -> one process: losses, weights and moments."""
+    muon = optimizer == "muon"
+    if muon:  # with the other GPT
+        config = replace(
+            config,
+            model=replace(config.model, **ROTARY),
+            optim=replace(config.optim, optimizer=optimizer),
+        )
     alone = trained(config, 1, 1, 0)
     out = tmp_path / "moved"
     found: dict[int, float] = {}
@@ -121,10 +132,13 @@ def test_a_run_goes_through_layouts_and_computes_what_one_process_does(
     assert found == pytest.approx(alone, rel=1e-10)
     moved, expected = (state(run / "step_000006") for run in (out, tmp_path / "run"))
     parameters = {name for name in expected if "/" not in name}
-    assert len(expected) == 3 * len(parameters)
+    matrices = {name for name in parameters if f"{name}/momentum_buffer" in expected}
+    assert len(matrices) == 8 * muon
+    assert len(expected) == 3 * len(parameters) - len(matrices)
     assert_all_equal(*({n: s[n] for n in parameters} for s in (moved, expected)))
-    for moment in ("exp_avg", "exp_avg_sq"):
-        names = [name for name in parameters if not name.endswith("query_key_value.bias")]
+    for moment in ("exp_avg", "exp_avg_sq", "momentum_buffer"):
+        names = [name for name in parameters if f"{name}/{moment}" in expected]
+        names = [name for name in names if muon or not name.endswith("query_key_value.bias")]
         ours, theirs = (
             {name: tensors[f"{name}/{moment}"] for name in names} for tensors in (moved, expected)
         )

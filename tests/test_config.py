@@ -29,6 +29,10 @@ MAY_BE_ZERO: dict[str, list[object]] = {
     "beta1": [0],
     "beta2": [0],
     "eps": [1.5],
+    "rotary_base": [1.5],
+    "muon_learning_rate": [0, 1.5],
+    "muon_momentum": [0],
+    "head_learning_rate": [None],
     "bias": [True],
     "tied": [True],
 }

@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from oracle import assert_all_equal, assert_equal, dense_model, gradients, random_batch
 from prepare import main as prepare
 from test_checkpoint import state, train_here
 
-from rosetrainer.config import GPTConfig, OptimConfig, RunConfig, TrainConfig
+from rosetrainer.block_compile import compile_blocks, compiles
+from rosetrainer.blocks import build_model
+from rosetrainer.config import GPTConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
 from rosetrainer.dropout import Dropout, DropoutSeed
-from rosetrainer.parallel_context import init_parallel
+from rosetrainer.model import GPTModel
+from rosetrainer.optim import build_optimizer
+from rosetrainer.parallel_context import ParallelContext, init_parallel
 from rosetrainer.parity import prove
 from rosetrainer.performance import choose_dtype
+from rosetrainer.tensor_parallel import gather_whole, load_whole
 from rosetrainer.train import check_config, train
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU here")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU here"),
+    pytest.mark.filterwarnings("default"),  # torch's compiler and Triton warn of what they do
+]
 MODEL = GPTConfig(context_length=16, n_layers=2, n_heads=4, d_model=64)
 
 
@@ -45,6 +55,67 @@ def test_one_gpu_trains(tmp_path: Path, dtype: str) -> None:
     assert choose_dtype("float32", torch.device("cuda")) == torch.float32
     log = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
     assert len(log) == 31
+
+
+def test_auto_takes_what_is_fast_here() -> None:
+    device = torch.device("cuda", 0)
+    assert compiles(TrainConfig(), 1, device)[0]
+    assert choose_dtype("auto", device) == torch.bfloat16
+    model = build_model(MODEL, ParallelContext(device=device))
+    assert all(group["fused"] for group in build_optimizer(model, OptimConfig()).param_groups)
+
+
+@pytest.mark.parametrize("recompute", ["none", "block"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_compiled_training_gives_the_same_losses(
+    tmp_path: Path, dtype: str, recompute: str
+) -> None:
+    prepare(["markov", "--out", str(tmp_path / "markov")])
+    losses = {}
+    for wanted in ("off", "on"):
+        shared = {"data": tmp_path / "markov", "steps": 6, "checkpoint_every": 0}
+        run = RunConfig(out=tmp_path / wanted, dtype=dtype, compile=wanted, **shared)  # type: ignore[arg-type]
+        parallel = ParallelConfig(recompute=recompute)  # type: ignore[arg-type]
+        optim = OptimConfig(warmup_steps=0, micro_batch_size=4)
+        losses[wanted] = train_here(TrainConfig(MODEL, parallel, optim, run), 1, 0)
+    assert losses["on"].keys() == losses["off"].keys() == set(range(1, 7))
+    # Six updates on: an update of Adam's can turn a rounding of a gradient near zero into a step.
+    tolerance = {"float32": 1e-4, "bfloat16": 8 * torch.finfo(torch.bfloat16).eps}[dtype]
+    for step, loss in losses["on"].items():
+        assert loss == pytest.approx(losses["off"][step], rel=tolerance)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_head_and_loss_of_a_whole_vocabulary_are_the_oracle_s(compiled: bool) -> None:
+    config = GPTConfig(50257, context_length=66, n_layers=1, n_heads=2, d_model=32)
+    dense = dense_model(config)
+    input_ids, labels = random_batch(config, rows=3)
+    _, dense_loss = dense(input_ids, None, labels)
+    dense_loss.backward()
+    context = ParallelContext(device=torch.device("cuda", 0))
+    model = GPTModel(config, context).double()
+    load_whole(model, dense.state_dict())
+    if compiled:
+        compile_blocks(model)
+    _, loss = model(input_ids.cuda(), labels=labels.cuda(), return_logits=False)
+    assert loss is not None
+    assert_equal("loss", loss.cpu(), dense_loss)
+    loss.backward()
+    ours = gather_whole(model, context.tp, gradients=True)
+    assert_all_equal({name: tensor.cpu() for name, tensor in ours.items()}, gradients(dense))
+
+
+def test_a_profile_shows_the_kernels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prepare(["markov", "--out", str(tmp_path / "markov")])
+    run = RunConfig(data=tmp_path / "markov", out=tmp_path / "run", steps=8, profile=2)
+    train(*check_config(TrainConfig(MODEL, run=run), 1))
+    trace = json.loads((tmp_path / "run" / "trace_rank_00000.json").read_text())
+    assert any(event.get("cat") == "kernel" for event in trace["traceEvents"])
+    (_, told) = capsys.readouterr().out.split("profile of 2 steps: ")
+    title, first, *_ = told.splitlines()[1:]
+    assert title.startswith("own time on the CUDA ")
+    assert not first.startswith("aten::")  # a kernel, not what launched it
+    assert float(first.split()[-3]) > 0
 
 
 def test_a_deterministic_run_goes_on_bitwise(tmp_path: Path) -> None:

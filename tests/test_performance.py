@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -21,7 +18,6 @@ from rosetrainer.performance import choose_dtype, flops_per_token, matmul_peak, 
 from rosetrainer.precision import autocast_for
 from rosetrainer.tensor_parallel import init_weights
 
-ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 
 
@@ -95,26 +91,6 @@ def test_threads_are_what_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None
         assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)
-
-
-def test_the_benchmark_prints_both_layouts_and_their_ratio() -> None:
-    small = ["--n-layers", "1", "--d-model", "32", "--n-heads", "2", "--context-length", "16"]
-    done = subprocess.run(
-        [sys.executable, "benchmarks/step_time.py", *small, "--rounds", "1", "--steps", "2"],
-        cwd=ROOT,
-        env=os.environ,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "matmul peak" in done.stdout
-    for layout in ("one process, 2 threads", "tp 2, 1 thread each"):
-        (line,) = [line for line in done.stdout.splitlines() if layout in line]
-        assert "tokens/s" in line
-        assert line.endswith("of the peak")
-    assert "tp 2 reaches" in done.stdout
 
 
 def test_native_bf16_reads_the_processor_where_torch_does_not_tell(

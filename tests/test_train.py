@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,8 +26,10 @@ from rosetrainer.evaluation import evaluate
 from rosetrainer.fields import ConfigError
 from rosetrainer.model import GPTModel
 from rosetrainer.parallel_context import Axis, ParallelContext, init_tensor_parallel
+from rosetrainer.presets import PRESETS
 from rosetrainer.run_log import _rounded
-from rosetrainer.train import check_config, main, sum_over_ranks, train
+from rosetrainer.train import check_config, sum_over_ranks, train
+from rosetrainer.train_command import main, parse_command
 from rosetrainer.training_step import micro_batches
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -401,3 +404,29 @@ def test_the_tour_shows_its_stages_in_order(tmp_path: Path) -> None:
     again = start(*command, cwd=tmp_path, code=tmp_path)
     assert again.returncode == 0
     assert again.stdout.startswith("If ")
+
+
+def test_what_starts_ranks_imports_no_torch_and_a_rank_no_compiler(
+    markov: Path, tmp_path: Path
+) -> None:
+    """Each costs as long as everything else before the first loss."""
+    launcher = "import sys; import rosetrainer.train_command; assert 'torch' not in sys.modules"
+    own = ["--data", str(markov), "--out", str(tmp_path / "run"), *SMALL, "--n-heads", "2"]
+    rank = (
+        f"from rosetrainer.train_command import main; main({own}); import sys; "
+        "assert 'torch' in sys.modules and 'torch._dynamo' not in sys.modules"
+    )
+    for program in (launcher, rank):
+        done = start("-c", program)
+        assert done.returncode == 0, done.stderr
+
+
+def test_a_preset_is_changed_by_the_flags_beside_it() -> None:
+    command = parse_command(["--steps", "7", "--preset", "speedrun", "--n-layers", "3"])
+    speedrun = PRESETS["speedrun"]
+    assert (command.config.run.steps, command.config.model.n_layers) == (7, 3)
+    assert command.config.optim == speedrun.optim
+    assert command.config.model == replace(speedrun.model, n_layers=3)
+    assert parse_command([]).config == TrainConfig() == PRESETS["default"]
+    with pytest.raises(ConfigError, match="preset"):
+        parse_command(["--preset", "fastest"])

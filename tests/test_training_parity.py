@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from oracle import assert_all_equal, assert_equal, dense_model, gradients, random_batch, tiny_config
 from ranks import run_ranks
 from torch import Tensor
 
+from rosetrainer.adamw import AdamW
 from rosetrainer.clip import clip_gradients
 from rosetrainer.config import GPTConfig, OptimConfig, ParallelConfig
 from rosetrainer.data_parallel import accumulate_gradients, buckets
@@ -49,8 +52,8 @@ def dense_optimizer(dense: torch.nn.Module, kind: str) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=1e-3, betas=(0.8, 0.9), eps=1e-7)
 
 
-def set_rate(optimizer: torch.optim.Optimizer, step: int) -> None:
-    if isinstance(optimizer, torch.optim.AdamW):
+def set_rate(optimizer: torch.optim.Optimizer | AdamW, step: int) -> None:
+    if not isinstance(optimizer, torch.optim.SGD):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(OPTIM, step, STEPS)
 
@@ -145,6 +148,34 @@ def check_moments(dp_size: int) -> None:
 
 def test_the_moments_equal_dense() -> None:
     run_ranks(4, check_moments, 2)
+
+
+def test_adamw_is_bitwise_torch_s() -> None:
+    generator = torch.Generator().manual_seed(3)
+    start = [torch.randn(7, 5, generator=generator), torch.randn(3, generator=generator)]
+    ours, theirs = ([torch.nn.Parameter(t.clone()) for t in start] for _ in range(2))
+    how: dict[str, Any] = {"lr": 0.01, "betas": (0.8, 0.9), "eps": 1e-7}
+    groups = [
+        [{"params": [p], "weight_decay": 0.3 * i} for i, p in enumerate(o)] for o in (ours, theirs)
+    ]
+    optimizers = AdamW(groups[0], **how), torch.optim.AdamW(groups[1], **how, fused=True)
+    for step in range(4):
+        for optimizer in optimizers:
+            optimizer.param_groups[1]["lr"] = 0.1 / (step + 1)
+        for mine, other in zip(ours, theirs, strict=True):
+            mine.grad = torch.randn(mine.shape, generator=generator)
+            other.grad = mine.grad.clone()
+        if step == 2:
+            ours[0].grad = theirs[0].grad = None  # passed over
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        assert all(p.grad is None for p in ours)
+    for mine, other in zip(ours, theirs, strict=True):
+        assert torch.equal(mine, other)
+        states = optimizers[0].state[mine], optimizers[1].state[other]
+        assert states[0].keys() == states[1].keys()
+        assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
 
 
 def check_batches_count_once() -> None:

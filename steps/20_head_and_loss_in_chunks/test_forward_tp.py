@@ -153,7 +153,7 @@ def check_loss(context: ParallelContext, scale: float, chunk: int) -> None:
     (UPSTREAM * dense_mean).backward()
     own = (own_slice(x, tp, 1) if tp.sequence_parallel else x).requires_grad_()
     tp.ledger.clear()
-    with mock.patch.object(vocab_parallel, "CHUNK_BYTES", chunk * rows * 8):
+    with mock.patch.dict(vocab_parallel.CHUNK_BYTES, {context.device.type: chunk * rows * 8}):
         mean, losses = table.loss(own, labels)
     (UPSTREAM * mean).backward()
     entries = tp.ledger.entries.items()
@@ -223,7 +223,7 @@ def check_memory(context: ParallelContext) -> None:
         with Peak(x, table.weight, labels, local) as peak:
             loss().backward()
         peaks[name] = peak.bytes
-    chunk = min(vocab_parallel.rows_of_a_chunk(rows, 4), n)
+    chunk = min(vocab_parallel.rows_of_a_chunk(rows, 4, context.device.type), n)
     say(f"{rows} of 50304 rows, {n} tokens, {chunk} at a time: bytes at the peak {peaks}")
     largest = 4 * (n * d + rows * d + chunk * rows)  # both gradients, and a chunk of logits
     if chunk * rows > n * d and context.device.type == "cpu":

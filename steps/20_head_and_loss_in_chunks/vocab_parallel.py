@@ -26,8 +26,9 @@ from tensor_parallel import ShardSpec, new_parameter
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-CHUNK_BYTES = 32 * 2**20  # of logits that the loss holds at a time
-ROWS_OF_A_SUM = 2048  # of the weight's gradient, where products are shorter than their sum
+# Of logits that the loss holds at a time; a GPU's products want more rows than a CPU's.
+CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}
+ROWS_OF_A_SUM = 2048  # of the weight's gradient on a CPU, where products are shorter than their sum
 PADDED_TO = 128  # rows: a multiple that most tp sizes divide, and that matrix products like
 
 
@@ -124,7 +125,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if wanted:
             x_gradient = torch.empty_like(rows)
             weight_gradient = torch.zeros_like(weight, dtype=dtype)
-        step = rows_of_a_chunk(len(weight), dtype.itemsize)
+        step = rows_of_a_chunk(len(weight), dtype.itemsize, x.device.type)
         for chunk in (slice(first, first + step) for first in range(0, len(rows), step)):
             logits = F.linear(rows[chunk], table).to(dtype)  # (rows of the chunk, V/tp)
             own = (labels.flatten()[chunk], shares.flatten()[chunk])
@@ -153,9 +154,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return summing.wait(), weight_gradient, None, None, None, None, None
 
 
-def rows_of_a_chunk(columns: int, width: int) -> int:
+def rows_of_a_chunk(columns: int, width: int, device: str = "cpu") -> int:
     """How many tokens' logits, of `width` bytes each, the loss holds at a time; at least one's."""
-    return max(CHUNK_BYTES // (columns * width), 1)
+    return max(CHUNK_BYTES[device] // (columns * width), 1)
 
 
 def _cross_entropy_(
@@ -185,8 +186,9 @@ def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
     if total.dtype == a.dtype:
         total.addmm_(a, b)
         return
-    # In blocks that stay in the processor's cache between the product and the sum.
-    for block, rows in zip(total.split(ROWS_OF_A_SUM), a.split(ROWS_OF_A_SUM), strict=True):
+    # On a CPU in blocks that stay in its cache between the product and the sum.
+    size = ROWS_OF_A_SUM if total.device.type == "cpu" else len(total)
+    for block, rows in zip(total.split(size), a.split(size), strict=True):
         block += rows @ b
 
 

@@ -1,0 +1,59 @@
+"""A step of `python -m rosetrainer train`, out of the same pieces, on tokens that need no file."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from benchmarks.work import Work
+from rosetrainer.blocks import build_model
+from rosetrainer.config import OptimConfig, TrainConfig
+from rosetrainer.data import Corpus
+from rosetrainer.optim import build_optimizer
+from rosetrainer.parallel_context import ParallelContext
+from rosetrainer.precision import autocast_for
+from rosetrainer.tensor_parallel import init_weights
+from rosetrainer.training_step import train_step
+
+
+class SameBatch(Corpus):
+    """The work's batch, in every step."""
+
+    def __init__(self, work: Work) -> None:
+        self._batch = [tensor.numpy() for tensor in work.batch()]
+
+    def train_batch(self, seed: int, step: int, global_batch_size: int, rows: range) -> Any:
+        inputs, labels = (array[rows.start : rows.stop] for array in self._batch)
+        return inputs, labels
+
+
+class OurStep:
+    """What `train` sets up, and its train_step."""
+
+    def __init__(
+        self, work: Work, dtype: torch.dtype, context: ParallelContext | None = None
+    ) -> None:
+        self.context = context or ParallelContext()
+        self.config = TrainConfig(work.model, optim=OptimConfig(global_batch_size=work.batch_size))
+        self.corpus = SameBatch(work)
+        self.model = build_model(work.model, self.context)
+        if dtype == torch.float64:
+            self.model.double()
+        self.optimizer = build_optimizer(self.model, self.config.optim)
+        init_weights(self.model, self.config.run.seed)
+        self.autocast = autocast_for(dtype, self.context.device)
+        self.steps = 0
+
+    def __call__(self) -> tuple[float, float]:
+        figures = train_step(
+            self.config,
+            self.corpus,
+            self.model,
+            self.optimizer,
+            self.context,
+            self.autocast,
+            self.steps,
+        )
+        self.steps += 1
+        return figures["train/loss"], figures["train/grad_norm"]

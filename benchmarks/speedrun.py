@@ -1,0 +1,99 @@
+"""nanoGPT's laptop demo against `train --preset speedrun`: seconds to the last update, and losses.
+
+make speedrun
+
+The plain side is timed from its first update to its 2000th, ours from the start of the command, its
+imports included, to its last update. Both then see all of the validation text, in windows of 64.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.side_by_side import Side, in_turn, introduce, keep, median
+from rosetrainer.fields import ConfigError, Count, CountOrZero, check_fields
+from rosetrainer.flags import parse_flags
+from rosetrainer.presets import PRESETS
+from rosetrainer.rank import run_rank
+
+PLAIN, OURS = "nanoGPT's recipe", "speedrun"
+TIMES, LOSS = 12.0, 1.88
+RANKS = ["--nproc", "2", "--dp-size", "2"]  # data-parallel, a core each
+
+
+@dataclass(frozen=True)
+class Speedrun:
+    """Compares the recipe with the preset, in turn, each round with seeds of its own."""
+
+    corpus: Path = Path("data/shakespeare-chars")
+    """What data/prepare.py made of tiny-shakespeare with --tokenizer chars."""
+    rounds: Count = 5
+    first_seed: CountOrZero = 101
+    """Of the first round; seeds below 100 were used in tuning."""
+
+
+def ours(corpus: Path, seed: int) -> dict[str, float]:
+    """One run of the command: seconds from its start to its last update, and its loss then."""
+    steps = PRESETS["speedrun"].run.steps
+    last = f"step {steps:5d}/{steps}  loss"
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "run"
+        command = [sys.executable, "-m", "rosetrainer", "train", "--preset", "speedrun", *RANKS]
+        command += ["--data", str(corpus), "--out", str(out), "--seed", str(seed)]
+        started = time.perf_counter()
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert process.stdout
+        seconds = 0.0
+        for line in process.stdout:
+            if line.startswith(last):
+                seconds = time.perf_counter() - started
+        if process.wait() or not seconds:
+            sys.exit(f"error: {' '.join(command)} ended with {process.returncode}")
+        log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return {"seconds": seconds, "updates": steps, "loss": log[-1]["val/loss"], "seed": seed}
+
+
+def main(argv: list[str]) -> int:
+    if argv[:1] == ["--round"]:
+        print(json.dumps(ours(Path(argv[1]), int(argv[2]))))
+        return 0
+    bench = parse_flags(Speedrun, argv, "python benchmarks/speedrun.py")
+    check_fields(bench)
+    if not (bench.corpus / "meta.json").exists():
+        raise ConfigError(
+            f"{bench.corpus} holds no corpus; make it: python data/prepare.py shakespeare "
+            f"--tokenizer chars --out {bench.corpus}"
+        )
+    here = Path(__file__).resolve().parent
+    found: dict[str, list[dict[str, float]]] = {PLAIN: [], OURS: []}
+    for seed in range(bench.first_seed, bench.first_seed + bench.rounds):
+        words = [str(bench.corpus), str(seed)]
+        plain = [str(here / "baseline_recipe.py"), words[0], "2000", words[1]]
+        sides = [
+            Side(PLAIN, plain, {"OMP_NUM_THREADS": str(os.cpu_count())}),
+            Side(OURS, [__file__, "--round", *words]),
+        ]
+        for side, figures in in_turn(sides, 1).items():
+            found[side] += figures
+    introduce("2 ranks x 1 thread against one process with all cores")
+    for side, rounds in found.items():
+        losses = ", ".join(f"{figures['loss']:.4f}" for figures in rounds)
+        print(f"  {side:18} {median(found, side, 'seconds'):7.2f} s  val loss {losses}")
+    ratio = median(found, PLAIN, "seconds") / median(found, OURS, "seconds")
+    worst = max(figures["loss"] for figures in found[OURS])
+    keep("speedrun", ratio, TIMES, found, worst_loss=worst, wanted_loss=LOSS)
+    print(f"worst loss {worst:.4f}, wanted {LOSS} or lower: {'yes' if worst <= LOSS else 'NO'}")
+    return 0 if ratio >= TIMES and worst <= LOSS else 1
+
+
+if __name__ == "__main__":
+    run_rank(lambda: main(sys.argv[1:]))

@@ -1,0 +1,129 @@
+"""Tensor parallel: ours against torch's DTensor, and against one process; where the time goes.
+
+python benchmarks/tensor_parallel.py
+
+Two ranks with one thread each, and one process with two threads: the same model and the same work,
+in bf16 where the processor has it, in turn.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+
+from benchmarks.breakdown import breakdown, without_communication
+from benchmarks.dtensor_step import DTensorStep
+from benchmarks.our_step import OurStep
+from benchmarks.plain_step import plain_model
+from benchmarks.side_by_side import Rounds, in_turn, introduce, keep, median
+from benchmarks.work import Work, matmul_peaks, parse_work, print_table, seconds_of, side_of
+from rosetrainer.environment import under_torchrun, world_from_environment
+from rosetrainer.launch import launch
+from rosetrainer.parallel_context import ParallelContext, end_parallel, init_tensor_parallel
+from rosetrainer.performance import choose_dtype
+from rosetrainer.process_group import meet
+from rosetrainer.rank import run_rank
+
+NAME = "tensor_parallel"
+RANKS = 2
+ALONE, OURS = "ours, one process", "ours, tp 2"
+DTENSOR, DTENSOR_FUSED = "DTensor, tp 2", "DTensor, tp 2, fused AdamW"
+DTENSOR_WANTED, ALONE_WANTED = 1.2, 0.75
+
+Figures = dict[str, Any]
+
+
+def ours(work: Work, dtype: torch.dtype, context: ParallelContext) -> Figures:
+    step = OurStep(work, dtype, context)
+    return {
+        "seconds": seconds_of(step, work.steps),
+        "parts": breakdown(step, work.steps),
+        "without communication": without_communication(step, work.steps),
+    }
+
+
+def dtensor(work: Work, dtype: torch.dtype, fused: bool) -> Figures:
+    mesh = init_device_mesh("cpu", (RANKS,))
+    step = DTensorStep(work, dtype, plain_model(work.model), mesh, fused)
+    return {"seconds": seconds_of(step, work.steps)}
+
+
+PARALLEL: dict[str, Callable[[Work, torch.dtype, ParallelContext], Figures]] = {
+    OURS: ours,
+    DTENSOR: lambda work, dtype, context: dtensor(work, dtype, fused=False),
+    DTENSOR_FUSED: lambda work, dtype, context: dtensor(work, dtype, fused=True),
+}
+
+
+def one_round(name: str, work: Work) -> Figures:
+    dtype = choose_dtype("auto", torch.device("cpu"))
+    if name == "peak":
+        return matmul_peaks()
+    if name == ALONE:
+        return {"seconds": seconds_of(OurStep(work, dtype), work.steps)}
+    meet("cpu")
+    figures = PARALLEL[name](work, dtype, init_tensor_parallel(device="cpu"))
+    end_parallel()
+    return figures
+
+
+def run_round(name: str, argv: list[str]) -> int:
+    """One process, or the launcher of two, or one of these; rank 0 prints the figures."""
+    if name in PARALLEL and not under_torchrun():
+        return launch(RANKS, ["--round", name, *argv], 1, f"benchmarks.{NAME}")
+    figures = one_round(name, parse_work(argv, NAME, RANKS))
+    if world_from_environment()[0] == 0:
+        print(json.dumps(figures), flush=True)
+    return 0
+
+
+def print_parts(found: Rounds) -> None:
+    """The medians of each part of our step, and the bound."""
+    print(f"where the time of {OURS} goes, on rank 0:")
+    whole = median_part(found, "all")
+    for name in found[OURS][0]["parts"]:
+        seconds = median_part(found, name)
+        print(f"  {name:32} {seconds * 1e3:6.0f} ms  {seconds / whole:4.0%}")
+    bound = median(found, OURS, "without communication")
+    print(
+        f"  without communication (wrong results, only the time): {bound * 1e3:.0f} ms a step, "
+        f"{median(found, ALONE, 'seconds') / bound:.2f} of one process"
+    )
+
+
+def median_part(found: Rounds, name: str) -> float:
+    parts = {OURS: [figures["parts"] for figures in found[OURS]]}
+    return median(parts, OURS, name)
+
+
+def main(argv: list[str]) -> int:
+    if argv[:1] == ["--round"]:
+        return run_round(argv[1], argv[2:])
+    work = parse_work(argv, NAME, RANKS)
+    dtype: Literal["float32", "bfloat16"] = (
+        "bfloat16" if choose_dtype("auto", torch.device("cpu")) == torch.bfloat16 else "float32"
+    )
+    introduce(f"{work}, {dtype}, one process with 2 threads, 2 ranks with 1 each")
+    threads = {ALONE: 2, **dict.fromkeys(PARALLEL, 1), "peak": 2}
+    sides = [side_of(name, NAME, argv, count) for name, count in threads.items()]
+    found = in_turn(sides, work.rounds)
+    print_table(work, found, dict.fromkeys((ALONE, *PARALLEL), dtype))
+    print_parts(found)
+    seconds = median(found, OURS, "seconds")
+    best = min(median(found, name, "seconds") for name in (DTENSOR, DTENSOR_FUSED))
+    keep("tensor-parallel-dtensor", best / seconds, DTENSOR_WANTED, found)
+    alone = median(found, ALONE, "seconds")
+    keep("tensor-parallel-one-process", alone / seconds, ALONE_WANTED, found)
+    return 0
+
+
+if __name__ == "__main__":
+    run_rank(lambda: main(sys.argv[1:]))

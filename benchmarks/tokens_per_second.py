@@ -1,0 +1,97 @@
+"""Tokens/s: ours against a plain GPT-2 in bf16, and against Hugging Face's in fp32.
+
+python benchmarks/tokens_per_second.py
+
+One process, two threads, the same model and the same work on each side, in turn; this machine's
+matmul peak in the same run.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+from benchmarks.our_step import OurStep
+from benchmarks.plain_step import HuggingFaceGPT2, PlainStep
+from benchmarks.side_by_side import Rounds, in_turn, introduce, keep, median
+from benchmarks.work import (
+    Step,
+    Work,
+    matmul_peaks,
+    parse_work,
+    peak_of,
+    print_table,
+    seconds_of,
+    side_of,
+)
+from rosetrainer.performance import has_native_bf16
+from rosetrainer.rank import run_rank
+
+NAME = "tokens_per_second"
+OURS_BF16, PLAIN_BF16 = "ours, bf16", "plain GPT-2, bf16"
+OURS_FP32, HUGGING_FACE = "ours, fp32", "Hugging Face GPT-2, fp32"
+SIDES: dict[str, Callable[[Work], Step]] = {
+    OURS_BF16: lambda work: OurStep(work, torch.bfloat16),
+    PLAIN_BF16: lambda work: PlainStep(work, torch.bfloat16),
+    OURS_FP32: lambda work: OurStep(work, torch.float32),
+    HUGGING_FACE: lambda work: PlainStep(work, torch.float32, HuggingFaceGPT2(work.model)),
+}
+BF16_WANTED, FP32_WANTED, PEAK_WANTED = 1.3, 1.1, 0.85
+
+
+def one_round(name: str, work: Work) -> dict[str, Any]:
+    if name == "peak":
+        return matmul_peaks()
+    return {"seconds": seconds_of(SIDES[name](work), work.steps)}
+
+
+def fp32_wanted(work: Work, found: Rounds) -> float:
+    """1.1 times Hugging Face, or 85 % of the peak where that is less."""
+    theirs = work.flops / median(found, HUGGING_FACE, "seconds")
+    return min(FP32_WANTED, PEAK_WANTED * peak_of(found, "float32") / theirs)
+
+
+def sides_here() -> dict[str, Literal["float32", "bfloat16"]]:
+    """The sides that this machine can run, each with its dtype; says which it cannot."""
+    sides: dict[str, Literal["float32", "bfloat16"]] = {OURS_FP32: "float32"}
+    if has_native_bf16(torch.device("cpu")):
+        sides = {OURS_BF16: "bfloat16", PLAIN_BF16: "bfloat16", **sides}
+    else:
+        print("this processor has no native bf16: it is emulated, and not compared")
+    if find_spec("transformers"):
+        sides[HUGGING_FACE] = "float32"
+    else:
+        print("no transformers here, so no Hugging Face side: pip install -r requirements-dev.txt")
+    return sides
+
+
+def main(argv: list[str]) -> None:
+    if argv[:1] == ["--round"]:
+        print(json.dumps(one_round(argv[1], parse_work(argv[2:], NAME))))
+        return
+    work = parse_work(argv, NAME)
+    introduce(f"{work}, 2 threads")
+    dtypes = sides_here()
+    found = in_turn([side_of(name, NAME, argv) for name in (*dtypes, "peak")], work.rounds)
+    print_table(work, found, dtypes)
+
+    def ratio(theirs: str, ours: str) -> float:
+        return median(found, theirs, "seconds") / median(found, ours, "seconds")
+
+    if OURS_BF16 in dtypes:
+        keep("tokens-per-second-bf16", ratio(PLAIN_BF16, OURS_BF16), BF16_WANTED, found)
+    if HUGGING_FACE in dtypes:
+        wanted = fp32_wanted(work, found)
+        keep("tokens-per-second-fp32", ratio(HUGGING_FACE, OURS_FP32), wanted, found)
+
+
+if __name__ == "__main__":
+    run_rank(lambda: main(sys.argv[1:]))

@@ -1,0 +1,213 @@
+"""The benchmarks compare equal work: each side's loss and gradients, and that they run at all."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import run_ranks
+from test_huggingface import rename
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+
+from benchmarks import dtensor_step, side_by_side, start_up, tensor_parallel, tokens_per_second
+from benchmarks.breakdown import Sum
+from benchmarks.our_step import OurStep
+from benchmarks.plain_step import HuggingFaceGPT2, PlainStep, plain_model
+from benchmarks.side_by_side import Rounds, Side
+from benchmarks.work import Work, parse_work
+from rosetrainer.config import GPTConfig
+from rosetrainer.fields import ConfigError
+from rosetrainer.parallel_context import init_tensor_parallel
+from rosetrainer.tensor_parallel import load_whole
+
+WORK = Work(GPTConfig(31, 10, 2, 4, 24), batch_size=3, steps=1, rounds=1)
+FLAGS = [
+    *("--n-layers", "1", "--d-model", "32", "--n-heads", "2", "--context-length", "16"),
+    *("--rounds", "1", "--steps", "1"),
+]
+BLOCK_NAMES = {
+    "norm_1": "attention_norm",
+    "qkv": "attention.query_key_value",
+    "out": "attention.dense",
+    "norm_2": "feed_forward_norm",
+    "up": "feed_forward.dense_h_to_4h",
+    "down": "feed_forward.dense_4h_to_h",
+}
+
+
+def our_names(plain: nn.Module) -> dict[str, Tensor]:
+    """A PlainGPT's parameters by our names."""
+    outer = {"tokens": "token_embedding", "positions": "position_embedding", "norm": "final_norm"}
+    ours = {}
+    for name, parameter in plain.named_parameters():
+        module, leaf = name.rsplit(".", 1)
+        if module.startswith("blocks."):
+            _, layer, inner = module.split(".")
+            module = f"blocks.{layer}.{BLOCK_NAMES[inner]}"
+        else:
+            module = outer[module]
+        ours[f"{module}.{leaf}"] = parameter.detach()
+    return ours
+
+
+@torch.no_grad()
+def disturb(model: nn.Module) -> None:
+    """No bias is zero, no norm is one."""
+    generator = torch.Generator().manual_seed(7)
+    for parameter in model.parameters():
+        parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
+
+
+def expect(step: tuple[float, float], other: tuple[float, float], tolerance: float) -> None:
+    """Loss and norm of the gradients."""
+    assert step == pytest.approx(other, rel=tolerance, abs=0)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    # bf16 keeps 8 bits, and its roundings fall differently in either code.
+    [(torch.float64, 1e-10), (torch.float32, 1e-5), (torch.bfloat16, 2**-7)],
+)
+def test_the_plain_side_computes_what_ours_does(dtype: torch.dtype, tolerance: float) -> None:
+    plain = plain_model(WORK.model)
+    disturb(plain)
+    theirs, ours = PlainStep(WORK, dtype, plain), OurStep(WORK, dtype)
+    load_whole(ours.model, our_names(plain))
+    expect(ours(), theirs(), tolerance)
+
+
+def test_hugging_face_s_side_computes_what_ours_does() -> None:
+    """Its loss is in fp32 whatever its weights are."""
+    model = HuggingFaceGPT2(WORK.model)
+    disturb(model)
+    theirs, ours = PlainStep(WORK, torch.float64, model), OurStep(WORK, torch.float64)
+    load_whole(ours.model, rename(dict(model.theirs.named_parameters())))
+    expect(ours(), theirs(), 1e-6)
+
+
+def check_dtensor(fused: bool) -> None:
+    context = init_tensor_parallel(device="cpu")
+    plain = plain_model(WORK.model)
+    disturb(plain)
+    ours = OurStep(WORK, torch.float64, context)
+    load_whole(ours.model, our_names(plain))
+    mesh = init_device_mesh("cpu", (context.world_size,))
+    theirs = dtensor_step.DTensorStep(WORK, torch.float64, plain, mesh, fused)
+    expect(ours(), theirs(), 1e-10)
+    one_process = plain_model(WORK.model)
+    disturb(one_process)
+    whole = PlainStep(WORK, torch.float64, one_process)
+    whole()
+    expect(theirs(), whole(), 1e-10)  # of updated weights
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_dtensors_side_computes_what_ours_does(fused: bool) -> None:
+    run_ranks(2, check_dtensor, fused)
+
+
+def check_control() -> None:
+    dtensor_step.heads_together = lambda qkv, ranks: None
+    check_dtensor(fused=False)
+
+
+def test_control_heads_cut_as_they_come_are_seen() -> None:
+    with pytest.raises(AssertionError, match="in expect"):
+        run_ranks(2, check_control)
+
+
+def test_a_sum_that_computing_covers_is_no_communication() -> None:
+    kind = ((2, 3), torch.float32)
+    assert Sum(kind, None, 0.0, meanwhile=0.0, waited=0.5).communication(alone=0.2) == 0.2
+    assert Sum(kind, None, 0.0, meanwhile=0.0, waited=0.1).communication(alone=0.2) == 0.1
+    assert Sum(kind, None, 0.0, meanwhile=0.3, waited=0.5).communication(alone=0.2) == 0.0
+    assert Sum(kind, None, 0.0, meanwhile=0.25, waited=0.5).communication(alone=0.5) == 0.25
+
+
+def rounds_here(sides: Sequence[Side], rounds: int) -> Rounds:
+    """in_turn without a new process for each side; ranks are forked."""
+    found: Rounds = {}
+    for side in sides:
+        benchmark, _, name, *flags = side.arguments
+        module = importlib.import_module(f"benchmarks.{Path(benchmark).stem}")
+        work = parse_work(flags, module.NAME)
+        if name in tensor_parallel.PARALLEL:
+            found[side.name] = run_ranks(2, module.one_round, name, work)[:1]
+        else:
+            found[side.name] = [module.one_round(name, work)]
+    return found
+
+
+def check_kept(folder: Path, shown: str, benchmarks: set[str]) -> None:
+    """That each has its JSON and its line."""
+    runs = [json.loads(path.read_text()) for path in folder.iterdir()]
+    assert {run["benchmark"] for run in runs} == benchmarks
+    for run in runs:
+        assert f"{run['benchmark']}: ratio" in shown
+        assert run["ratio"] > 0
+        assert run["machine"]["torch"] == torch.__version__
+
+
+def test_tokens_per_second_shows_each_side(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(side_by_side, "RESULTS", tmp_path)
+    monkeypatch.setattr(tokens_per_second, "in_turn", rounds_here)
+    monkeypatch.setattr(tokens_per_second, "has_native_bf16", lambda device: True)
+    tokens_per_second.main(FLAGS)
+    shown = capsys.readouterr().out
+    for name in tokens_per_second.SIDES:
+        (line,) = [line for line in shown.splitlines() if f"  {name} " in line]
+        assert "tokens/s" in line
+        assert line.endswith("of the peak")
+    check_kept(tmp_path, shown, {"tokens-per-second-bf16", "tokens-per-second-fp32"})
+
+
+def test_a_side_that_this_machine_lacks_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tokens_per_second, "has_native_bf16", lambda device: False)
+    monkeypatch.setattr(tokens_per_second, "find_spec", lambda name: None)
+    assert list(tokens_per_second.sides_here()) == [tokens_per_second.OURS_FP32]
+    shown = capsys.readouterr().out
+    assert "no native bf16" in shown
+    assert "no transformers" in shown
+
+
+def test_tensor_parallel_shows_each_side_and_where_the_time_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(side_by_side, "RESULTS", tmp_path)
+    monkeypatch.setattr(tensor_parallel, "in_turn", rounds_here)
+    tensor_parallel.main(FLAGS)
+    shown = capsys.readouterr().out
+    check_kept(tmp_path, shown, {"tensor-parallel-dtensor", "tensor-parallel-one-process"})
+    run = json.loads(next(tmp_path.iterdir()).read_text())
+    (figures,) = run["figures"][tensor_parallel.OURS]
+    parts = figures["parts"]
+    spent = parts["matmul"] + parts["other compute"]
+    spent += parts["communication"] + parts["waiting for the other rank"]
+    assert spent == pytest.approx(parts["all"])
+    assert parts["sums, alone"] > 0
+    assert "without communication" in shown
+
+
+def test_start_up_times_the_command_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(side_by_side, "RESULTS", tmp_path)
+    start_up.main(["--rounds", "1"])
+    shown = capsys.readouterr().out
+    check_kept(tmp_path, shown, {"start-up-2-ranks", "start-up-one-process"})
+    for mark in start_up.MARKS:
+        assert shown.count(f"to the {mark} ") == 2
+
+
+def test_a_shape_that_another_side_has_not_is_refused() -> None:
+    with pytest.raises(ConfigError, match="the other sides have 0.0"):
+        parse_work(["--dropout", "0.1"], "tokens_per_second")

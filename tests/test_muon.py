@@ -1,0 +1,158 @@
+"""Muon against an oracle that uses singular value decompositions, in every layout."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from oracle import assert_all_equal, dense_model, gradients, random_batch, tiny_config
+from ranks import run_ranks
+from torch import Tensor, nn
+
+from rosetrainer.adamw import AdamW
+from rosetrainer.config import ConfigError, OptimConfig, ParallelConfig, TrainConfig
+from rosetrainer.data_parallel import accumulate_gradients
+from rosetrainer.model import GPTModel
+from rosetrainer.muon import Muon, hidden_layers, newton_schulz, orthogonalized
+from rosetrainer.optim import build_optimizer, set_learning_rates
+from rosetrainer.parallel_context import init_parallel
+from rosetrainer.tensor_parallel import gather_whole, load_whole
+
+ROWS, STEPS = 4, 3
+OPTIM = OptimConfig(
+    learning_rate=1e-3,
+    warmup_steps=2,
+    weight_decay=0.3,
+    beta1=0.8,
+    beta2=0.9,
+    optimizer="muon",
+    muon_learning_rate=0.02,
+    muon_momentum=0.9,
+    schedule="linear",
+    global_batch_size=ROWS,
+)
+RATES = (0.5, 1.0, 1.0)  # of the peak: two steps of warm-up, and the line's first
+
+
+def by_singular_values(matrix: Tensor) -> Tensor:
+    """What five Newton-Schulz iterations do to a matrix, from its decomposition."""
+    left, values, right = torch.linalg.svd(matrix / matrix.norm(), full_matrices=False)
+    for _ in range(5):
+        values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
+    return left @ values.diag() @ right * math.sqrt(max(1, matrix.shape[0] / matrix.shape[1]))
+
+
+def oracle_step(dense: nn.Module, momentum: dict[str, Tensor], rate: float) -> None:
+    """Muon on each matrix of the blocks, q, k and v each by itself."""
+    whole = gradients(dense)
+    for name, parameter in dense.named_parameters():
+        if parameter.dim() != 2 or "embedding" in name or "head" in name:
+            continue
+        gradient = whole[name]
+        mean = 0.9 * momentum.get(name, torch.zeros_like(gradient)) + 0.1 * gradient
+        momentum[name] = mean
+        ahead = 0.9 * mean + 0.1 * gradient
+        matrices = ahead.chunk(3) if "query_key_value" in name else [ahead]
+        step = torch.cat([by_singular_values(matrix) for matrix in matrices])
+        with torch.no_grad():
+            parameter.mul_(1 - 0.02 * rate * 0.3).sub_(0.02 * rate * step)
+        parameter.grad = None
+
+
+def adamw_of_the_rest(dense: nn.Module) -> torch.optim.Optimizer:
+    rest = {
+        n: p for n, p in dense.named_parameters() if p.dim() == 1 or "embedding" in n or "head" in n
+    }
+    tables = [p for n, p in rest.items() if "token" in n or "head" in n]
+    others = [p for n, p in rest.items() if not ("token" in n or "head" in n)]
+    groups = [{"params": tables, "weight_decay": 0.3}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=1e-3, betas=(0.8, 0.9), eps=OPTIM.eps)
+
+
+def check_updates(parallel: ParallelConfig, changes: dict[str, Any]) -> None:
+    context = init_parallel(parallel)
+    config = tiny_config(**changes)
+    dense = dense_model(config)
+    model = GPTModel(config, context).double()
+    load_whole(model, dense.state_dict())
+    optimizer = build_optimizer(model, OPTIM)
+    adamw, momentum = adamw_of_the_rest(dense), dict[str, Tensor]()
+    for step in range(STEPS):
+        input_ids, labels = random_batch(config, ROWS, seed=step)
+        input_ids, labels = input_ids[:, :8], labels[:, :8]
+        adamw.zero_grad()
+        dense(input_ids, labels=labels)[1].backward()
+        for group in adamw.param_groups:
+            group["lr"] = 1e-3 * RATES[step]
+        oracle_step(dense, momentum, RATES[step])
+        adamw.step()
+
+        size = ROWS // context.dp.size
+        rows = slice(context.dp.rank * size, (context.dp.rank + 1) * size)
+        set_learning_rates(optimizer, OPTIM, step, STEPS)
+        accumulate_gradients(model, [(input_ids[rows], labels[rows])], context)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert_all_equal(gather_whole(model, context.tp), dict(dense.named_parameters()))
+
+
+@pytest.mark.parametrize(
+    "parallel, changes",
+    [
+        (ParallelConfig(1, 1), {}),
+        (ParallelConfig(2, 1), {}),
+        (ParallelConfig(4, 1), {"tied": False}),
+        (ParallelConfig(2, 2, sequence_parallel=True), {"bias": False}),
+        (ParallelConfig(1, 2), {}),
+    ],
+    ids=["one-process", "tp2", "tp4", "tp2-dp2-sequence-parallel", "dp2"],
+)
+def test_three_updates_equal_the_oracle(parallel: ParallelConfig, changes: dict[str, Any]) -> None:
+    run_ranks((parallel.tp_size or 1) * (parallel.dp_size or 1), check_updates, parallel, changes)
+
+
+def test_singular_values_come_near_one() -> None:
+    generator = torch.Generator().manual_seed(1)
+    matrices = torch.randn(3, 16, 40, generator=generator, dtype=torch.float64)
+    values = torch.linalg.svdvals(newton_schulz(matrices))
+    assert values.min() > 0.65
+    assert values.max() < 1.25
+
+
+def test_matrices_of_any_shape_keep_their_places() -> None:
+    generator = torch.Generator().manual_seed(2)
+    shapes = [(4, 6), (6, 4), (5, 5), (4, 6), (1, 7)]
+    matrices = [torch.randn(*s, generator=generator, dtype=torch.float64) for s in shapes]
+    for matrix, found in zip(matrices, orthogonalized(matrices), strict=True):
+        torch.testing.assert_close(found, by_singular_values(matrix), rtol=1e-9, atol=1e-9)
+
+
+def test_a_gradient_of_zero_moves_nothing() -> None:
+    assert orthogonalized([torch.zeros(3, 4)])[0].eq(0).all()
+
+
+def test_muon_takes_the_linear_layers_and_adamw_the_rest() -> None:
+    model = GPTModel(tiny_config())
+    optimizer = build_optimizer(model, OPTIM)
+    assert isinstance(optimizer, Muon)
+    groups = {len(group["params"]): "momentum" in group for group in optimizer.param_groups}
+    assert [n for n, muon in groups.items() if muon] == [len(hidden_layers(model))] == [8]
+    assert sum(groups) == len(list(model.parameters()))
+    assert type(build_optimizer(model, OptimConfig())) is AdamW
+
+
+def test_an_output_head_can_have_a_rate_of_its_own() -> None:
+    model = GPTModel(tiny_config(tied=False))
+    optim = replace(OPTIM, head_learning_rate=0.5)
+    optimizer = build_optimizer(model, optim)
+    set_learning_rates(optimizer, optim, 0, STEPS)  # half of each peak
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert len(rates) == len(list(model.parameters()))
+    assert rates[id(model.output_head.weight)] == 0.25
+    assert rates[id(model.token_embedding.weight)] == 0.5e-3
+    assert rates[id(model.get_parameter("blocks.0.attention.dense.weight"))] == 0.01
+    with pytest.raises(ConfigError, match=r"head_learning_rate=0\.5, but the output head is"):
+        TrainConfig(optim=optim).check(1)
