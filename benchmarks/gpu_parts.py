@@ -12,7 +12,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from benchmarks.baseline_recipe import PlainGPT, plain_optimizer
+from benchmarks.baseline_recipe import plain_optimizer
+from benchmarks.our_step import SameBatch
+from benchmarks.plain_step import CLIP, RATE, plain_model
+from benchmarks.work import Work
 from rosetrainer.block_compile import compile_blocks, compiles
+from rosetrainer.blocks import build_model
 from rosetrainer.config import GPTConfig, OptimConfig, TrainConfig
-from rosetrainer.data import Corpus
-from rosetrainer.model import GPTModel
 from rosetrainer.optim import build_optimizer
 from rosetrainer.parallel_context import ParallelContext
 from rosetrainer.performance import flops_per_token
@@ -79,26 +81,16 @@ TINY = Shapes(
 )
 
 
-class SameBatch(Corpus):
-    """One random batch on the host, in every step."""
-
-    def __init__(self, model: GPTConfig, rows: int) -> None:
-        generator = torch.Generator().manual_seed(1)
-        shape = (rows, model.context_length + 1)
-        self.ids = torch.randint(model.vocab_size, shape, generator=generator).numpy()
-
-    def train_batch(self, seed: int, step: int, global_batch_size: int, rows: range) -> Any:
-        ids = self.ids[rows.start : rows.stop]
-        return ids[:, :-1], ids[:, 1:]
-
-
-same_batch = lru_cache(SameBatch)
+@lru_cache
+def same_batch(model: GPTConfig, rows: int) -> SameBatch:
+    """So many random sequences on the host, in every step."""
+    return SameBatch(Work(model, batch_size=rows))
 
 
 def our_step(model_config: GPTConfig, shapes: Shapes, device: torch.device) -> Callable[[int], Any]:
     """A step of so many sequences, out of what `train` sets up."""
     context, config = ParallelContext(device=device), TrainConfig(model_config)
-    model = GPTModel(model_config, context)
+    model = build_model(model_config, context)
     init_weights(model, seed=1)
     if compiles(config, 1, device)[0] or device.type == "cpu":
         compile_blocks(model, shapes.backend)
@@ -120,11 +112,9 @@ def our_step(model_config: GPTConfig, shapes: Shapes, device: torch.device) -> C
 
 def plain_step(config: GPTConfig, shapes: Shapes, device: torch.device) -> Callable[[int], Any]:
     """The same by the plain recipe: one file, torch's AdamW, the whole model compiled."""
-    torch.manual_seed(1)
-    rows = config.vocab_size + -config.vocab_size % 128
-    sizes = (config.context_length, config.n_layers, config.n_heads, config.d_model)
-    model = PlainGPT(rows, *sizes, bias=True).to(device)
-    optimizer = plain_optimizer(model, 1e-3)
+    padded = replace(config, vocab_size=config.vocab_size + -config.vocab_size % 128)
+    model = plain_model(padded).to(device)
+    optimizer = plain_optimizer(model, RATE)
     compiled = torch.compile(model, dynamic=False, backend=shapes.backend)
 
     def step(rows: int) -> None:
@@ -135,7 +125,7 @@ def plain_step(config: GPTConfig, shapes: Shapes, device: torch.device) -> Calla
         with torch.autocast(device.type, torch.bfloat16):
             loss = compiled(ids, labels)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from benchmarks.work import Work
+from rosetrainer.block_compile import compile_blocks, compiles
 from rosetrainer.blocks import build_model
 from rosetrainer.config import OptimConfig, TrainConfig
 from rosetrainer.data import Corpus
@@ -42,6 +43,8 @@ class OurStep:
             self.model.double()
         self.optimizer = build_optimizer(self.model, self.config.optim)
         init_weights(self.model, self.config.run.seed)
+        if compiles(self.config, self.context.tp.size, self.context.device)[0]:
+            compile_blocks(self.model)
         self.autocast = autocast_for(dtype, self.context.device)
         self.steps = 0
 

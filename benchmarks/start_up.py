@@ -3,8 +3,8 @@
 python benchmarks/start_up.py
 
 Two ranks against two processes that import torch and start a gloo process group; one process
-against `import torch`. In turn; then the imports of ours that torch does not make, the heaviest
-first.
+against `import torch`; and what starts the ranks, alone. In turn; then the imports of ours that
+torch does not make, the heaviest first.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,7 @@ print("ready", flush=True)
 dist.destroy_process_group()
 """
 IMPORT = "import torch; print('ready', flush=True)"
+LAUNCHER = "import rosetrainer.__main__, rosetrainer.train_command; print('ready', flush=True)"
 MARKS = {"first line": "", "model made": " parameters on this rank", "first loss": "  loss "}
 """What stands in the line of our output that ends a stage, in their order."""
 
@@ -80,30 +81,32 @@ def ours(folder: Path, ranks: int) -> dict[str, Any]:
     return {"seconds": reached["first loss"], "marks": reached}
 
 
-def floor(folder: Path, ranks: int) -> dict[str, Any]:
-    """Seconds until each of the processes has said that it is ready."""
+def ready(folder: Path, script: str, processes: int) -> dict[str, Any]:
+    """Seconds until each of the processes that run the script has said that it is ready."""
     store = str(folder / f"store-{time.time_ns()}")
-    scripts = [[MEET, str(rank), store] for rank in range(ranks)] if ranks > 1 else [[IMPORT]]
     started = time.perf_counter()
-    processes = [
-        subprocess.Popen([sys.executable, "-c", *script], stdout=subprocess.PIPE, text=True)
-        for script in scripts
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", script, str(rank), store], stdout=subprocess.PIPE, text=True
+        )
+        for rank in range(processes)
     ]
-    for process in processes:
+    for process in running:
         assert process.stdout is not None
         if process.stdout.readline() != "ready\n":
-            sys.exit("error: torch did not start")
+            sys.exit("error: a process did not start")
     seconds = time.perf_counter() - started
-    for process in processes:
+    for process in running:
         process.communicate()
     return {"seconds": seconds}
 
 
-SIDES = {
-    "ours, 2 ranks": (ours, 2),
-    "torch and gloo, 2 processes": (floor, 2),
-    "ours, one process": (ours, 1),
-    "import torch": (floor, 1),
+SIDES: dict[str, Callable[[Path], dict[str, Any]]] = {
+    "ours, 2 ranks": lambda folder: ours(folder, 2),
+    "torch and gloo, 2 processes": lambda folder: ready(folder, MEET, 2),
+    "ours, one process": lambda folder: ours(folder, 1),
+    "import torch": lambda folder: ready(folder, IMPORT, 1),
+    "import what starts the ranks": lambda folder: ready(folder, LAUNCHER, 1),
 }
 PAIRS = {
     "start-up-2-ranks": ("torch and gloo, 2 processes", "ours, 2 ranks"),
@@ -152,8 +155,7 @@ def print_start_up(found: Rounds, extra: dict[str, float], top: int) -> None:
 
 def main(argv: list[str]) -> None:
     if argv[:1] == ["--round"]:
-        measure, ranks = SIDES[argv[1]]
-        print(json.dumps(measure(Path(argv[2]), ranks)))
+        print(json.dumps(SIDES[argv[1]](Path(argv[2]))))
         return
     flags = parse_flags(StartUp, argv, "python benchmarks/start_up.py")
     check_fields(flags)

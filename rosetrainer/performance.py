@@ -45,7 +45,7 @@ def flops_per_token(config: GPTConfig) -> int:
     return 6 * weights + 12 * config.n_layers * config.context_length * attention_width
 
 
-def matmul_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.1) -> float:
+def matmul_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.03) -> float:
     """FLOP/s of this rank's best large matrix product, with the threads that it has."""
     n = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))

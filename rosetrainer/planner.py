@@ -222,7 +222,8 @@ def scores(model: GPTConfig, work: Work, tp: int, T: int, S: int, mask_rows: int
     heads, e = work.rows * model.n_heads // tp, work.product_bytes
     padding = work.rows * mask_rows * S
     if not model.dropout:  # the fused kernel: a logarithm for each query, and the mask as numbers
-        return heads * T * max(e, 4) + padding * e
+        fused = heads * T * max(e, 4) + padding * e
+        return fused if mask_rows or e != 2 else 0  # in blocks of queries: shares are made again
     # Written out: shares, those after dropout, which were dropped; and the mask.
     return heads * T * S * (max(e, 4) + e + 1) + (padding or T * S)
 
@@ -244,7 +245,6 @@ def memory_and_masks(
 
 def weight_copies(model: GPTConfig, parallel: ParallelConfig, work: Work) -> int:
     """The matrices in a shorter dtype: those of blocks that are not run again."""
-    if parallel.recompute == "block":
-        return 0
     sizes = parameters(model, parallel.tp_size or 1, bool(work.source_tokens))
-    return sum(p.elements for p in sizes if p.multiplied) * work.product_bytes
+    own = sum(p.elements for p in sizes if p.multiplied and parallel.recompute != "block")
+    return own * work.product_bytes

@@ -5,13 +5,18 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from tqdm import tqdm
 
 from rosetrainer.durable_files import write_whole
 from rosetrainer.parallel_context import ParallelContext
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 LOG = "log.jsonl"
 
@@ -21,10 +26,7 @@ class RunLog:
 
     def __init__(self, folder: Path, steps: int, reached: int = 0) -> None:
         """reached: steps that are done already; what the log says of later ones is taken back."""
-        # Late, for its import is not needed to show a user's mistake.
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._events = SummaryWriter(str(folder), purge_step=reached + 1)
+        self._folder, self._reached = folder, reached
         cut_log(folder / LOG, reached)
         self._file = (folder / LOG).open("a", buffering=1)
         self._steps = steps
@@ -33,7 +35,6 @@ class RunLog:
 
     def step(self, step: int, figures: dict[str, float]) -> None:
         """figures: by TensorBoard tag; `train/loss` and `perf/tokens_per_s` among them."""
-        self._write(step, figures)
         loss, speed = figures["train/loss"], figures["perf/tokens_per_s"]
         if self._bar.disable:
             print(
@@ -44,6 +45,7 @@ class RunLog:
         else:
             self._bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s", refresh=False)
             self._bar.update()
+        self._write(step, figures)
 
     def skipped(self, step: int, count: int, why: str) -> None:
         self._write(step, {"train/skipped": count})
@@ -63,7 +65,15 @@ class RunLog:
     def __exit__(self, *_: object) -> None:
         self._bar.close()
         self._file.close()
-        self._events.close()
+        if "_events" in vars(self):
+            self._events.close()
+
+    @cached_property
+    def _events(self) -> SummaryWriter:
+        """Late: its import takes time, and the first line of a run need not wait for it."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        return SummaryWriter(str(self._folder), purge_step=self._reached + 1)
 
     def _write(self, step: int, figures: dict[str, float]) -> None:
         rounded = {tag: _rounded(tag, value) for tag, value in figures.items()}

@@ -120,6 +120,20 @@ def test_a_gradient_that_is_not_finite_is_named_on_every_rank(bad_rank: int, bad
     run_ranks(4, check_not_finite, bad_rank, bad)
 
 
+def test_finite_gradients_whose_squares_overflow_are_no_fault() -> None:
+    """fp32 ends at 3.4e38, and so do sums of squares: 1e30 is large, but it is a number."""
+    model, context = GPTModel(tiny_config()), ParallelContext()
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 1e30)
+    check_gradients(model, context)
+    bad = model.get_parameter("blocks.1.attention_norm.weight").grad
+    assert bad is not None
+    for value in (math.nan, math.inf, -math.inf):
+        bad[7] = value
+        with pytest.raises(NonFiniteGradientError, match="rank 0 has .*: blocks.1.attention_norm"):
+            check_gradients(model, context)
+
+
 def check_drift() -> None:
     context = init_parallel(ParallelConfig(dp_size=2))
     model = loaded(tiny_config(), context)

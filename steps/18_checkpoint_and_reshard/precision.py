@@ -43,11 +43,14 @@ def check_gradients(model: nn.Module, context: ParallelContext) -> None:
         assert parameter.grad is not None, f"{name} has no gradient"
         names.append(name)
         gradients.append(parameter.grad)
-    largest = torch._foreach_norm(gradients, float("inf"))
-    bad = (~torch.stack([norm.float() for norm in largest]).isfinite()).nonzero()
+    norms = torch._foreach_norm(gradients)
+    suspects = (~torch.stack([norm.float() for norm in norms]).isfinite()).nonzero()
+    # A sum of squares is nan or inf if a number is, but finite numbers too can overflow it.
+    bad = [index for index in suspects.flatten().tolist() if not gradients[index].isfinite().all()]
     nobody = context.world_size * len(names)
-    first = context.rank * len(names) + bad[0, 0] if len(bad) else torch.tensor(nobody)
-    first = first.to(context.device)
+    first = torch.tensor(
+        context.rank * len(names) + bad[0] if bad else nobody, device=context.device
+    )
     for axis in context.axes:
         first = all_reduce(first, axis, "optimizer", dist.ReduceOp.MIN)
     if first < nobody:
