@@ -17,8 +17,6 @@ from rosetrainer.parallel_context import Axis
 
 BLOCK = 128  # queries whose scores are made at once
 
-BLOCK = 128  # queries whose scores are made at once
-
 
 def attend(
     query: Tensor,
