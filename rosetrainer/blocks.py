@@ -166,10 +166,10 @@ class RotaryGPT(GPTModel):
             self.output_head = VocabParallelEmbedding(*shape, tp=context.tp, init_std=0.0)
         name_sites(self)
 
-    def local_logits(
+    def hidden(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, seed: Seed = None
     ) -> Tensor:
-        """(B, T) -> (B, T, V/tp): this rank's slice of the logits, pad rows too."""
+        """What the output head reads. (B, T) -> (B, T, D), or (B, T/tp, D)"""
         T = input_ids.shape[1]
         if self.config.context_length < T:
             raise ValueError(f"{T} tokens exceed context_length={self.config.context_length}")
@@ -180,4 +180,4 @@ class RotaryGPT(GPTModel):
         x = self.embedding_dropout(x, seed, (first_token(x, self.tp),))
         for block in self.blocks:
             x = block(x, turns, mask, seed)
-        return self.output_head.logits(plain_norm(x))
+        return plain_norm(x)

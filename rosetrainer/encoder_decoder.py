@@ -18,14 +18,12 @@ from rosetrainer.model import (
     MultiHeadSelfAttention,
     PositionEmbedding,
     TransformerBlock,
-    mean_loss,
     residual_std,
     token_table,
 )
 from rosetrainer.parallel_context import Axis, ParallelContext
 from rosetrainer.recompute import recompute
 from rosetrainer.tensor_parallel import ColumnParallelLinear, RowParallelLinear
-from rosetrainer.vocab_parallel import vocab_parallel_cross_entropy
 
 
 class MultiHeadCrossAttention(nn.Module):
@@ -152,13 +150,14 @@ class EncoderDecoderModel(nn.Module):
         causal, real = causal_padding_mask(target_mask), source_mask.bool()[:, None, None, :]
         for block in self.decoder:
             x = block(x, causal, memory, real, seed)
-        local = self.output_head.logits(self.final_norm(x))  # (B, T, V/tp)
-        V, logits, loss = self.config.vocab_size, None, None
+        x, logits, loss = self.final_norm(x), None, None
         if labels is not None:
             labels = labels.masked_fill(~target_mask.bool(), IGNORED)
-            loss = mean_loss(vocab_parallel_cross_entropy(local, labels, V, self.tp), labels)
+            loss, _ = self.output_head.loss(x, labels)
         if labels is None or return_logits:
-            logits = gather_from_tensor_parallel_region(local, self.tp)[..., :V]  # all-gather
+            local = self.output_head.logits(x)  # (B, T, V/tp)
+            logits = gather_from_tensor_parallel_region(local, self.tp)  # (B, T, V)    all-gather
+            logits = logits[..., : self.config.vocab_size]  # without the pad
         return logits, loss
 
     def encode(self, source_ids: Tensor, source_mask: Tensor, seed: Seed = None) -> Tensor:

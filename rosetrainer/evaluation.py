@@ -12,7 +12,6 @@ from rosetrainer.data import Corpus, leak_report, mean_and_error
 from rosetrainer.model import GPTModel
 from rosetrainer.parallel_context import ParallelContext
 from rosetrainer.precision import Autocast
-from rosetrainer.vocab_parallel import vocab_parallel_cross_entropy
 
 
 @torch.no_grad()
@@ -35,11 +34,10 @@ def evaluate(
     for inputs, labels in corpus.val_batches(*split):
         if breaks_off():
             return None
-        with autocast():
-            logits = model.local_logits(torch.from_numpy(inputs).to(context.device))
         target = torch.from_numpy(labels)
-        known = config.model.vocab_size
-        losses = vocab_parallel_cross_entropy(logits, target.to(context.device), known, context.tp)
+        with autocast():
+            x = model.hidden(torch.from_numpy(inputs).to(context.device))
+            _, losses = model.output_head.loss(x, target.to(context.device))
         losses = losses.flatten().to("cpu", torch.float64)  # 0 where there is no label
         above = losses - torch.from_numpy(next(floors)).flatten() if floors else losses
         count = (target != IGNORED).sum().double()

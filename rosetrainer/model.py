@@ -23,7 +23,7 @@ from rosetrainer.tensor_parallel import (
     RowParallelLinear,
     replicated_parameter,
 )
-from rosetrainer.vocab_parallel import VocabParallelEmbedding, vocab_parallel_cross_entropy
+from rosetrainer.vocab_parallel import VocabParallelEmbedding
 
 EMBEDDING_STD = 0.02
 
@@ -178,21 +178,20 @@ class GPTModel(nn.Module):
         Raises ValueError if T exceeds context_length, for an id outside the vocabulary, and under
         sequence parallelism if tp does not divide T.
         """
-        local = self.local_logits(input_ids, attention_mask, seed)  # (B, T, V/tp)
+        x = self.hidden(input_ids, attention_mask, seed)
         logits = loss = None
         if labels is not None:
-            labels = labels_that_count(labels, attention_mask)
-            losses = vocab_parallel_cross_entropy(local, labels, self.config.vocab_size, self.tp)
-            loss = mean_loss(losses, labels)
+            loss, _ = self.output_head.loss(x, labels_that_count(labels, attention_mask))
         if labels is None or return_logits:
+            local = self.output_head.logits(x)  # (B, T, V/tp)
             logits = gather_from_tensor_parallel_region(local, self.tp)  # (B, T, V)    all-gather
             logits = logits[..., : self.config.vocab_size]  # without the pad
         return logits, loss
 
-    def local_logits(
+    def hidden(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, seed: Seed = None
     ) -> Tensor:
-        """(B, T) -> (B, T, V/tp): this rank's slice of the logits, pad rows too."""
+        """What the output head reads. (B, T) -> (B, T, D), or (B, T/tp, D)"""
         T = input_ids.shape[1]
         if self.config.context_length < T:
             raise ValueError(f"{T} tokens exceed context_length={self.config.context_length}")
@@ -203,7 +202,7 @@ class GPTModel(nn.Module):
         x = self.embedding_dropout(x, seed, (first_token(x, self.tp),))
         for block in self.blocks:
             x = block(x, mask, seed)
-        return self.output_head.logits(self.final_norm(x))
+        return self.final_norm(x)
 
 
 def token_table(config: GPTConfig, tp: Axis) -> VocabParallelEmbedding:
@@ -223,8 +222,3 @@ def labels_that_count(labels: Tensor, attention_mask: Tensor | None) -> Tensor:
     real = attention_mask.bool()
     followed = torch.cat([real[:, 1:], real[:, -1:]], dim=1)
     return labels.masked_fill(~(real & followed), IGNORED)
-
-
-def mean_loss(losses: Tensor, labels: Tensor) -> Tensor:
-    """The mean of losses (B, T) over the labels (B, T) that are not -100; 0 if all are."""
-    return losses.sum() / (labels != IGNORED).sum().clamp(min=1)

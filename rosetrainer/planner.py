@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from rosetrainer.config import GPTConfig, ParallelConfig
 from rosetrainer.data_parallel import BUCKET_BYTES
+from rosetrainer.loss_planner import bytes_of_sums
 from rosetrainer.vocab_parallel import PADDED_TO
 
 LedgerTable = dict[tuple[str, str, str], tuple[int, int]]  # axis, operation, phase: calls, bytes
@@ -143,22 +144,23 @@ def micro_batch(model: GPTConfig, parallel: ParallelConfig, work: Work) -> Itera
     ends = [length for length in (work.source_tokens, work.tokens) if length]
     product = work.rows * model.d_model * work.product_bytes
     columns = [product * t for block in all_blocks for t in block.columns]
-    columns.append(product * work.tokens)  # the head
+    head = product * work.tokens
     sums = [product * t for block in all_blocks for t in block.rows]
     sums += [work.rows * model.d_model * work.weight_bytes * t for t in ends]  # embeddings
-    yield "all_reduce", "forward", [work.rows * work.tokens * max(work.product_bytes, 4)] * 3
+    table = padded_vocabulary(model, tp := parallel.tp_size or 1) // tp
+    yield "all_reduce", "forward", bytes_of_sums(work.rows * work.tokens, table, work.product_bytes)
     # Without dropout, backward needs nothing behind a block's last row-parallel product.
     last = None if model.dropout else -1
     again = all_blocks if parallel.recompute == "block" else []
     sums_again = [product * t for block in again for t in block.rows[:last]]
     if not parallel.sequence_parallel:
         yield "all_reduce", "forward", sums
-        yield "all_reduce", "backward", columns
+        yield "all_reduce", "backward", [*columns, head]
         yield "all_reduce", "recompute", sums_again
         return
-    yield "all_gather", "forward", columns
+    yield "all_gather", "forward", [*columns, head]
     yield "reduce_scatter", "forward", sums
-    yield "reduce_scatter", "backward", columns
+    yield "reduce_scatter", "backward", [*columns, head]
     yield "all_gather", "backward", sums + (columns if parallel.overlap else [])
     yield "reduce_scatter", "recompute", sums_again
     yield "all_gather", "recompute", [product * t for block in again for t in block.columns]
@@ -181,7 +183,7 @@ def activations(model: GPTConfig, parallel: ParallelConfig, work: Work) -> int:
     own = tp if parallel.sequence_parallel else 1  # over how many ranks the stream is divided
     gathered = 1 if parallel.sequence_parallel and not parallel.overlap and tp > 1 else own
     D, B, e, m = model.d_model, work.rows, work.product_bytes, work.weight_bytes
-    wide, dropout = max(e, 4), bool(model.dropout)
+    dropout = bool(model.dropout)
 
     def stream(T: int) -> int:  # a norm's input, mean and deviation
         return B * T // own * (D + 2) * m
@@ -210,19 +212,18 @@ def activations(model: GPTConfig, parallel: ParallelConfig, work: Work) -> int:
         total += dropout * B * T // own * D + stream(T)  # embedding; the last norm of this side
     if work.source_tokens:
         total += memory_and_masks(model, parallel, work, own, gathered)
-    V, tokens = padded_vocabulary(model, tp), B * work.tokens
-    total += column_input(work.tokens) + tokens * (V // tp * wide + 8 + 1 + 1)  # head and loss
-    return total + 8 + (weight_copies(model, parallel, work) if e < m else 0)
+    # Head and loss: the gradients of the input, of all tokens, and of the table.
+    total += B * work.tokens * D * e + padded_vocabulary(model, tp) // tp * D * max(m, 4)
+    return total + (weight_copies(model, parallel, work) if e < m else 0)
 
 
 def scores(model: GPTConfig, work: Work, tp: int, T: int, S: int, mask_rows: int) -> int:
     """What attention keeps besides its inputs and result."""
     heads, e = work.rows * model.n_heads // tp, work.product_bytes
     padding = work.rows * mask_rows * S
-    if not model.dropout and not mask_rows and e == 2:
-        return 0  # in blocks of queries: backward makes the shares again
     if not model.dropout:  # the fused kernel: a logarithm for each query, and the mask as numbers
-        return heads * T * max(e, 4) + padding * e
+        fused = heads * T * max(e, 4) + padding * e
+        return fused if mask_rows or e != 2 else 0  # in blocks of queries: shares are made again
     # Written out: shares, those after dropout, which were dropped; and the mask.
     return heads * T * S * (max(e, 4) + e + 1) + (padding or T * S)
 
@@ -243,8 +244,7 @@ def memory_and_masks(
 
 
 def weight_copies(model: GPTConfig, parallel: ParallelConfig, work: Work) -> int:
-    """The matrices in a shorter dtype: the head's, and those of blocks that are not run again."""
-    tp = parallel.tp_size or 1
-    sizes = parameters(model, tp, bool(work.source_tokens))
+    """The matrices in a shorter dtype: those of blocks that are not run again."""
+    sizes = parameters(model, parallel.tp_size or 1, bool(work.source_tokens))
     own = sum(p.elements for p in sizes if p.multiplied and parallel.recompute != "block")
-    return (own + padded_vocabulary(model, tp) // tp * model.d_model) * work.product_bytes
+    return own * work.product_bytes

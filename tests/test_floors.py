@@ -28,7 +28,7 @@ FLOORS = [
     {"blocks", "muon"},
     {
         *("encoder_decoder", "data", "data_parallel", "replicas", "clip", "optim"),
-        *("checkpoint", "run_folder", "run_log", "block_compile"),
+        *("checkpoint", "run_folder", "run_log", "block_compile", "loss_planner"),
     },
     {"parity", "evaluation", "planner", "training_step", "agreement"},
     {"loop", "resume"},

@@ -144,12 +144,12 @@ def test_check_fails_where_the_core_is_not_the_package_s(root: Path) -> None:
         "    return x if axis.size == 1 else _Copy",
         "    return _Copy",
     )
-    assert refused(root) == "19_overlap/comm.py is not the package's comm.py"
+    assert refused(root) == "20_head_and_loss_in_chunks/comm.py is not the package's comm.py"
 
 
 def test_check_fails_where_the_core_imports_something_else(root: Path) -> None:
     edit(root / "rosetrainer/comm.py", "import torch.distributed as dist\n", "import os\n")
-    assert refused(root) == "19_overlap/comm.py is not the package's comm.py"
+    assert refused(root) == "20_head_and_loss_in_chunks/comm.py is not the package's comm.py"
 
 
 def test_check_fails_where_the_package_computes_something_else(root: Path) -> None:

@@ -157,13 +157,14 @@ def test_a_model_that_sees_its_labels_is_reported_as_a_leak(markov: Path, tmp_pa
     class Cheat(GPTModel):
         """Sees the label: almost all the probability on the right token."""
 
-        def local_logits(self, input_ids: torch.Tensor, *_: object) -> torch.Tensor:
+        def hidden(self, input_ids: torch.Tensor, *_: object) -> torch.Tensor:
             following = torch.roll(input_ids, -1, dims=1)
-            return torch.nn.functional.one_hot(following, 128).float() * 5
+            return torch.nn.functional.one_hot(following, MODEL.d_model).float() * 5
 
     config = config_for(markov, tmp_path)
-    corpus = open_corpus(markov, 16)
-    found = evaluate(config, corpus, Cheat(MODEL), ParallelContext(), torch.no_grad)
+    corpus, model = open_corpus(markov, 16), Cheat(MODEL)
+    model.output_head.weight.data = torch.eye(128, MODEL.d_model)
+    found = evaluate(config, corpus, model, ParallelContext(), torch.no_grad)
     assert found
     _, remark = found
     assert "labels leak into the inputs" in remark

@@ -1,0 +1,117 @@
+"""What a query makes of the keys and values that it may look at, and which those are.
+
+Shape letters: B batch, T queries, S keys and values, H heads, K width of a head; tp = tp.size.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from dropout import Dropout, Seed
+from parallel_context import Axis
+from torch import Tensor
+
+BLOCK = 128  # queries whose scores are made at once
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout: Dropout,
+    seed: Seed,
+    tp: Axis,
+) -> Tensor:
+    """(B, H/tp, T, K) queries on (B, H/tp, S, K) keys and values -> (B, H/tp, T, K).
+
+    Causal where no mask is given. The fused kernels draw their own dropout masks, so with dropout
+    the softmax is written out, (B, H/tp, T, S).
+    """
+    if seed is None or dropout.p == 0:
+        if mask is None and query.device.type == "cpu" and query.dtype == torch.bfloat16:
+            return CausalBlocks.apply(query, key, value)
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=mask is None
+        )
+    scores = query @ key.transpose(-2, -1) / math.sqrt(query.shape[-1])
+    if mask is None:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    shares = scores.masked_fill(~mask, -math.inf).softmax(-1, dtype=wide)
+    return dropout(shares, seed, (tp.rank * query.shape[1], 0)) @ value  # from its first head on
+
+
+class CausalBlocks(torch.autograd.Function):
+    """Causal attention by matrix products: BLOCK queries at a time, on the keys up to theirs.
+
+    (B, H, T, K) queries, keys and values -> (B, H, T, K), in memory (B, T, H, K), as the next
+    layer reads it. torch's kernel for CPUs is slow in bf16, its backward most of all. As in
+    "FlashAttention" (Dao et al.), backward makes the shares again, so no (T, T) is ever kept.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Tensor) -> Tensor:
+        B, H, T, K = inputs[0].shape
+        # Copied once: a product of many matrices would copy what is not contiguous in each block.
+        query, key, value = (x.contiguous().flatten(0, 1) for x in inputs)  # (B*H, T, K)
+        heads = query.new_empty(B, T, H, K).transpose(1, 2)
+        for start, stop in blocks(T):
+            block = shares(query, key, start, stop) @ value[:, :stop]
+            heads[:, :, start:stop] = block.unflatten(0, (B, H))
+        ctx.save_for_backward(query, key, value)
+        return heads
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, ...]:
+        query, key, value = ctx.saved_tensors
+        wide = torch.promote_types(query.dtype, torch.float32)  # where blocks add up
+        query_grad = torch.empty_like(query)
+        key_grad, value_grad = (torch.zeros_like(x, dtype=wide) for x in (key, value))
+        whole, scale = upstream.contiguous().flatten(0, 1), 1 / math.sqrt(query.shape[-1])
+        for start, stop in blocks(query.shape[1]):
+            own, grad = query[:, start:stop], whole[:, start:stop]
+            share = shares(query, key, start, stop)  # (B*H, n, stop)
+            of_share = grad @ value[:, :stop].mT
+            of_score = torch._softmax_backward_data(of_share, share, -1, share.dtype)
+            value_grad[:, :stop] += share.mT @ grad
+            key_grad[:, :stop] += of_score.mT @ own
+            query_grad[:, start:stop].baddbmm_(of_score, key[:, :stop], beta=0, alpha=scale)
+        grads = (query_grad, key_grad.mul_(scale), value_grad)
+        return tuple(x.to(query.dtype).unflatten(0, upstream.shape[:2]) for x in grads)
+
+
+def blocks(T: int) -> list[tuple[int, int]]:
+    """(first query, the one behind the last) of each block; the last may be shorter."""
+    return [(start, min(start + BLOCK, T)) for start in range(0, T, BLOCK)]
+
+
+def shares(query: Tensor, key: Tensor, start: int, stop: int) -> Tensor:
+    """(B*H, stop - start, stop): what each query of a block takes of the keys up to itself."""
+    n, scale = stop - start, 1 / math.sqrt(query.shape[-1])
+    scores = query.new_empty(len(query), n, stop)  # beta=0: nothing of it is read
+    scores.baddbmm_(query[:, start:stop], key[:, :stop].mT, beta=0, alpha=scale)
+    future = torch.ones(n, n, dtype=torch.bool, device=query.device).triu_(1)
+    scores[..., start:].masked_fill_(future, -math.inf)
+    return scores.softmax(-1)  # in fp32 inside, rounded once
+
+
+def positions_of(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """(T,), or (B, T) where a mask (B, T) says what is padding: it is not counted."""
+    if attention_mask is None:
+        return torch.arange(input_ids.shape[1], device=input_ids.device)
+    return (attention_mask.cumsum(-1) - 1).clamp(min=0)
+
+
+def causal_padding_mask(attention_mask: Tensor) -> Tensor:
+    """(B, T) -> (B, 1, T, T): a query sees the tokens up to itself, padding sees itself.
+
+    Softmax over nothing is nothing: kernels differ in what they make of a row without any key.
+    """
+    T = attention_mask.shape[1]
+    causal = torch.ones(T, T, dtype=torch.bool, device=attention_mask.device).tril()
+    itself = torch.eye(T, dtype=torch.bool, device=attention_mask.device)
+    return (causal & attention_mask.bool()[:, None, :] | itself)[:, None]

@@ -1,0 +1,168 @@
+"""Who works with whom: named axes over the ranks, passed on explicitly, never a global.
+
+World rank r = dp_rank x tp_size + tp_rank: the ranks of one tensor-parallel group are neighbours,
+because they talk most and neighbours share a machine.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from config import ConfigError, ParallelConfig
+from environment import world_from_environment
+from torch.distributed.device_mesh import init_device_mesh
+
+
+@dataclass
+class Traffic:
+    """What one kind of collective has moved so far, in integers."""
+
+    calls: int = 0
+    payload_bytes: int = 0
+
+
+@dataclass
+class Ledger:
+    """Counts an axis's collectives by (operation, phase); comm.py writes it.
+
+    `begun` and `waited` go on when the entries are cleared: collectives of all kinds, and the
+    seconds in which this rank could only wait for them.
+    """
+
+    entries: dict[tuple[str, str], Traffic] = field(default_factory=dict)
+    again: bool = False
+    begun: int = 0
+    waited: float = 0.0
+
+    def record(self, operation: str, phase: str, payload_bytes: int) -> None:
+        self.begun += 1
+        if self.again and phase == "forward":
+            phase = "recompute"
+        entry = self.entries.setdefault((operation, phase), Traffic())
+        entry.calls += 1
+        entry.payload_bytes += payload_bytes
+
+    def clear(self) -> None:
+        self.entries.clear()
+
+    def recomputing(self) -> Recomputing:
+        """Inside this context, what a forward pass moves counts as recompute."""
+        return Recomputing(self)
+
+
+@dataclass(frozen=True)
+class Recomputing:
+    """A context that can be entered again, as a second backward pass of one graph does."""
+
+    ledger: Ledger
+
+    def __enter__(self) -> None:
+        self.ledger.again = True
+
+    def __exit__(self, *_: object) -> None:
+        self.ledger.again = False
+
+
+@dataclass(frozen=True, eq=False)
+class Axis:
+    """One way of dividing the work: `size` ranks, of which this is number `rank`.
+
+    An axis of size 1 needs no process group: comm.py then communicates nothing. Under sequence
+    parallelism the axis also divides the tokens wherever it divides nothing else.
+    """
+
+    name: str
+    size: int = 1
+    rank: int = 0
+    group: dist.ProcessGroup | None = None
+    ledger: Ledger = field(default_factory=Ledger, repr=False)
+    sequence_parallel: bool = False
+    overlap: bool = True  # of a layer's backward pass with its collectives
+
+
+@dataclass(frozen=True)
+class ParallelContext:
+    """The axes of this rank. The default is one process: every axis of size 1."""
+
+    tp: Axis = field(default_factory=lambda: Axis("tp"))
+    dp: Axis = field(default_factory=lambda: Axis("dp"))
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    recompute: str = "none"  # or "attention", or "block": what is computed again, not kept
+
+    @property
+    def axes(self) -> tuple[Axis, ...]:
+        return (self.dp, self.tp)
+
+    @property
+    def world_size(self) -> int:
+        return self.dp.size * self.tp.size
+
+    @property
+    def rank(self) -> int:
+        return self.dp.rank * self.tp.size + self.tp.rank
+
+
+def choose_device(wanted: str, local_rank: int, local_world_size: int) -> torch.device:
+    """The device of this rank: CUDA when each local rank has a GPU of its own.
+
+    Raises ConfigError if `wanted` is "cuda" and there are too few.
+    """
+    gpus = torch.cuda.device_count() if wanted != "cpu" and torch.cuda.is_available() else 0
+    if wanted != "cpu" and gpus >= local_world_size:
+        return torch.device("cuda", local_rank)
+    if wanted == "cuda":
+        raise ConfigError(
+            f"device=cuda needs a GPU for each of the {local_world_size} local ranks, here are "
+            f"{gpus}; start {gpus} ranks or use --device cpu"
+            if gpus
+            else "device=cuda, but torch finds no GPU here; use --device cpu"
+        )
+    return torch.device("cpu")
+
+
+def init_parallel(
+    parallel: ParallelConfig, device: str = "auto", timeout_seconds: float = 300.0
+) -> ParallelContext:
+    """Starts the process group, where there is more than one rank, and builds the axes over it.
+
+    Raises ConfigError, before anything starts, if the sizes do not fit the world size.
+    """
+    _, world_size, local_rank, local_world_size = world_from_environment()
+    tp_size, dp_size = parallel.resolve(world_size)
+    chosen = choose_device(device, local_rank, local_world_size)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    if world_size == 1:
+        return ParallelContext(device=chosen, recompute=parallel.recompute)
+    if not dist.is_initialized():
+        dist.init_process_group(
+            "nccl" if chosen.type == "cuda" else "gloo",
+            timeout=timedelta(seconds=timeout_seconds),
+            device_id=chosen if chosen.type == "cuda" else None,
+        )
+    mesh = init_device_mesh(chosen.type, (dp_size, tp_size), mesh_dim_names=("dp", "tp"))
+
+    def axis(name: str) -> Axis:
+        group = mesh.get_group(name)
+        return Axis(name, dist.get_world_size(group), dist.get_rank(group), group)
+
+    sequence, overlap = parallel.sequence_parallel, parallel.overlap
+    tp = replace(axis("tp"), sequence_parallel=sequence, overlap=overlap)
+    return ParallelContext(tp, axis("dp"), chosen, parallel.recompute)
+
+
+def end_parallel() -> None:
+    """Ends the process group, where there is one: the last call of a rank that ends well."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def init_tensor_parallel(tp_size: int | None = None, device: str = "auto") -> ParallelContext:
+    """The front door: this rank's context, all ranks tensor-parallel unless tp_size says fewer.
+
+    Works under torchrun, and alone as one process. Raises ConfigError if tp_size does not fit.
+    """
+    return init_parallel(ParallelConfig(tp_size=tp_size), device)
