@@ -41,7 +41,7 @@ lint: .venv/.installed-dev  ## Check style and types
 	$(VENV_PYTHON) -m mypy
 
 # benchmarks/NAME.py, each a comparison with a table of its own.
-BENCHMARKS := tokens_per_second tensor_parallel start_up
+BENCHMARKS := tokens_per_second tensor_parallel start_up loss_memory
 
 bench: .venv/.installed-dev  ## Measure speed against what else one could pick: about 15 minutes
 	@for name in $(BENCHMARKS); do $(VENV_PYTHON) benchmarks/$$name.py || exit 1; done

@@ -27,7 +27,6 @@ from rosetrainer.rank import run_rank
 
 PLAIN, OURS = "nanoGPT's recipe", "speedrun"
 TIMES, LOSS = 12.0, 1.88
-RANKS = ["--nproc", "2", "--dp-size", "2"]  # data-parallel, a core each
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ def ours(corpus: Path, seed: int) -> dict[str, float]:
     last = f"step {steps:5d}/{steps}  loss"
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
-        command = [sys.executable, "-m", "rosetrainer", "train", "--preset", "speedrun", *RANKS]
+        command = [sys.executable, "-m", "rosetrainer", "train", "--preset", "speedrun"]
         command += ["--data", str(corpus), "--out", str(out), "--seed", str(seed)]
         started = time.perf_counter()
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
@@ -78,13 +77,14 @@ def main(argv: list[str]) -> int:
     for seed in range(bench.first_seed, bench.first_seed + bench.rounds):
         words = [str(bench.corpus), str(seed)]
         plain = [str(here / "baseline_recipe.py"), words[0], "2000", words[1]]
+        threads = {"OMP_NUM_THREADS": str(os.cpu_count())}
         sides = [
-            Side(PLAIN, plain, {"OMP_NUM_THREADS": str(os.cpu_count())}),
-            Side(OURS, [__file__, "--round", *words]),
+            Side(PLAIN, plain, threads),
+            Side(OURS, [__file__, "--round", *words], threads),
         ]
         for side, figures in in_turn(sides, 1).items():
             found[side] += figures
-    introduce("2 ranks x 1 thread against one process with all cores")
+    introduce("one process with all cores on both sides")
     for side, rounds in found.items():
         losses = ", ".join(f"{figures['loss']:.4f}" for figures in rounds)
         print(f"  {side:18} {median(found, side, 'seconds'):7.2f} s  val loss {losses}")

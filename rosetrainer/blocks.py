@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rosetrainer.attention import attend, causal_padding_mask, positions_of
+from rosetrainer.attention import BLOCK, attend, causal_padding_mask, positions_of
 from rosetrainer.comm import first_token
 from rosetrainer.config import GPTConfig
 from rosetrainer.dropout import Dropout, Seed, name_sites
@@ -55,13 +55,14 @@ def turns_of(positions: Tensor, config: GPTConfig, dtype: torch.dtype) -> Tensor
 
 
 def turn(fused: Tensor, turns: Tensor) -> Tensor:
-    """(B, T, 3, H/tp, K) -> the same shape: neighbours 2i and 2i+1 turned as one complex number.
+    """(B, T, 3, H/tp, K) -> that shape, in fp32 or better: neighbours 2i and 2i+1 turned as one
+    complex number.
 
     A query and a key then meet under an angle that tells how far apart they stand.
     """
     wide = fused.to(torch.promote_types(fused.dtype, torch.float32))
     pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))  # (B, T, 3, H/tp, K/2)
-    return torch.view_as_real(pairs * turns).flatten(-2).to(fused.dtype)
+    return torch.view_as_real(pairs * turns).flatten(-2)
 
 
 class RotaryAttention(nn.Module):
@@ -80,9 +81,14 @@ class RotaryAttention(nn.Module):
 
     def forward(self, x: Tensor, turns: Tensor, mask: Tensor | None, seed: Seed) -> Tensor:
         fused = self.query_key_value(x).unflatten(-1, (3, -1, self.head_width))
-        query, key, value = turn(fused, turns).permute(2, 0, 3, 1, 4)  # (B, H/tp, T, K) each
+        turned = turn(fused, turns)
+        if x.device.type != "cpu" or turned.shape[1] > BLOCK:
+            turned = turned.to(fused.dtype)
+        # Else it stays in fp32, in which turning is done: torch's kernel is faster so than in bf16.
+        query, key, value = turned.permute(2, 0, 3, 1, 4)  # (B, H/tp, T, K) each
         inputs = (query, key, value, mask, self.dropout, seed, self.tp)
-        heads = recompute(attend, *inputs, enabled=self.recompute, tp=self.tp)
+        with torch.autocast(x.device.type, enabled=False):
+            heads = recompute(attend, *inputs, enabled=self.recompute, tp=self.tp)
         return self.dense(heads.transpose(1, 2).flatten(2))  # (B, T, H/tp*K) -> (B, T, D)
 
 
