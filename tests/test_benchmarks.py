@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,6 +26,9 @@ from rosetrainer.fields import ConfigError
 from rosetrainer.parallel_context import init_tensor_parallel
 from rosetrainer.tensor_parallel import load_whole
 
+HEAVY = pytest.mark.skipif(
+    not os.environ.get("BENCH"), reason="make bench: it starts each side in a process of its own"
+)
 WORK = Work(GPTConfig(31, 10, 2, 4, 24), batch_size=3, steps=1, rounds=1)
 FLAGS = [
     *("--n-layers", "1", "--d-model", "32", "--n-heads", "2", "--context-length", "16"),
@@ -153,6 +157,7 @@ def check_kept(folder: Path, shown: str, benchmarks: set[str]) -> None:
         assert run["machine"]["torch"] == torch.__version__
 
 
+@HEAVY
 def test_tokens_per_second_shows_each_side(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -179,6 +184,7 @@ def test_a_side_that_this_machine_lacks_is_named(
     assert "no transformers" in shown
 
 
+@HEAVY
 def test_tensor_parallel_shows_each_side_and_where_the_time_goes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -197,6 +203,7 @@ def test_tensor_parallel_shows_each_side_and_where_the_time_goes(
     assert "without communication" in shown
 
 
+@HEAVY
 def test_start_up_times_the_command_itself(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,9 @@ def _without_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(side_by_side, "RESULTS", tmp_path)
 
 
+@pytest.mark.skipif(
+    not os.environ.get("BENCH"), reason="make bench: a minute of compiling and timing"
+)
 def test_tiny_shapes_go_through_all_of_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -13,6 +13,7 @@ PAGES = sorted(
     for path in [
         ROOT / "README.md",
         ROOT / "tests/faults/README.md",
+        ROOT / "benchmarks/README.md",
         *ROOT.glob("steps/**/README.md"),
     ]
 )
