@@ -82,7 +82,8 @@ def main(argv: list[str]) -> int:
             Side(PLAIN, plain, threads),
             Side(OURS, [__file__, "--round", *words], threads),
         ]
-        for side, figures in in_turn(sides, 1).items():
+        # Each round has its own seed, so in_turn sees one; who begins changes here.
+        for side, figures in in_turn(sides if seed % 2 else sides[::-1], 1).items():
             found[side] += figures
     introduce("one process with all cores on both sides")
     for side, rounds in found.items():

@@ -49,6 +49,9 @@ def matmul_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.03)
     """FLOP/s of this rank's best large matrix product, with the threads that it has."""
     n = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    a @ b  # the first one chooses kernels, which on CUDA takes longer than all that follow
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     best, end = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < end:
         start = time.perf_counter()
