@@ -26,7 +26,9 @@ plan:
 	@echo "  5  sample        text that it writes: 10 s"
 	@echo
 
+# Compiled before: hundreds of processes import them, and none of those writes what it compiled.
 test: .venv/.installed-dev  ## Run all tests
+	@$(VENV_PYTHON) -m compileall -q benchmarks data rosetrainer steps tests
 	$(VENV_PYTHON) -m pytest -q -n 2 --dist loadfile
 
 test-steps: .venv/.installed-dev  ## Run each step's tests and a short training by torchrun
@@ -44,7 +46,8 @@ lint: .venv/.installed-dev  ## Check style and types
 BENCHMARKS := tokens_per_second tensor_parallel start_up loss_memory
 
 bench: .venv/.installed-dev  ## Measure speed against what else one could pick: about 15 minutes
-	BENCH=1 $(VENV_PYTHON) -m pytest -q tests/test_benchmarks.py tests/test_gpu_benchmark.py
+	BENCH=1 $(VENV_PYTHON) -m pytest -q tests/test_benchmarks.py tests/test_gpu_benchmark.py \
+		tests/test_block_compile.py
 	@for name in $(BENCHMARKS); do $(VENV_PYTHON) benchmarks/$$name.py || exit 1; done
 
 speedrun: .venv/.installed-dev data/shakespeare-chars/meta.json  ## nanoGPT's laptop demo against ours: ten minutes

@@ -28,7 +28,7 @@ from benchmarks.work import Work, matmul_peaks, parse_work, print_table, seconds
 from rosetrainer.environment import under_torchrun, world_from_environment
 from rosetrainer.launch import launch
 from rosetrainer.parallel_context import ParallelContext, end_parallel, init_tensor_parallel
-from rosetrainer.performance import choose_dtype
+from rosetrainer.performance import choose_dtype, keep_freed_memory
 from rosetrainer.process_group import meet
 from rosetrainer.rank import run_rank
 
@@ -67,6 +67,8 @@ def one_round(name: str, work: Work) -> Figures:
     dtype = choose_dtype("auto", torch.device("cpu"))
     if name == "peak":
         return matmul_peaks()
+    if name in (ALONE, OURS):
+        keep_freed_memory()  # as `train` does
     if name == ALONE:
         return {"seconds": seconds_of(OurStep(work, dtype), work.steps)}
     meet("cpu")

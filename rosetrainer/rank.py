@@ -27,6 +27,9 @@ MEETING = "ROSETRAINER_MEETING"
 LAST_WORDS = "last_words.txt"
 """In that folder: what rank 0 says when a signal has stopped it."""
 
+SILENT_SECONDS = 30
+"""How long a rank under torchrun that leaves a mistake to another one to tell waits to be ended."""
+
 PIPE_CLOSED = 128 + signal.SIGPIPE
 """Exit status when the reader of our output, `head` say, has gone: there is nothing to say."""
 
@@ -47,7 +50,8 @@ def run_rank(main: Callable[[], int | None]) -> NoReturn:
     """Ends the process with main()'s status: 2 for a ConfigError, 130 for Ctrl-C, 1 otherwise.
 
     Under rosetrainer.launch an error goes to a file and the launcher prints it. Under torchrun
-    one rank of each machine speaks for all about a mistake, since all of them make it.
+    one rank of each machine speaks for all about a mistake, since all of them make it; the others
+    wait for torchrun to end them, which else would end that one before it has spoken.
     """
     launched = os.environ.get(LAUNCHED)
     if launched:
@@ -63,6 +67,9 @@ def run_rank(main: Callable[[], int | None]) -> NoReturn:
             _report_to_launcher(error, 2)
         if speaks:
             print(f"error: {error}", file=sys.stderr)
+        elif "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun's
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(SILENT_SECONDS)
         sys.exit(2)
     except RankError as error:
         end_rank(error)

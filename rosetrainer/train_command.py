@@ -59,10 +59,12 @@ def run_rank_of(command: TrainCommand, world_size: int) -> int:
     """Trains on this rank."""
     # Importing makes a million objects and no garbage: looking for some takes a tenth of the time.
     gc.disable()
+    from rosetrainer.performance import keep_freed_memory
     from rosetrainer.train import check_config, train
 
     gc.freeze()
     gc.enable()
+    keep_freed_memory()
     _, stopped_by = train(*check_config(command.config, world_size), command.prove)
     return stop_status(stopped_by)
 

@@ -87,15 +87,17 @@ class Layout:
 @functools.cache
 def layouts() -> list[Layout]:
     """Greedily, always the candidate that meets most pairs of settings not met so far."""
-    names = list(FACTORS)
     candidates = list(itertools.product(*FACTORS.values()))
-    pairs = list(itertools.combinations(range(len(names)), 2))
-    missing = {(i, j, a, b) for i, j in pairs for a in FACTORS[names[i]] for b in FACTORS[names[j]]}
-    chosen = []
+    pairs = list(itertools.combinations(range(len(FACTORS)), 2))
+    bits: dict[Any, int] = {}  # a bit for each pair: every rank that imports a test counts them
+    met = [
+        sum(bits.setdefault((i, j, c[i], c[j]), 1 << len(bits)) for i, j in pairs)
+        for c in candidates
+    ]
+    missing, chosen = (1 << len(bits)) - 1, []
     while missing:
-        met = [{(i, j, c[i], c[j]) for i, j in pairs} for c in candidates]
-        best = max(range(len(candidates)), key=lambda n: len(met[n] & missing))
-        missing -= met[best]
+        best = max(range(len(candidates)), key=lambda n: (met[n] & missing).bit_count())
+        missing &= ~met[best]
         chosen.append(Layout(*candidates[best]))
     return chosen
 

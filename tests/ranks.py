@@ -7,6 +7,7 @@ torch's shared memory: numbers and lists, no tensors.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -112,6 +113,7 @@ def _rank_main(
         RANK=str(rank), WORLD_SIZE=str(n_ranks), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(n_ranks)
     )
     torch.set_num_threads(1)
+    gc.freeze()  # a collection would look through all that the server has loaded, and copy it
     warnings.simplefilter("error")  # pytest's own setting does not reach this process
     try:
         if n_ranks > 1:

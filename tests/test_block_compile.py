@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,7 @@ def test_compiled_blocks_compute_what_the_oracle_does(recompute: str, padded: bo
     assert not counters["graph_break"]
 
 
+@pytest.mark.skipif(not os.environ.get("BENCH"), reason="make bench: half a minute of compiling")
 @pytest.mark.skipif(bool(missing_tool(CPU)), reason=missing_tool(CPU))
 def test_training_compiled_gives_the_same_losses(
     markov: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

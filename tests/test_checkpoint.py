@@ -66,7 +66,10 @@ def train_here(config: TrainConfig, world: int, stop_after: int) -> dict[int, fl
         return figures
 
     def slow_save(*arguments: Any) -> None:
-        time.sleep(0.1)  # time in which training goes on
+        """Ends after training has gone on, where it goes on."""
+        steps, end = len(found), time.monotonic() + 10
+        while len(found) == steps < STEPS and STOP.signal is None and time.monotonic() < end:
+            time.sleep(0.01)
         save_file(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:

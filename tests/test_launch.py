@@ -331,6 +331,18 @@ def test_launcher_imports_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
+def test_under_torchrun_a_silent_rank_waits_for_the_one_that_speaks(start: Start) -> None:
+    """The first rank to end would make torchrun end the others, unheard."""
+    torchrun = {"WORLD_SIZE": "1", "TORCHELASTIC_RUN_ID": "x"}
+    silent = start("mistake", RANK="1", LOCAL_RANK="1", **torchrun)
+    speaks = start("mistake", RANK="0", LOCAL_RANK="0", **torchrun)
+    assert speaks.ended() == (2, "", "error: tp_size=3 does not fit; tp_size can be 1 or 2\n")
+    time.sleep(0.5)
+    assert silent.process.poll() is None
+    silent.process.terminate()
+    assert silent.ended() == (-signal.SIGTERM, "", "")
+
+
 def test_without_the_launcher(start: Start) -> None:
     """One process, and torchrun's ranks: one of each machine speaks for all."""
     alone = start("mistake", WORLD_SIZE="1")

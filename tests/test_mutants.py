@@ -8,6 +8,7 @@ that any broken file would raise. Without a patch the same way of running is gre
 from __future__ import annotations
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import re
@@ -46,6 +47,7 @@ def run_pytest_in(sender: Any, tree: str, test: str) -> None:
 
     It forks its ranks itself, for it has run no torch operation; a second server costs seconds.
     """
+    gc.freeze()
     ranks.FORKSERVER = multiprocessing.get_context("fork")  # type: ignore[assignment]
     os.chdir(tree)
     own = {str(ROOT), str(ROOT / "tests"), str(ROOT / "data")}
@@ -75,8 +77,8 @@ def tree(tmp_path: Path) -> Path:
 
 
 def copy_tree(target: Path) -> Path:
-    """A copy of what the tests need."""
-    skip = shutil.ignore_patterns("__pycache__", "python-docs", "mutants")
+    """A copy of what the tests need, compiled as far as it is, without files being written."""
+    skip = shutil.ignore_patterns("python-docs", "mutants", "*.pyc.*")
     for name in PARTS:
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, target / name, ignore=skip)

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import resource
 from pathlib import Path
 
 import pytest
 import torch
 from oracle import random_batch, tiny_config
+from ranks import run_ranks
 
 from rosetrainer import performance
 from rosetrainer.config import GPTConfig
 from rosetrainer.data_parallel import accumulate_gradients
 from rosetrainer.model import GPTModel
 from rosetrainer.parallel_context import ParallelContext
-from rosetrainer.performance import choose_dtype, flops_per_token, matmul_peak, set_threads
+from rosetrainer.performance import (
+    choose_dtype,
+    flops_per_token,
+    keep_freed_memory,
+    matmul_peak,
+    set_threads,
+)
 from rosetrainer.precision import autocast_for
 from rosetrainer.tensor_parallel import init_weights
 
@@ -76,6 +85,23 @@ def test_a_token_s_operations_worked_by_hand() -> None:
 
 def test_the_peak_is_a_rate_of_this_machine() -> None:
     assert 1e8 < matmul_peak(CPU, torch.float32, seconds=0.05) < 1e14
+
+
+def pages_taken_again(keep: bool) -> int:
+    """Pages that the system has to give when 64 MiB are freed and taken ten times."""
+    if keep:
+        keep_freed_memory()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        torch.ones(2**24)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="glibc's malloc only")
+def test_freed_memory_is_taken_again_without_asking_the_system() -> None:
+    pages = 2**26 // resource.getpagesize()
+    assert run_ranks(1, pages_taken_again, True)[0] < 3 * pages  # it may take them elsewhere once
+    assert run_ranks(1, pages_taken_again, False)[0] >= 10 * pages, "control: glibc's default"
 
 
 def test_threads_are_what_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

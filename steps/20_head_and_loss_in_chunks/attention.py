@@ -77,8 +77,8 @@ class CausalBlocks(torch.autograd.Function):
             share = shares(query, key, start, stop)  # (B*H, n, stop)
             of_share = grad @ value[:, :stop].mT
             of_score = torch._softmax_backward_data(of_share, share, -1, share.dtype)
-            value_grad[:, :stop] += share.mT @ grad
-            key_grad[:, :stop] += of_score.mT @ own
+            value_grad[:, :stop].add_(share.mT @ grad)  # += would also copy it onto itself
+            key_grad[:, :stop].add_(of_score.mT @ own)
             query_grad[:, start:stop].baddbmm_(of_score, key[:, :stop], beta=0, alpha=scale)
         grads = (query_grad, key_grad.mul_(scale), value_grad)
         return tuple(x.to(query.dtype).unflatten(0, upstream.shape[:2]) for x in grads)

@@ -80,7 +80,7 @@ def test_a_full_disk_is_said_and_leaves_the_old_checkpoint(markov: Path, small_d
     outcome = run(2, command)
     assert 2 in outcome.statuses, outcome
     assert outcome.complained.count("error: ") == 1
-    assert "No space left on device" in outcome.complained
+    assert "No space left on device" in outcome.complained, outcome.complained
     need, has = amounts(outcome.complained)
     assert 0 < has < need
     assert outcome.seconds < 10
