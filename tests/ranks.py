@@ -63,10 +63,13 @@ def run_ranks(
         try:
             _collect(ranks, results, failures, time.monotonic() + timeout)
         finally:
-            for process, _ in ranks:
+            for rank, (process, _) in enumerate(ranks):
                 if process.is_alive() and failures:
                     process.kill()
-                process.join()
+                process.join(30)
+                if process.is_alive():
+                    process.kill()
+                    failures[rank] = "answered, and did not end in half a minute"
     if failures:
         told = (f"--- rank {rank} of {n_ranks}:\n{text}" for rank, text in sorted(failures.items()))
         raise RankFailure("\n".join(told))
