@@ -71,8 +71,11 @@ class Draft:
             raise CheckpointError(text) from None
 
     def _leave(self, name: str, word: dict[str, Any]) -> None:
-        text = json.dumps(word)
-        write_whole(self.folder / f"{name}.json", lambda part: part.write_text(text))
+        """The last thing that a rank does in the folder: rank 0 renames it as soon as it has read
+        the word. So that is whole, and not synced, which would look for the folder once more."""
+        part = self.folder / f".{name}.json.part"
+        part.write_text(json.dumps(word))
+        part.replace(self.folder / f"{name}.json")
 
     def complete(self, world_size: int, progress: Progress, seconds: float) -> Path:
         """Waits for the word of all ranks, writes the manifest, and gives the folder its name.

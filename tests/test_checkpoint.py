@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from rosetrainer import checkpoint_command, loop
 from rosetrainer.checkpoint import read_whole
-from rosetrainer.checkpoint_files import retain
+from rosetrainer.checkpoint_files import Draft, retain
 from rosetrainer.config import GPTConfig, OptimConfig, RunConfig, TrainConfig
 from rosetrainer.fields import ConfigError
 from rosetrainer.manifest import CheckpointError, check_files, checkpoints, read_manifest
@@ -173,6 +173,23 @@ def test_behind_training_the_same_is_saved(config: TrainConfig, tmp_path: Path) 
     for step in range(1, STEPS + 1):
         ours, expected = (state(run / f"step_{step:06d}") for run in (out, tmp_path / "run"))
         assert all(torch.equal(ours[name], expected[name]) for name in expected)
+
+
+def test_a_rank_that_has_left_its_word_needs_the_draft_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 0, which has waited for it, may give the folder its name before the rank goes on."""
+    draft, original = Draft(tmp_path, 1, "one"), Path.replace
+
+    def replace(part: Path, target: Path) -> Path:
+        done = original(part, target)
+        if target.suffix == ".json":
+            draft.name_whole()
+        return done
+
+    monkeypatch.setattr(Path, "replace", replace)
+    draft.write_part(0, {"weight": torch.zeros(2)}, {}, 8)
+    assert (tmp_path / "step_000001" / "rank_00000.safetensors").exists()
 
 
 def test_keep_decides_how_many_stay(config: TrainConfig, tmp_path: Path) -> None:
