@@ -89,7 +89,7 @@ def layouts() -> list[Layout]:
     """Greedily, always the candidate that meets most pairs of settings not met so far."""
     candidates = list(itertools.product(*FACTORS.values()))
     pairs = list(itertools.combinations(range(len(FACTORS)), 2))
-    bits: dict[Any, int] = {}  # a bit for each pair: every rank that imports a test counts them
+    bits: dict[Any, int] = {}  # of each pair: sets take seconds, in every rank that imports this
     met = [
         sum(bits.setdefault((i, j, c[i], c[j]), 1 << len(bits)) for i, j in pairs)
         for c in candidates

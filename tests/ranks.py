@@ -69,6 +69,7 @@ def run_ranks(
                 process.join(30)
                 if process.is_alive():
                     process.kill()
+                    process.join()
                     failures[rank] = "answered, and did not end in half a minute"
     if failures:
         told = (f"--- rank {rank} of {n_ranks}:\n{text}" for rank, text in sorted(failures.items()))

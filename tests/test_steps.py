@@ -26,8 +26,8 @@ STEPS = Path(__file__).resolve().parent.parent / "steps"
 NAMES = sorted(path.name for path in STEPS.glob("[0-9][0-9]_*"))
 WITH_RANKS = [name for name in NAMES if (STEPS / name / "comm.py").exists()]
 TENSOR_PARALLEL = [name for name in WITH_RANKS if name > "05"]
-# 400 steps of training each; the last step's script has every check of theirs.
 SCRIPT = "test_forward_tp.py"
+# 400 steps of training each; the last step's script has every check of theirs.
 LONG = ("17_mixed_precision", "19_overlap")
 SCRIPTS = [
     (name, script.name, 2 if name in WITH_RANKS else 1)
