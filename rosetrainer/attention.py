@@ -57,11 +57,12 @@ class CausalBlocks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Tensor) -> Tensor:
         B, H, T, K = inputs[0].shape
-        # Copied once: a product of many matrices would copy what is not contiguous in each block.
         query, key, value = (x.contiguous().flatten(0, 1) for x in inputs)  # (B*H, T, K)
         heads = query.new_empty(B, T, H, K).transpose(1, 2)
         for start, stop in blocks(T):
-            block = shares(query, key, start, stop) @ value[:, :stop]
+            # A product of many matrices copies what is not contiguous, slowly if transposed.
+            own, seen = query[:, start:stop].contiguous(), key[:, :stop].contiguous()
+            block = shares(own, seen) @ value[:, :stop]
             heads[:, :, start:stop] = block.unflatten(0, (B, H))
         ctx.save_for_backward(query, key, value)
         return heads
@@ -74,13 +75,14 @@ class CausalBlocks(torch.autograd.Function):
         key_grad, value_grad = (torch.zeros_like(x, dtype=wide) for x in (key, value))
         whole, scale = upstream.contiguous().flatten(0, 1), 1 / math.sqrt(query.shape[-1])
         for start, stop in blocks(query.shape[1]):
-            own, grad = query[:, start:stop], whole[:, start:stop]
-            share = shares(query, key, start, stop)  # (B*H, n, stop)
-            of_share = grad @ value[:, :stop].mT
+            own, grad = (x[:, start:stop].contiguous() for x in (query, whole))
+            seen, values = (x[:, :stop].contiguous() for x in (key, value))
+            share = shares(own, seen)  # (B*H, n, stop)
+            of_share = grad @ values.mT
             of_score = torch._softmax_backward_data(of_share, share, -1, share.dtype)
             value_grad[:, :stop].add_(share.mT @ grad)  # += would also copy it onto itself
             key_grad[:, :stop].add_(of_score.mT @ own)
-            query_grad[:, start:stop].baddbmm_(of_score, key[:, :stop], beta=0, alpha=scale)
+            query_grad[:, start:stop].baddbmm_(of_score, seen, beta=0, alpha=scale)
         grads = (query_grad, key_grad.mul_(scale), value_grad)
         return tuple(x.to(query.dtype).unflatten(0, upstream.shape[:2]) for x in grads)
 
@@ -90,13 +92,15 @@ def blocks(T: int) -> list[tuple[int, int]]:
     return [(start, min(start + BLOCK, T)) for start in range(0, T, BLOCK)]
 
 
-def shares(query: Tensor, key: Tensor, start: int, stop: int) -> Tensor:
-    """(B*H, stop - start, stop): what each query of a block takes of the keys up to itself."""
-    n, scale = stop - start, 1 / math.sqrt(query.shape[-1])
-    scores = query.new_empty(len(query), n, stop)  # beta=0: nothing of it is read
-    scores.baddbmm_(query[:, start:stop], key[:, :stop].mT, beta=0, alpha=scale)
-    future = torch.ones(n, n, dtype=torch.bool, device=query.device).triu_(1)
-    scores[..., start:].masked_fill_(future, -math.inf)
+def shares(own: Tensor, seen: Tensor) -> Tensor:
+    """(B*H, n, stop): what each of a block's n queries takes of the keys up to itself.
+
+    own: (B*H, n, K) queries; seen: (B*H, stop, K) keys, of which the last n are the block's.
+    """
+    n, scale = own.shape[1], 1 / math.sqrt(own.shape[-1])
+    scores = own.new_empty(len(own), n, seen.shape[1])  # beta=0: nothing of it is read
+    scores.baddbmm_(own, seen.mT, beta=0, alpha=scale)
+    scores[..., -n:].add_(own.new_full((n, n), -math.inf).triu_(1))
     return scores.softmax(-1)  # in fp32 inside, rounded once
 
 
