@@ -13,7 +13,7 @@ from rosetrainer.config import OptimConfig, TrainConfig
 from rosetrainer.data import Corpus
 from rosetrainer.optim import build_optimizer
 from rosetrainer.parallel_context import ParallelContext
-from rosetrainer.precision import autocast_for
+from rosetrainer.products import products_in
 from rosetrainer.tensor_parallel import init_weights
 from rosetrainer.training_step import train_step
 
@@ -45,7 +45,7 @@ class OurStep:
         init_weights(self.model, self.config.run.seed)
         if compiles(self.config, self.context.tp.size, self.context.device)[0]:
             compile_blocks(self.model)
-        self.autocast = autocast_for(dtype, self.context.device)
+        self.autocast = products_in(dtype, self.context.device)
         self.steps = 0
 
     def __call__(self) -> tuple[float, float]:

@@ -19,8 +19,8 @@ from rosetrainer.launch import launch
 from rosetrainer.model import GPTModel
 from rosetrainer.parallel_context import ParallelContext, end_parallel, init_parallel
 from rosetrainer.performance import choose_dtype
-from rosetrainer.precision import autocast_for
 from rosetrainer.process_group import meet
+from rosetrainer.products import products_in
 from rosetrainer.reference import ReferenceDropout
 from rosetrainer.reference_rotary import build_reference
 from rosetrainer.tensor_parallel import draw_whole, gather_whole, load_whole, shard_spec
@@ -85,7 +85,7 @@ def prove(
     model = build_model(config, context)
     if dtype == torch.float64:
         model.double()
-    autocast = autocast_for(dtype, context.device)
+    autocast = products_in(dtype, context.device)
     whole = {
         name: draw_whole(replace(shard_spec(p), init_std=shard_spec(p).init_std or 0.1), seed, name)
         for name, p in model.named_parameters()

@@ -31,8 +31,8 @@ from rosetrainer.parallel_context import (
     init_parallel,
 )
 from rosetrainer.performance import be_deterministic, choose_dtype, matmul_peak, set_threads
-from rosetrainer.precision import autocast_for
 from rosetrainer.process_group import meet, own_device
+from rosetrainer.products import products_in
 from rosetrainer.rank import last_words
 from rosetrainer.resume import Place, begin, find_beginning
 from rosetrainer.run_folder import describe_run
@@ -128,7 +128,7 @@ def run_here(
             optimizer=optimizer,
             context=context,
             world=world,
-            autocast=autocast_for(dtype, context.device),
+            autocast=products_in(dtype, context.device),
             dtype=dtype,
             folder=place.folder,
             saver=Saver(place.folder, place.attempt, model, optimizer, context, config.run),

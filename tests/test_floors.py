@@ -21,7 +21,7 @@ FLOORS = [
         *("overlap", "dropout", "recompute", "precision", "watch", "checkpoint_files"),
         *("adamw", "step_profile"),
     },
-    {"attention"},
+    {"attention", "products"},
     {"tensor_parallel"},
     {"vocab_parallel"},
     {"model"},
