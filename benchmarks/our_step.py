@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ from rosetrainer.config import OptimConfig, TrainConfig
 from rosetrainer.data import Corpus
 from rosetrainer.optim import build_optimizer
 from rosetrainer.parallel_context import ParallelContext
-from rosetrainer.products import products_in
+from rosetrainer.precision import autocast_for
+from rosetrainer.products import fast_products
 from rosetrainer.tensor_parallel import init_weights
 from rosetrainer.training_step import train_step
 
@@ -45,18 +47,20 @@ class OurStep:
         init_weights(self.model, self.config.run.seed)
         if compiles(self.config, self.context.tp.size, self.context.device)[0]:
             compile_blocks(self.model)
-        self.autocast = products_in(dtype, self.context.device)
+        self.autocast = autocast_for(dtype, self.context.device)
+        self.products = partial(fast_products, dtype, self.context.device)
         self.steps = 0
 
     def __call__(self) -> tuple[float, float]:
-        figures = train_step(
-            self.config,
-            self.corpus,
-            self.model,
-            self.optimizer,
-            self.context,
-            self.autocast,
-            self.steps,
-        )
+        with self.products():
+            figures = train_step(
+                self.config,
+                self.corpus,
+                self.model,
+                self.optimizer,
+                self.context,
+                self.autocast,
+                self.steps,
+            )
         self.steps += 1
         return figures["train/loss"], figures["train/grad_norm"]

@@ -19,8 +19,9 @@ from rosetrainer.launch import launch
 from rosetrainer.model import GPTModel
 from rosetrainer.parallel_context import ParallelContext, end_parallel, init_parallel
 from rosetrainer.performance import choose_dtype
+from rosetrainer.precision import autocast_for
 from rosetrainer.process_group import meet
-from rosetrainer.products import products_in
+from rosetrainer.products import fast_products
 from rosetrainer.reference import ReferenceDropout
 from rosetrainer.reference_rotary import build_reference
 from rosetrainer.tensor_parallel import draw_whole, gather_whole, load_whole, shard_spec
@@ -85,7 +86,7 @@ def prove(
     model = build_model(config, context)
     if dtype == torch.float64:
         model.double()
-    autocast = products_in(dtype, context.device)
+    autocast = autocast_for(dtype, context.device)
     whole = {
         name: draw_whole(replace(shard_spec(p), init_std=shard_spec(p).init_std or 0.1), seed, name)
         for name, p in model.named_parameters()
@@ -105,11 +106,12 @@ def prove(
     dropout = ReferenceDropout(config.dropout, seed)
     dense_logits, dense_loss = dense(input_ids, labels=labels, dropout=dropout)
     dense_loss.backward()
-    with torch.no_grad(), autocast():
-        logits, _ = model(input_ids[own], seed=replace(masks, first_row=own.start))
-    assert logits is not None
     batch = [(input_ids[own], labels[own])]
-    loss = accumulate_gradients(model, batch, context, autocast, masks)
+    with fast_products(dtype, context.device):
+        with torch.no_grad(), autocast():
+            logits, _ = model(input_ids[own], seed=replace(masks, first_row=own.start))
+        loss = accumulate_gradients(model, batch, context, autocast, masks)
+    assert logits is not None
     gradients = gather_whole(model, tp, gradients=True)
     pairs = {
         "logits": (logits, dense_logits[own].detach()),

@@ -7,6 +7,9 @@ are oneDNN's anyway.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,31 +17,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.overrides import TorchFunctionMode
 
-from rosetrainer.precision import Autocast, autocast_for
+TORCHS_LINEAR = F.linear
 
 
-def products_in(dtype: torch.dtype, device: torch.device) -> Autocast:
-    """Makes a context for a model's forward pass: products in dtype, by what is fastest here."""
+@contextmanager
+def fast_products(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
+    """Training in dtype goes inside: where oneDNN is faster, F.linear is this module's meanwhile.
+
+    For the backward pass too, in which recompute computes activations as they were computed.
+    """
+    before = F.linear
     if dtype == torch.float32 and device.type == "cpu" and is_amd():
-        return OneDNNProducts
-    return autocast_for(dtype, device)
+        F.linear = linear  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        F.linear = before
 
 
+@cache
 def is_amd() -> bool:
+    """Whether the processor is AMD's and torch has oneDNN."""
     cpuinfo = Path("/proc/cpuinfo")
     known = cpuinfo.exists() and "AuthenticAMD" in cpuinfo.read_text()
     return known and torch.backends.mkldnn.is_available()
-
-
-class OneDNNProducts(TorchFunctionMode):
-    """A context in which F.linear of fp32 tensors on a CPU is oneDNN's, backward too."""
-
-    def __torch_function__(
-        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        return (linear if function is F.linear else function)(*args, **(kwargs or {}))
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -46,7 +49,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     ours = x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu"
     if ours and not torch.compiler.is_compiling():  # which takes oneDNN itself where it likes
         return _Linear.apply(x, weight, bias)
-    return F.linear(x, weight, bias)
+    return TORCHS_LINEAR(x, weight, bias)
 
 
 class _Linear(torch.autograd.Function):

@@ -31,8 +31,9 @@ from rosetrainer.parallel_context import (
     init_parallel,
 )
 from rosetrainer.performance import be_deterministic, choose_dtype, matmul_peak, set_threads
+from rosetrainer.precision import autocast_for
 from rosetrainer.process_group import meet, own_device
-from rosetrainer.products import products_in
+from rosetrainer.products import fast_products
 from rosetrainer.rank import last_words
 from rosetrainer.resume import Place, begin, find_beginning
 from rosetrainer.run_folder import describe_run
@@ -128,7 +129,7 @@ def run_here(
             optimizer=optimizer,
             context=context,
             world=world,
-            autocast=products_in(dtype, context.device),
+            autocast=autocast_for(dtype, context.device),
             dtype=dtype,
             folder=place.folder,
             saver=Saver(place.folder, place.attempt, model, optimizer, context, config.run),
@@ -140,7 +141,8 @@ def run_here(
             skipped=reached.skipped if reached else 0,
             saved=step,
         )
-        loop.run()
+        with fast_products(dtype, context.device):
+            loop.run()
     if speaks:
         say_goodbye(loop, place.folder)
     if watch:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,11 +16,16 @@ from rosetrainer import products
 from rosetrainer.data_parallel import accumulate_gradients
 from rosetrainer.model import GPTModel
 from rosetrainer.parallel_context import ParallelContext
-from rosetrainer.products import OneDNNProducts, products_in
+from rosetrainer.products import fast_products
 from rosetrainer.tensor_parallel import init_weights
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN")
 CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def amd(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "is_amd", lambda: True)
 
 
 class Operators(TorchDispatchMode):
@@ -51,13 +56,15 @@ def value_and_gradients(upstream: Tensor, *inputs: Tensor) -> list[Tensor]:
 
 @pytest.mark.parametrize("shape", [(7,), (3, 5), (1,), (0,)])
 @pytest.mark.parametrize("bias", [True, False])
-def test_values_and_gradients_are_rounded_and_no_more(shape: tuple[int, ...], bias: bool) -> None:
+def test_values_and_gradients_are_rounded_and_no_more(
+    amd: None, shape: tuple[int, ...], bias: bool
+) -> None:
     generator = torch.Generator().manual_seed(1)
     n_in, n_out = 33, 20
     sizes = [(*shape, n_in), (n_out, n_in), *([(n_out,)] if bias else [])]
     inputs = [torch.randn(size, generator=generator) for size in sizes]
     upstream = torch.randn(*shape, n_out, generator=generator)
-    with OneDNNProducts(), Operators() as seen:
+    with fast_products(torch.float32, CPU), Operators() as seen:
         ours = value_and_gradients(upstream, *inputs)
     assert seen.of_onednn() == 2
     exact = value_and_gradients(upstream.double(), *(tensor.double() for tensor in inputs))
@@ -68,40 +75,43 @@ def test_values_and_gradients_are_rounded_and_no_more(shape: tuple[int, ...], bi
         assert ((mine - truth).abs() <= n * 2**-24 * sizes_of).all()
 
 
-def test_a_view_that_is_not_contiguous_is_read_as_it_is() -> None:
+def test_a_view_that_is_not_contiguous_is_read_as_it_is(amd: None) -> None:
     x, weight = torch.randn(4, 6, 5).transpose(0, 1), torch.randn(5, 3).T
-    with OneDNNProducts(), Operators() as seen:
+    with fast_products(torch.float32, CPU), Operators() as seen:
         found = F.linear(x, weight)
     assert seen.of_onednn() == 1
     assert torch.allclose(found, F.linear(x, weight), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_other_dtypes_stay_with_torch(dtype: torch.dtype) -> None:
+def test_other_dtypes_stay_with_torch(amd: None, dtype: torch.dtype) -> None:
     x, weight = torch.randn(4, 5, dtype=dtype), torch.randn(3, 5, dtype=dtype)
-    with OneDNNProducts(), Operators() as seen:
+    with fast_products(torch.float32, CPU), Operators() as seen:
         found = F.linear(x, weight)
     assert seen.of_onednn() == 0
     assert torch.equal(found, F.linear(x, weight))
 
 
-def test_all_products_of_a_layer_run_there_and_train_as_before() -> None:
+@pytest.mark.parametrize("recompute", ["none", "attention", "block"])
+def test_a_model_s_products_run_there_and_it_trains_as_before(amd: None, recompute: str) -> None:
     gradients = []
+    context = replace(ParallelContext(), recompute=recompute)
     batch = [random_batch(tiny_config(), 2)]
-    for context in (nullcontext, OneDNNProducts):
-        model = GPTModel(tiny_config())
+    for dtype in (torch.float64, torch.float32):  # what the context is made for, not the model
+        model = GPTModel(tiny_config(), context)
         init_weights(model, seed=1)
-        with Operators() as seen:
-            accumulate_gradients(model, batch, ParallelContext(), context)
+        with fast_products(dtype, CPU), Operators() as seen:
+            accumulate_gradients(model, batch, context)
         gradients.append([p.grad for p in model.parameters()])
-    assert seen.of_onednn() >= 2 * 4 * tiny_config().n_layers
+    times = 3 if recompute == "block" else 2
+    assert seen.of_onednn() >= times * 4 * tiny_config().n_layers
     for ours, torchs in zip(*gradients, strict=True):
         assert ours is not None and torchs is not None
         assert torch.allclose(ours, torchs, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(
-    ("amd", "dtype", "device", "expected"),
+    ("maker", "dtype", "device", "expected"),
     [
         (True, torch.float32, "cpu", True),
         (False, torch.float32, "cpu", False),
@@ -111,7 +121,10 @@ def test_all_products_of_a_layer_run_there_and_train_as_before() -> None:
     ],
 )
 def test_it_is_taken_for_fp32_on_an_amd_processor_only(
-    monkeypatch: pytest.MonkeyPatch, amd: bool, dtype: torch.dtype, device: str, expected: bool
+    monkeypatch: pytest.MonkeyPatch, maker: bool, dtype: torch.dtype, device: str, expected: bool
 ) -> None:
-    monkeypatch.setattr(products, "is_amd", lambda: amd)
-    assert (products_in(dtype, torch.device(device)) is OneDNNProducts) == expected
+    monkeypatch.setattr(products, "is_amd", lambda: maker)
+    before = F.linear
+    with fast_products(dtype, torch.device(device)):
+        assert (F.linear is products.linear) == expected
+    assert F.linear is before

@@ -105,6 +105,26 @@ def test_a_run_leaves_its_files_beside_each_other(markov: Path, tmp_path: Path) 
     assert moved == {2 * (2 * MODEL.n_layers + 1) * tokens * 32 + 3 * tokens + 8 + 8}
 
 
+def products_of_a_run(config: TrainConfig, amd: bool) -> int:
+    """How many products of training the rank left to oneDNN, on a processor of this maker."""
+    from rosetrainer import products
+
+    calls, product = [], products.product
+    products.is_amd = lambda: amd  # type: ignore[assignment]
+    products.product = lambda *inputs: calls.append(1) or product(*inputs)  # type: ignore[func-returns-value]
+    train_on_ranks(config, dp_size=1)
+    return len(calls)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN")
+@pytest.mark.parametrize("amd", [True, False])
+def test_fp32_runs_in_onednn_on_an_amd_processor(markov: Path, tmp_path: Path, amd: bool) -> None:
+    config = config_for(markov, tmp_path / "run", dtype="float32")
+    (calls,) = run_ranks(1, products_of_a_run, config, amd)
+    layers = 4 * MODEL.n_layers
+    assert calls >= 2 * layers * config.run.steps if amd else calls == 0
+
+
 def test_the_batch_is_one_inside_a_tp_group_and_another_in_each_dp_group(markov: Path) -> None:
     corpus = open_corpus(markov, 16)
     config = config_for(markov, Path("unused"))
