@@ -68,11 +68,11 @@ def test_values_and_gradients_are_rounded_and_no_more(
         ours = value_and_gradients(upstream, *inputs)
     assert seen.of_onednn() == 2
     exact = value_and_gradients(upstream.double(), *(tensor.double() for tensor in inputs))
-    # A sum of n products is wrong by at most n roundings of the sum of what they are without sign.
-    sizeless = value_and_gradients(upstream.double().abs(), *(t.double().abs() for t in inputs))
+    # A sum of n products is wrong by at most n roundings of the sum without signs.
+    magnitudes = value_and_gradients(upstream.double().abs(), *(t.double().abs() for t in inputs))
     n = max(n_in, n_out, upstream.shape[:-1].numel()) + 1
-    for mine, truth, sizes_of in zip(ours, exact, sizeless, strict=True):
-        assert ((mine - truth).abs() <= n * 2**-24 * sizes_of).all()
+    for mine, truth, magnitude in zip(ours, exact, magnitudes, strict=True):
+        assert ((mine - truth).abs() <= n * 2**-24 * magnitude).all()
 
 
 def test_a_view_that_is_not_contiguous_is_read_as_it_is(amd: None) -> None:
