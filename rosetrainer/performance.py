@@ -20,9 +20,14 @@ def has_native_bf16(device: torch.device) -> bool:
     if hasattr(torch.cpu, "get_capabilities"):
         capabilities = torch.cpu.get_capabilities()
         return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
-    cpuinfo = Path("/proc/cpuinfo")  # what torch 2.11 reads too, but does not tell
-    words = cpuinfo.read_text().split() if cpuinfo.exists() else []
+    words = cpu_words()  # which torch 2.11 reads too, but does not tell
     return "amx_bf16" in words or "avx512_bf16" in words
+
+
+def cpu_words() -> list[str]:
+    """What Linux says of the processors, its maker and its flags among it; elsewhere nothing."""
+    cpuinfo = Path("/proc/cpuinfo")
+    return cpuinfo.read_text().split() if cpuinfo.exists() else []
 
 
 def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:

@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from rosetrainer.performance import cpu_words
 
 TORCHS_LINEAR = F.linear
 
@@ -39,9 +40,7 @@ def fast_products(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
 @cache
 def is_amd() -> bool:
     """Whether the processor is AMD's and torch has oneDNN."""
-    cpuinfo = Path("/proc/cpuinfo")
-    known = cpuinfo.exists() and "AuthenticAMD" in cpuinfo.read_text()
-    return known and torch.backends.mkldnn.is_available()
+    return "AuthenticAMD" in cpu_words() and torch.backends.mkldnn.is_available()
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -128,3 +128,10 @@ def test_it_is_taken_for_fp32_on_an_amd_processor_only(
     with fast_products(dtype, torch.device(device)):
         assert (F.linear is products.linear) == expected
     assert F.linear is before
+
+
+def test_the_maker_is_read_from_what_linux_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    for maker, expected in (("AuthenticAMD", True), ("GenuineIntel", False)):
+        words = ["vendor_id", ":", maker]
+        monkeypatch.setattr(products, "cpu_words", lambda words=words: words)
+        assert products.is_amd.__wrapped__() == expected

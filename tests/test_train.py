@@ -11,6 +11,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -109,11 +110,12 @@ def products_of_a_run(config: TrainConfig, amd: bool) -> int:
     """How many products of training the rank left to oneDNN, on a processor of this maker."""
     from rosetrainer import products
 
-    calls, product = [], products.product
-    products.is_amd = lambda: amd  # type: ignore[assignment]
-    products.product = lambda *inputs: calls.append(1) or product(*inputs)  # type: ignore[func-returns-value]
-    train_on_ranks(config, dp_size=1)
-    return len(calls)
+    with (
+        mock.patch.object(products, "is_amd", return_value=amd),
+        mock.patch.object(products, "product", wraps=products.product) as product,
+    ):
+        train_on_ranks(config, dp_size=1)
+    return product.call_count
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN")
