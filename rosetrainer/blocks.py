@@ -85,7 +85,7 @@ class RotaryAttention(nn.Module):
         if x.device.type != "cpu" or turned.shape[1] > BLOCK:
             turned = turned.to(fused.dtype)
         # Else it stays in fp32, in which turning is done: torch's kernel is faster so than in bf16.
-        query, key, value = turned.permute(2, 0, 3, 1, 4)  # (B, H/tp, T, K) each
+        query, key, value = (part.transpose(1, 2) for part in turned.unbind(2))  # (B, H/tp, T, K)
         inputs = (query, key, value, mask, self.dropout, seed, self.tp)
         with torch.autocast(x.device.type, enabled=False):
             heads = recompute(attend, *inputs, enabled=self.recompute, tp=self.tp)

@@ -48,7 +48,7 @@ class MultiHeadCrossAttention(nn.Module):
         query = self.query(x).unflatten(-1, (-1, self.head_width)).transpose(1, 2)
         fused = self.key_value(memory)  # (B, S, 2*H/tp*K)
         fused = fused.unflatten(-1, (2, -1, self.head_width))  # (B, S, 2, H/tp, K)
-        key, value = fused.permute(2, 0, 3, 1, 4)  # (B, H/tp, S, K) each; query: (B, H/tp, T, K)
+        key, value = (part.transpose(1, 2) for part in fused.unbind(2))  # (B, H/tp, S, K)
         heads = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         return self.dense(heads.transpose(1, 2).flatten(2))  # (B, T, H/tp*K) -> (B, T, D)
 

@@ -68,7 +68,7 @@ class MultiHeadSelfAttention(nn.Module):
         """mask: (B, 1, T, T), true where a query may look at a key; causal unless given."""
         fused = self.query_key_value(x)  # (B, T, 3*H/tp*K)
         fused = fused.unflatten(-1, (3, -1, self.head_width))  # (B, T, 3, H/tp, K)
-        query, key, value = fused.permute(2, 0, 3, 1, 4)  # (B, H/tp, T, K) each
+        query, key, value = (part.transpose(1, 2) for part in fused.unbind(2))  # (B, H/tp, T, K)
         heads = F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, is_causal=mask is None
         )

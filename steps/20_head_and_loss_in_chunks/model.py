@@ -74,7 +74,7 @@ class MultiHeadSelfAttention(nn.Module):
         """mask: (B, 1, T, T), true where a query may look at a key; causal unless given."""
         fused = self.query_key_value(x)  # (B, T, 3*H/tp*K)
         fused = fused.unflatten(-1, (3, -1, self.head_width))  # (B, T, 3, H/tp, K)
-        query, key, value = fused.permute(2, 0, 3, 1, 4)  # (B, H/tp, T, K) each
+        query, key, value = (part.transpose(1, 2) for part in fused.unbind(2))  # (B, H/tp, T, K)
         inputs = (query, key, value, mask, self.dropout, seed, self.tp)
         heads = recompute(attend, *inputs, enabled=self.recompute, tp=self.tp)
         return self.dense(heads.transpose(1, 2).flatten(2))  # (B, T, H/tp*K) -> (B, T, D)
