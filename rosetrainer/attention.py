@@ -16,6 +16,7 @@ from rosetrainer.dropout import Dropout, Seed
 from rosetrainer.parallel_context import Axis
 
 BLOCK = 128  # queries whose scores are made at once
+KEPT = 512  # queries, and no more, whose shares are kept for backward: they grow with T x T
 
 
 def attend(
@@ -50,8 +51,9 @@ class CausalBlocks(torch.autograd.Function):
     """Causal attention by matrix products: BLOCK queries at a time, on the keys up to theirs.
 
     (B, H, T, K) queries, keys and values -> (B, H, T, K), in memory (B, T, H, K), as the next
-    layer reads it. torch's kernel for CPUs is slow in bf16, its backward most of all. As in
-    "FlashAttention" (Dao et al.), backward makes the shares again, so no (T, T) is ever kept.
+    layer reads it. torch's kernel for CPUs is slow in bf16, its backward most of all. Beyond KEPT
+    queries backward makes the shares again, as in "FlashAttention" (Dao et al.): what is kept then
+    grows with T, not with T x T.
     """
 
     @staticmethod
@@ -59,17 +61,20 @@ class CausalBlocks(torch.autograd.Function):
         B, H, T, K = inputs[0].shape
         query, key, value = (x.contiguous().flatten(0, 1) for x in inputs)  # (B*H, T, K)
         heads = query.new_empty(B, T, H, K).transpose(1, 2)
+        kept = []
         for start, stop in blocks(T):
             # A product of many matrices copies what is not contiguous, slowly if transposed.
             own, seen = query[:, start:stop].contiguous(), key[:, :stop].contiguous()
-            block = shares(own, seen) @ value[:, :stop]
-            heads[:, :, start:stop] = block.unflatten(0, (B, H))
-        ctx.save_for_backward(query, key, value)
+            share = shares(own, seen)
+            heads[:, :, start:stop] = (share @ value[:, :stop]).unflatten(0, (B, H))
+            if T <= KEPT:
+                kept.append(share)
+        ctx.save_for_backward(query, key, value, *kept)
         return heads
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, ...]:
-        query, key, value = ctx.saved_tensors
+        query, key, value, *kept = ctx.saved_tensors
         wide = torch.promote_types(query.dtype, torch.float32)  # where blocks add up
         query_grad = torch.empty_like(query)
         key_grad, value_grad = (torch.zeros_like(x, dtype=wide) for x in (key, value))
@@ -77,7 +82,7 @@ class CausalBlocks(torch.autograd.Function):
         for start, stop in blocks(query.shape[1]):
             own, grad = (x[:, start:stop].contiguous() for x in (query, whole))
             seen, values = (x[:, :stop].contiguous() for x in (key, value))
-            share = shares(own, seen)  # (B*H, n, stop)
+            share = kept[start // BLOCK] if kept else shares(own, seen)  # (B*H, n, stop)
             of_share = grad @ values.mT
             of_score = torch._softmax_backward_data(of_share, share, -1, share.dtype)
             value_grad[:, :stop].add_(share.mT @ grad)  # += would also copy it onto itself

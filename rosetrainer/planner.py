@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from rosetrainer.attention_planner import bytes_of_scores
 from rosetrainer.config import GPTConfig, ParallelConfig
 from rosetrainer.data_parallel import BUCKET_BYTES
 from rosetrainer.loss_planner import bytes_of_sums
@@ -203,7 +204,7 @@ def activations(model: GPTConfig, parallel: ParallelConfig, work: Work) -> int:
         for T, S, rows in block.attentions:
             total += B * (2 * T + 2 * S) * width * e  # queries, keys, values, result
             if parallel.recompute == "none":
-                total += scores(model, work, tp, T, S, rows)
+                total += bytes_of_scores(B, model.n_heads // tp, T, S, e, rows, dropout)
     ends = [length for length in (work.source_tokens, work.tokens) if length]
     for T in ends:
         total += B * T * (8 + 1)  # ids, and whether this rank has their row
@@ -215,17 +216,6 @@ def activations(model: GPTConfig, parallel: ParallelConfig, work: Work) -> int:
     # Head and loss: the gradients of the input, of all tokens, and of the table.
     total += B * work.tokens * D * e + padded_vocabulary(model, tp) // tp * D * max(m, 4)
     return total + (weight_copies(model, parallel, work) if e < m else 0)
-
-
-def scores(model: GPTConfig, work: Work, tp: int, T: int, S: int, mask_rows: int) -> int:
-    """What attention keeps besides its inputs and result."""
-    heads, e = work.rows * model.n_heads // tp, work.product_bytes
-    padding = work.rows * mask_rows * S
-    if not model.dropout:  # the fused kernel: a logarithm for each query, and the mask as numbers
-        fused = heads * T * max(e, 4) + padding * e
-        return fused if mask_rows or e != 2 else 0  # in blocks of queries: shares are made again
-    # Written out: shares, those after dropout, which were dropped; and the mask.
-    return heads * T * S * (max(e, 4) + e + 1) + (padding or T * S)
 
 
 def memory_and_masks(

@@ -13,14 +13,16 @@ import torch
 import torch.nn.functional as F
 from oracle import assert_equal
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
-from rosetrainer.attention import BLOCK, CausalBlocks, attend
+from rosetrainer.attention import BLOCK, KEPT, CausalBlocks, attend
+from rosetrainer.attention_planner import bytes_of_scores
 from rosetrainer.dropout import Dropout
 from rosetrainer.parallel_context import Axis
 
 U = 2.0**-8
 B, H, K = 2, 3, 16
-LENGTHS = [1, 5, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK, 2 * BLOCK + 44]
+LENGTHS = [1, 5, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK, 2 * BLOCK + 44, KEPT, KEPT + 1]
 NAMES = ("heads", "query's gradient", "key's gradient", "value's gradient")
 
 
@@ -116,3 +118,18 @@ def test_blocks_are_used_in_bf16_without_a_mask_alone(dtype: torch.dtype, masked
         found = attend(query, key, value, mask, Dropout(0.1), None, Axis("tp"))
     assert torch.equal(found, expected)
     assert found.dtype == dtype
+
+
+@pytest.mark.parametrize("T", LENGTHS)
+def test_the_shares_that_are_kept_are_those_predicted(T: int) -> None:
+    fused, _ = random_inputs(T, torch.bfloat16)
+    leaf, saved = fused.requires_grad_(), dict[int, int]()
+
+    def keep(tensor: Tensor) -> Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    query, key, value = (part.transpose(1, 2) for part in leaf.unbind(2))
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        heads = attend(query, key, value, None, Dropout(0.0), None, Axis("tp"))
+    assert sum(saved.values()) - 3 * heads.nbytes == bytes_of_scores(B, H, T, T, e=2)

@@ -29,6 +29,7 @@ FLOORS = [
     {
         *("encoder_decoder", "data", "data_parallel", "replicas", "clip", "optim"),
         *("checkpoint", "run_folder", "run_log", "block_compile", "loss_planner"),
+        "attention_planner",
     },
     {"parity", "evaluation", "planner", "training_step", "agreement"},
     {"loop", "resume"},
