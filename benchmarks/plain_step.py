@@ -64,7 +64,9 @@ class HuggingFaceGPT2(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         from transformers import GPT2Config, GPT2LMHeadModel
+        from transformers.utils.logging import set_verbosity_error
 
+        set_verbosity_error()  # else it remarks on a default of its own
         torch.manual_seed(1)
         self.theirs = GPT2LMHeadModel(
             GPT2Config(

@@ -1,8 +1,8 @@
 """Sides of a comparison, in turn on one machine: medians, a ratio, and a JSON of the run.
 
 A side is a command whose last line of output is a JSON object of figures. Other work on the machine
-comes and goes, so the sides alternate, each round is a fresh process, and only the ratio of medians
-is a finding.
+comes and goes, so the sides alternate, and only the ratio of medians is a finding. Each round is a
+fresh process, or, where one step is a round, the side's process stays.
 """
 
 from __future__ import annotations
@@ -13,18 +13,29 @@ import platform
 import statistics
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 RESULTS = Path(__file__).resolve().parent / "results"
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "numpy", "transformers")
 
-Rounds = dict[str, list[dict[str, Any]]]
+Figures = dict[str, Any]
+Rounds = dict[str, list[Figures]]
+
+
+class Runs(Protocol):
+    """What makes a round."""
+
+    @property
+    def name(self) -> str: ...
+
+    def run(self) -> Figures: ...
 
 
 @dataclass(frozen=True)
@@ -35,19 +46,68 @@ class Side:
     arguments: Sequence[str]
     environment: Mapping[str, str] = field(default_factory=dict)
 
-    def run(self) -> dict[str, Any]:
-        """The figures of one fresh process. Raises SystemExit, with its output, if it fails."""
-        command = [sys.executable, *self.arguments]
+    def start(self, **pipes: Any) -> subprocess.Popen[str]:
+        """Its process; pipes: what Popen takes them by."""
         environment = {**os.environ, "PYTHONPATH": str(ROOT), **self.environment}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        if done.returncode:
-            sys.exit(f"error: {self.name}: status {done.returncode}\n{done.stdout}{done.stderr}")
-        figures = json.loads(done.stdout.splitlines()[-1])
+        command = [sys.executable, *self.arguments]
+        return subprocess.Popen(command, env=environment, text=True, **pipes)
+
+    def run(self) -> Figures:
+        """The figures of one fresh process. Raises SystemExit, with its output, if it fails."""
+        with self.start(stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+            stdout, stderr = process.communicate()
+        if process.returncode:
+            sys.exit(f"error: {self.name}: status {process.returncode}\n{stdout}{stderr}")
+        figures = json.loads(stdout.splitlines()[-1])
         assert isinstance(figures, dict)
         return figures
 
 
-def in_turn(sides: Sequence[Side], rounds: int) -> Rounds:
+@dataclass(frozen=True)
+class StayingSide:
+    """A side that was set up once: `answer` in its process makes each round."""
+
+    name: str
+    process: subprocess.Popen[str]
+
+    def run(self) -> Figures:
+        assert self.process.stdin
+        if self.process.poll() is None:  # else its output has ended too
+            self.process.stdin.write("\n")
+            self.process.stdin.flush()
+        return self.figures()
+
+    def figures(self) -> Figures:
+        """The next line that its process prints. Raises SystemExit if that has ended."""
+        assert self.process.stdout
+        line = self.process.stdout.readline()
+        if not line:
+            sys.exit(f"error: {self.name}: status {self.process.wait()}")
+        figures = json.loads(line)
+        assert isinstance(figures, dict)
+        return figures
+
+
+@contextmanager
+def staying(sides: Sequence[Side]) -> Iterator[list[StayingSide]]:
+    """The sides, each set up after the other: nothing else goes on while one is measured."""
+    with ExitStack() as stack:
+        ready = []
+        for side in sides:
+            process = side.start(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            ready.append(StayingSide(side.name, stack.enter_context(process)))
+            ready[-1].figures()
+        yield ready
+
+
+def answer(measure: Callable[[], Figures]) -> None:
+    """What a process that stays does: a line of figures for each line of its input."""
+    print("{}", flush=True)
+    for _ in sys.stdin:
+        print(json.dumps(measure()), flush=True)
+
+
+def in_turn(sides: Sequence[Runs], rounds: int) -> Rounds:
     """Each side's figures, round by round; every second round begins at the other end."""
     found: Rounds = {side.name: [] for side in sides}
     for number in range(rounds):

@@ -2,18 +2,18 @@
 
 python benchmarks/tokens_per_second.py
 
-One process, two threads, the same model and the same work on each side, in turn; this machine's
-matmul peak in the same run.
+One process, two threads, the same model and the same work on each side, one step of each in turn;
+this machine's matmul peak in the same run.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -21,15 +21,24 @@ import torch
 
 from benchmarks.our_step import OurStep
 from benchmarks.plain_step import HuggingFaceGPT2, PlainStep
-from benchmarks.side_by_side import Rounds, in_turn, introduce, keep, median
+from benchmarks.side_by_side import (
+    Figures,
+    Rounds,
+    answer,
+    in_turn,
+    introduce,
+    keep,
+    median,
+    staying,
+)
 from benchmarks.work import (
     Step,
     Work,
     matmul_peaks,
+    median_seconds,
     parse_work,
     peak_of,
     print_table,
-    seconds_of,
     side_of,
 )
 from rosetrainer.performance import has_native_bf16, keep_freed_memory
@@ -45,14 +54,21 @@ SIDES: dict[str, Callable[[Work], Step]] = {
     HUGGING_FACE: lambda work: PlainStep(work, torch.float32, HuggingFaceGPT2(work.model)),
 }
 BF16_WANTED, FP32_WANTED, PEAK_WANTED = 1.3, 1.1, 0.85
+DEFAULT = Work(steps=1, rounds=30)
+UNTIMED = 3
+"""First steps of a process, in which it takes its memory from the kernel."""
 
 
-def one_round(name: str, work: Work) -> dict[str, Any]:
+def measure(name: str, work: Work) -> Callable[[], Figures]:
+    """Sets the side up; what it gives measures a round."""
     if name == "peak":
-        return matmul_peaks()
+        return partial(matmul_peaks, seconds=0.1)
     if name in (OURS_BF16, OURS_FP32):
         keep_freed_memory()  # as `train` does
-    return {"seconds": seconds_of(SIDES[name](work), work.steps)}
+    step = SIDES[name](work)
+    for _ in range(UNTIMED):
+        step()
+    return lambda: {"seconds": median_seconds(step, work.steps)}
 
 
 def fp32_wanted(work: Work, found: Rounds) -> float:
@@ -77,12 +93,13 @@ def sides_here() -> dict[str, Literal["float32", "bfloat16"]]:
 
 def main(argv: list[str]) -> None:
     if argv[:1] == ["--round"]:
-        print(json.dumps(one_round(argv[1], parse_work(argv[2:], NAME))))
+        answer(measure(argv[1], parse_work(argv[2:], NAME, default=DEFAULT)))
         return
-    work = parse_work(argv, NAME)
+    work = parse_work(argv, NAME, default=DEFAULT)
     introduce(f"{work}, 2 threads")
     dtypes = sides_here()
-    found = in_turn([side_of(name, NAME, argv) for name in (*dtypes, "peak")], work.rounds)
+    with staying([side_of(name, NAME, argv) for name in (*dtypes, "peak")]) as sides:
+        found = in_turn(sides, work.rounds)
     print_table(work, found, dtypes)
 
     def ratio(theirs: str, ours: str) -> float:

@@ -34,7 +34,7 @@ class Work:
     batch_size: Count = 4
     """Sequences of a step."""
     steps: Count = 3
-    """Steps timed in one round, after one that is not."""
+    """Steps timed in one round."""
     rounds: Count = 5
     """Rounds of each side, in turn."""
 
@@ -54,9 +54,11 @@ class Work:
         return ids, labels
 
 
-def parse_work(argv: list[str], benchmark: str, tp_size: int = 1) -> Work:
+def parse_work(
+    argv: list[str], benchmark: str, tp_size: int = 1, default: Work | None = None
+) -> Work:
     """Raises ConfigError for what a user can get wrong."""
-    work = parse_flags(Work, argv, f"python benchmarks/{benchmark}.py")
+    work = parse_flags(Work, argv, f"python benchmarks/{benchmark}.py", default)
     check_fields(work)
     model = work.model
     model.check(tp_size)
@@ -72,6 +74,10 @@ def parse_work(argv: list[str], benchmark: str, tp_size: int = 1) -> Work:
 def seconds_of(step: Step, steps: int) -> float:
     """The median of some steps, after one that warms up."""
     step()
+    return median_seconds(step, steps)
+
+
+def median_seconds(step: Step, steps: int) -> float:
     found = []
     for _ in range(steps):
         started = time.perf_counter()
@@ -103,7 +109,7 @@ def _peak(dtype: torch.dtype, n: int, transposed: bool, seconds: float) -> float
 
 
 def side_of(name: str, benchmark: str, argv: Sequence[str], threads: int = 2) -> Side:
-    """Round `name` of benchmarks/`benchmark`.py."""
+    """`name` of benchmarks/`benchmark`.py: one round, or as many as it is asked for."""
     arguments = [f"benchmarks/{benchmark}.py", "--round", name, *argv]
     return Side(name, arguments, {"OMP_NUM_THREADS": str(threads)})
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 from collections.abc import Sequence
@@ -134,17 +133,38 @@ def test_a_sum_that_computing_covers_is_no_communication() -> None:
 
 
 def rounds_here(sides: Sequence[Side], rounds: int) -> Rounds:
-    """in_turn without a new process for each side; ranks are forked."""
+    """in_turn of tensor_parallel without a new process for each side; ranks are forked."""
     found: Rounds = {}
     for side in sides:
-        benchmark, _, name, *flags = side.arguments
-        module = importlib.import_module(f"benchmarks.{Path(benchmark).stem}")
-        work = parse_work(flags, module.NAME)
+        _, _, name, *flags = side.arguments
+        work = parse_work(flags, tensor_parallel.NAME)
         if name in tensor_parallel.PARALLEL:
-            found[side.name] = run_ranks(2, module.one_round, name, work)[:1]
+            found[side.name] = run_ranks(2, tensor_parallel.one_round, name, work)[:1]
         else:
-            found[side.name] = [module.one_round(name, work)]
+            found[side.name] = [tensor_parallel.one_round(name, work)]
     return found
+
+
+ANSWERS = """
+from itertools import count
+from benchmarks.side_by_side import answer
+numbers = count({first})
+answer(lambda: {{"number": next(numbers), "of two": 1 / (next(numbers) < {last})}})
+"""
+
+
+def test_a_process_that_stays_answers_each_round(capfd: pytest.CaptureFixture[str]) -> None:
+    scripts = {"a": ANSWERS.format(first=1, last=99), "b": ANSWERS.format(first=5, last=9)}
+    with side_by_side.staying([Side(name, ["-c", text]) for name, text in scripts.items()]) as two:
+        found = side_by_side.in_turn(two, 2)
+        assert side_by_side.median(found, "a", "number") == 2  # 1 and 3
+        assert side_by_side.median(found, "b", "number") == 6  # 5 and 7
+        with pytest.raises(SystemExit, match="error: b: status 1"):
+            two[1].run()
+        with pytest.raises(SystemExit, match="error: b: status 1"):
+            two[1].run()
+    assert all(side.process.poll() is not None for side in two)
+    assert "ZeroDivisionError" in capfd.readouterr().err
 
 
 def check_kept(folder: Path, shown: str, benchmarks: set[str]) -> None:
@@ -162,7 +182,6 @@ def test_tokens_per_second_shows_each_side(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(side_by_side, "RESULTS", tmp_path)
-    monkeypatch.setattr(tokens_per_second, "in_turn", rounds_here)
     monkeypatch.setattr(tokens_per_second, "has_native_bf16", lambda device: True)
     tokens_per_second.main(FLAGS)
     shown = capsys.readouterr().out
