@@ -12,7 +12,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -23,7 +23,7 @@ from benchmarks.breakdown import breakdown, without_communication
 from benchmarks.dtensor_step import DTensorStep
 from benchmarks.our_step import OurStep
 from benchmarks.plain_step import plain_model
-from benchmarks.side_by_side import Rounds, in_turn, introduce, keep, median
+from benchmarks.side_by_side import Figures, Rounds, in_turn, introduce, keep, median
 from benchmarks.work import Work, matmul_peaks, parse_work, print_table, seconds_of, side_of
 from rosetrainer.environment import under_torchrun, world_from_environment
 from rosetrainer.launch import launch
@@ -37,8 +37,6 @@ RANKS = 2
 ALONE, OURS = "ours, one process", "ours, tp 2"
 DTENSOR, DTENSOR_FUSED = "DTensor, tp 2", "DTensor, tp 2, fused AdamW"
 DTENSOR_WANTED, ALONE_WANTED = 1.2, 0.75
-
-Figures = dict[str, Any]
 
 
 def ours(work: Work, dtype: torch.dtype, context: ParallelContext) -> Figures:

@@ -11,7 +11,10 @@ from rosetrainer.attention import KEPT, blocks
 def bytes_of_scores(
     B: int, H: int, T: int, S: int, e: int, mask_rows: int = 0, dropout: bool = False
 ) -> int:
-    """mask_rows: rows of the padding mask (B, 1, mask_rows, S); 0 where attention is causal."""
+    """The bytes of one layer's attention, one micro-batch.
+
+    mask_rows: rows of the padding mask (B, 1, mask_rows, S); 0 where attention is causal.
+    """
     mask = B * mask_rows * S
     if dropout:  # written out: shares, those after dropout, which were dropped; and the mask
         return B * H * T * S * (max(e, 4) + e + 1) + (mask or T * S)
