@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -206,6 +207,12 @@ def train(layout: Layout, context: ParallelContext) -> dict[str, Any]:
 def kept(model: nn.Module, inputs: tuple[Tensor, ...], seed: DropoutSeed) -> int:
     """Bytes that autograd really saves for the backward pass, parameters aside."""
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    saved = saved_by(lambda: model(*inputs[:-1], labels=inputs[-1], return_logits=False, seed=seed))
+    return sum(size for address, size in saved.items() if address not in weights)
+
+
+def saved_by(forward: Callable[[], object]) -> dict[int, int]:
+    """The bytes of each storage that autograd saves in a forward pass, by address."""
     saved: dict[int, tuple[Tensor, int]] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -214,8 +221,8 @@ def kept(model: nn.Module, inputs: tuple[Tensor, ...], seed: DropoutSeed) -> int
         return tensor
 
     with saved_tensors_hooks(keep, lambda tensor: tensor):
-        model(*inputs[:-1], labels=inputs[-1], return_logits=False, seed=seed)
-    return sum(size for address, (_, size) in saved.items() if address not in weights)
+        forward()
+    return {address: size for address, (_, size) in saved.items()}
 
 
 def held(model: nn.Module, optimizer: torch.optim.Optimizer | AdamW) -> dict[str, int]:

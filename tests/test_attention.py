@@ -11,9 +11,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from lattice import saved_by
 from oracle import assert_equal
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 
 from rosetrainer.attention import BLOCK, KEPT, CausalBlocks, attend
 from rosetrainer.attention_planner import bytes_of_scores
@@ -123,13 +123,6 @@ def test_blocks_are_used_in_bf16_without_a_mask_alone(dtype: torch.dtype, masked
 @pytest.mark.parametrize("T", LENGTHS)
 def test_the_shares_that_are_kept_are_those_predicted(T: int) -> None:
     fused, _ = random_inputs(T, torch.bfloat16)
-    leaf, saved = fused.requires_grad_(), dict[int, int]()
-
-    def keep(tensor: Tensor) -> Tensor:
-        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    query, key, value = (part.transpose(1, 2) for part in leaf.unbind(2))
-    with saved_tensors_hooks(keep, lambda tensor: tensor):
-        heads = attend(query, key, value, None, Dropout(0.0), None, Axis("tp"))
-    assert sum(saved.values()) - 3 * heads.nbytes == bytes_of_scores(B, H, T, T, e=2)
+    q, k, v = (part.transpose(1, 2) for part in fused.requires_grad_().unbind(2))
+    saved = saved_by(lambda: attend(q, k, v, None, Dropout(0.0), None, Axis("tp")))
+    assert sum(saved.values()) - fused.nbytes == bytes_of_scores(B, H, T, T, e=2)
