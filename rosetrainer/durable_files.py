@@ -12,10 +12,14 @@ from pathlib import Path
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """path as `write` makes it, synced, whole or as it was before."""
+    """path as `write` makes it, synced, whole or as it was before, with the mode of the umask."""
     part = path.with_name(f".{path.name}.part")
     try:
+        part.unlink(missing_ok=True)
+        part.touch()
+        mode = part.stat().st_mode
         write(part)
+        part.chmod(mode)  # safetensors makes a file anew, which only its owner may read
         with part.open("rb") as file:
             os.fsync(file.fileno())
         part.replace(path)
