@@ -4,7 +4,7 @@ python benchmarks/baseline_recipe.py CORPUS [UPDATES [SEED]]
 
 Nothing of rosetrainer is imported: PyTorch's own modules, attention kernel and default AdamW, one
 process, the threads that torch has. The recipe: 4 layers, 4 heads, d_model 128, context 64, batch
-12, 2000 updates of fp32 on the characters of a text, as data/prepare.py cut it.
+12, 2000 updates of fp32 on the characters of a text, as `prepare` cut it.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ class Speedrun:
     """Compares the recipe with the preset, in turn, each round with seeds of its own."""
 
     corpus: Path = Path("data/shakespeare-chars")
-    """What data/prepare.py made of tiny-shakespeare with --tokenizer chars."""
+    """What `prepare` made of tiny-shakespeare with --tokenizer chars."""
     rounds: Count = 5
     first_seed: CountOrZero = 101
     """Of the first round; seeds below 100 were used in tuning."""
@@ -69,7 +69,7 @@ def main(argv: list[str]) -> int:
     check_fields(bench)
     if not (bench.corpus / "meta.json").exists():
         raise ConfigError(
-            f"{bench.corpus} holds no corpus; make it: python data/prepare.py shakespeare "
+            f"{bench.corpus} holds no corpus; make it: python -m rosetrainer prepare shakespeare "
             f"--tokenizer chars --out {bench.corpus}"
         )
     here = Path(__file__).resolve().parent

@@ -1,4 +1,4 @@
-"""python -m rosetrainer train|generate|checkpoint|parity|plan|tour [flags]"""
+"""python -m rosetrainer prepare|train|generate|checkpoint|parity|plan|tour [flags]"""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from rosetrainer.rank import run_rank
 from rosetrainer.stop import STOP
 
 COMMANDS = {
+    "prepare": "make a corpus, of your own text say",
     "train": "train a GPT, on one rank or many",
     "generate": "write text with a trained model",
     "checkpoint": "list, verify or export what a training run has saved",

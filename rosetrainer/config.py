@@ -184,7 +184,7 @@ class RunConfig:
     """The run: data, length, precision, where results go."""
 
     data: Path = Path("data/python-docs")
-    """Folder that data/prepare.py wrote."""
+    """Folder that `prepare` wrote."""
     out: Path | None = None
     """Folder of the run; unless given, this command's unfinished out/run-NNN or a new one."""
     steps: Count = 200

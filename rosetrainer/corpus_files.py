@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 
-from rosetrainer.environment import python_command
+from rosetrainer.environment import prepare_command
 from rosetrainer.fields import Bounds, ConfigError, Count, Positive, config_from_dict
 from rosetrainer.tokenizer import LARGEST_VOCAB
 
@@ -30,7 +30,7 @@ class CorpusMeta:
     """meta.json."""
 
     source: str
-    """The subcommand of data/prepare.py that made the corpus."""
+    """The subcommand of `prepare` that made the corpus."""
     options: dict
     """What decided its content: two corpora of one source and the same options are equal."""
     tokenizer: Literal["bytes", "chars", "bpe", "markov"]
@@ -44,6 +44,10 @@ class CorpusMeta:
     """By file name, the SHA-256 of each block, so that damage can be found; see block_hashes."""
     bytes_per_token: Positive | None = None
     """Of the validation text: nats / ln 2 / bytes_per_token are bits per byte."""
+    documents: dict | None = None
+    """How many make up train and val; left out where one text was cut in two."""
+    end_of_text: Annotated[int, Bounds(0, LARGEST_VOCAB - 1)] | None = None
+    """The id that ends each document."""
     python: str | None = None
     """python-docs: whose documentation it is."""
     characters: str | None = None
@@ -133,7 +137,7 @@ def make_command(folder: Path, source: str | None = None) -> str:
     """The command that makes the corpus in folder; its name tells the source unless given."""
     if source not in SOURCES:
         source = folder.name if folder.name in SOURCES else SOURCES[0]
-    command = f"{python_command()} data/prepare.py {source}{' PATH' if source == 'file' else ''}"
+    command = f"{prepare_command()} {source}{' PATH' if source == 'file' else ''}"
     return (
         command
         if folder == Path("data") / source
@@ -144,7 +148,7 @@ def make_command(folder: Path, source: str | None = None) -> str:
 def read_meta(folder: Path) -> CorpusMeta:
     """The corpus's meta.json. Raises ConfigError if it is not there or not as it should be."""
     path, remedy = folder / "meta.json", f"`{make_command(folder)}` makes it"
-    anew = f"remove {folder}, then {remedy} anew"  # prepare.py replaces only what is its own
+    anew = f"remove {folder}, then {remedy} anew"  # prepare replaces only what is its own
     _check_regular(path, remedy)
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -179,6 +183,10 @@ def _check_consistent(meta: CorpusMeta) -> None:
     """Raises ConfigError unless meta's parts fit one another."""
     if not all(isinstance(meta.sha256.get(name), str) for name in ("train.bin", "val.bin")):
         raise ConfigError("sha256 must hold a text for train.bin and val.bin each")
+    if meta.documents is not None and not _counts_documents(meta):
+        raise ConfigError("documents must count those of train and val, each from 0 up")
+    if meta.end_of_text is not None and meta.end_of_text >= meta.vocab_size:
+        raise ConfigError(f"end_of_text={meta.end_of_text} is not below vocab_size")
     for name, tokens in (("train.bin", meta.train_tokens), ("val.bin", meta.val_tokens)):
         if meta.blocks is None:
             break
@@ -203,3 +211,10 @@ def _check_consistent(meta: CorpusMeta) -> None:
     sums = probabilities.sum(axis=1)
     if not (probabilities > 0).all() or not np.allclose(sums, 1, rtol=0, atol=1e-9):
         raise ConfigError("chain: probabilities must be above 0, and each row's sum 1")
+
+
+def _counts_documents(meta: CorpusMeta) -> bool:
+    counts = meta.documents or {}
+    return set(counts) == {"train", "val"} and all(
+        type(count) is int and count >= 0 for count in counts.values()
+    )

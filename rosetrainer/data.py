@@ -1,4 +1,4 @@
-"""Corpora: what data/prepare.py wrote, checked, and cut into batches.
+"""Corpora: what `prepare` wrote, checked, and cut into batches.
 
 A corpus is a folder with nanoGPT's train.bin and val.bin (token ids, little-endian uint16, no
 header) and meta.json, which says what they hold.

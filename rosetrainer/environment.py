@@ -49,3 +49,8 @@ def python_command() -> str:
     on_path = shutil.which("python")
     same = on_path is not None and os.path.samefile(on_path, sys.executable)
     return "python" if same else sys.executable
+
+
+def prepare_command() -> str:
+    """How a user here makes a corpus, but for the source and its flags."""
+    return f"{python_command()} -m rosetrainer prepare"

@@ -34,7 +34,7 @@ def main(argv: list[str]) -> int:
     layout = ["--nproc", "2", "--tp-size", "2"]
     schedule = ["--steps", str(command.steps), "--eval-every", str(max(command.steps // 5, 1))]
     stages = [
-        ["data/prepare.py", "python-docs"],
+        ["-m", "rosetrainer", "prepare", "python-docs"],
         ["-m", "rosetrainer", "parity", *layout, *MODEL],
         ["-m", "rosetrainer", "train", *layout, *MODEL, *schedule],
         ["-m", "rosetrainer", "generate", "--prompt", "The ", "--tokens", "300"],
@@ -59,6 +59,6 @@ def what_next() -> str:
     return f"""What next:
   more text            {python} -m rosetrainer generate --prompt "If " --tokens 500
   the curves           {python} -m tensorboard.main --logdir out
-  your own text        {python} data/prepare.py file README.md GLOSSARY.md --out data/mine
+  your own text        {python} -m rosetrainer prepare file README.md GLOSSARY.md --out data/mine
                        {python} -m rosetrainer train --nproc 2 --data data/mine {model}
   how it is built      less steps/README.md"""

@@ -24,7 +24,7 @@ READ = "ROSETRAINER_COMMAND"
 
 @dataclass(frozen=True)
 class TrainCommand:
-    """Trains a GPT on a corpus that data/prepare.py wrote."""
+    """Trains a GPT on a corpus that `prepare` wrote."""
 
     config: TrainConfig = field(default_factory=TrainConfig)
     preset: Literal["default", "speedrun"] = "default"

@@ -8,7 +8,8 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
-from prepare import main as prepare
+
+from rosetrainer.prepare import main as prepare
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from oracle import assert_all_equal, assert_equal, dense_model, gradients, random_batch
-from prepare import main as prepare
 from test_checkpoint import state, train_here
 
 from rosetrainer.block_compile import compile_blocks, compiles
@@ -19,6 +18,7 @@ from rosetrainer.model import GPTModel
 from rosetrainer.parallel_context import ParallelContext, init_parallel
 from rosetrainer.parity import prove
 from rosetrainer.performance import choose_dtype
+from rosetrainer.prepare import main as prepare
 from rosetrainer.tensor_parallel import gather_whole, load_whole
 from rosetrainer.train import check_config, train
 

@@ -21,12 +21,12 @@ from rosetrainer.data import (
     open_corpus,
     read_meta,
 )
-from rosetrainer.environment import python_command
+from rosetrainer.environment import prepare_command
 from rosetrainer.fields import ConfigError
 
 
 def write_corpus(folder: Path, train, val, vocab_size: int = 65536, **more) -> Path:
-    """A corpus by hand: prepare.py's writer has tests of its own."""
+    """A corpus by hand: prepare's writer has tests of its own."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, ids in (("train.bin", train), ("val.bin", val)):
         (folder / name).write_bytes(np.asarray(ids).astype("<u2").tobytes())
@@ -53,7 +53,7 @@ def counting(tmp_path_factory):
 
 
 def remedy(folder: Path) -> str:
-    return f"`{python_command()} data/prepare.py python-docs --out {folder}` makes it"
+    return f"`{prepare_command()} python-docs --out {folder}` makes it"
 
 
 def message(call) -> str:
@@ -197,15 +197,13 @@ def test_mean_and_error():
 
 def test_a_missing_corpus_names_the_command(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    command = f"{python_command()} data/prepare.py python-docs"
+    command = f"{prepare_command()} python-docs"
     assert message(lambda: open_corpus(Path("data/python-docs"), 4)) == (
         f"data/python-docs/meta.json is missing; `{command}` makes it"
     )
-    assert f"`{python_command()} data/prepare.py markov`" in message(
-        lambda: open_corpus(Path("data/markov"), 4)
-    )
+    assert f"`{prepare_command()} markov`" in message(lambda: open_corpus(Path("data/markov"), 4))
     assert message(lambda: open_corpus(Path("my docs"), 4)).endswith(
-        f"`{python_command()} data/prepare.py python-docs --out 'my docs'` makes it"
+        f"`{prepare_command()} python-docs --out 'my docs'` makes it"
     )
 
 

@@ -15,7 +15,7 @@ FLOORS = [
     {"parallel_context", "reference", "manifest", "stop", "presets"},
     {
         *("comm", "flags", "launch", "corpus_files", "performance", "process_group", "failures"),
-        "reference_rotary",
+        *("reference_rotary", "corpus_folder", "python_docs", "shakespeare", "text_files"),
     },
     {
         *("overlap", "dropout", "recompute", "precision", "watch", "checkpoint_files"),
@@ -31,9 +31,9 @@ FLOORS = [
         *("checkpoint", "run_folder", "run_log", "block_compile", "loss_planner"),
         "attention_planner",
     },
-    {"parity", "evaluation", "planner", "training_step", "agreement"},
+    {"parity", "evaluation", "planner", "training_step", "agreement", "markov"},
     {"loop", "resume"},
-    {"train", "generate", "plan", "tour", "checkpoint_command"},
+    {"train", "generate", "plan", "tour", "checkpoint_command", "prepare"},
     {"train_command"},
     {"__main__"},
 ]

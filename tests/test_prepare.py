@@ -1,4 +1,4 @@
-"""data/prepare.py: what it makes, that it makes it once and whole, and each mistake as one line."""
+"""`prepare`: what it makes, that it makes it once and whole, and each mistake as one line."""
 
 from __future__ import annotations
 
@@ -13,18 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from rosetrainer import corpus_folder, prepare, python_docs, shakespeare
 from rosetrainer.data import open_corpus, read_meta
-from rosetrainer.environment import python_command
+from rosetrainer.environment import prepare_command
 from rosetrainer.fields import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAKESPEARE = ROOT.parent / "shared" / "data" / "tinyshakespeare.txt"
-sys.path.insert(0, str(ROOT / "data"))  # as for a script that lies there
-
-import corpus_folder  # noqa: E402
-import prepare  # noqa: E402
-import sources  # noqa: E402
-
 TEXT = "The café is open.\n" * 50
 
 
@@ -53,7 +48,7 @@ def script(*argv: object) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def docs():
-    return sources.python_docs()
+    return python_docs.python_docs()
 
 
 def test_python_docs_is_english_prose(docs):
@@ -66,7 +61,7 @@ def test_python_docs_is_english_prose(docs):
 
 
 def test_python_docs_is_deterministic(docs):
-    same = sources.python_docs() == docs  # apart: pytest would spend minutes on the difference
+    same = python_docs.python_docs() == docs  # apart: pytest would spend minutes on the difference
     assert same
 
 
@@ -80,14 +75,14 @@ def test_python_docs_imports_no_module_of_the_library(tmp_path):
         '    def f(self):\n        """This raises an error on import."""\n'
     )
     (tmp_path / "b.py").write_text('"""This raises an error on import."""')
-    assert sources._module_docs(tmp_path) == {"a.py": "This raises an error on import."}
+    assert python_docs._module_docs(tmp_path) == {"a.py": "This raises an error on import."}
 
 
 def test_a_python_without_its_sources_is_one_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources.sysconfig, "get_path", lambda _: str(tmp_path))
-    monkeypatch.setattr(sources, "_topics", dict)
+    monkeypatch.setattr(python_docs.sysconfig, "get_path", lambda _: str(tmp_path))
+    monkeypatch.setattr(python_docs, "_topics", dict)
     with pytest.raises(ConfigError, match="carries 1 bytes of documentation, fewer than 200000"):
-        sources.python_docs()
+        python_docs.python_docs()
 
 
 def test_python_docs_first_and_cached(tmp_path):
@@ -107,14 +102,24 @@ def test_python_docs_first_and_cached(tmp_path):
     assert seconds < 2  # 0.3 s on two idle cores
 
 
+def test_a_checkout_is_not_needed(tmp_path):
+    command = [sys.executable, "-m", "rosetrainer", "prepare", "markov"]
+    package = {**os.environ, "PYTHONPATH": str(ROOT)}  # as after `pip install .`
+    small = ["--train-tokens", "99", "--val-tokens", "99"]
+    done = subprocess.run([*command, *small], cwd=tmp_path, env=package, check=False)
+    assert done.returncode == 0
+    assert read_meta(tmp_path / "data" / "markov").train_tokens == 99
+
+
 def test_a_cached_call_imports_nothing_heavy(tmp_path):
     make("markov", "--out", tmp_path / "m", "--train-tokens", 99, "--val-tokens", 99)
     code = (
-        f"import sys; sys.path.insert(0, {str(ROOT / 'data')!r}); import prepare; "
+        "import sys; from rosetrainer import prepare; "
         f"prepare.main(['markov', '--out', {str(tmp_path / 'm')!r}, '--train-tokens', '99', "
         "'--val-tokens', '99']); print(sorted({'numpy', 'torch', 'tokenizers'} & set(sys.modules)))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
 
 
@@ -158,17 +163,19 @@ def test_shakespeare_without_a_network(tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise urllib.error.URLError("no route to host")
 
-    monkeypatch.setattr(sources.urllib.request, "urlopen", refuse)
+    monkeypatch.setattr(shakespeare.urllib.request, "urlopen", refuse)
     assert message("shakespeare", "--out", tmp_path / "s") == (
-        f"cannot download {sources.SHAKESPEARE_URL} (no route to host); pass a file that you have: "
-        f"`{python_command()} data/prepare.py shakespeare PATH`"
+        f"cannot download {shakespeare.URL} (no route to host); pass a file that you have: "
+        f"`{prepare_command()} shakespeare PATH`"
     )
     assert os.listdir(tmp_path) == []
 
 
 def test_a_download_of_something_else_is_refused(tmp_path, monkeypatch):
 
-    monkeypatch.setattr(sources.urllib.request, "urlopen", lambda *_, **__: io.BytesIO(b"<html>"))
+    monkeypatch.setattr(
+        shakespeare.urllib.request, "urlopen", lambda *_, **__: io.BytesIO(b"<html>")
+    )
     assert "gave 6 bytes that are not tiny-shakespeare" in message(
         "shakespeare", "--out", tmp_path / "s"
     )
@@ -365,5 +372,5 @@ def test_a_mistake_is_one_line_and_exit_status_2():
 
 def test_help(capsys):
     make("--help")
-    assert "python data/prepare.py" in capsys.readouterr().out
+    assert "python -m rosetrainer prepare" in capsys.readouterr().out
     assert script("markov", "--help").returncode == 0

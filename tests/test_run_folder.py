@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from oracle import dense_model, tiny_config
-from prepare import main as prepare
 from ranks import run_ranks
 
 from rosetrainer import run_folder
@@ -17,6 +16,7 @@ from rosetrainer.config import TrainConfig
 from rosetrainer.fields import ConfigError
 from rosetrainer.model import GPTModel
 from rosetrainer.parallel_context import ParallelContext, init_tensor_parallel
+from rosetrainer.prepare import main as prepare
 from rosetrainer.tensor_parallel import gather_whole, init_weights, load_whole
 
 META = {"tokenizer": "bytes", "vocab_size": 256}

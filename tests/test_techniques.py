@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 from oracle import assert_all_equal, assert_equal, dense_model, gradients, random_batch, tiny_config
-from prepare import main as prepare
 from ranks import run_ranks
 from safetensors.torch import load_file
 
@@ -28,6 +27,7 @@ from rosetrainer.model import GPTModel
 from rosetrainer.optim import build_optimizer
 from rosetrainer.parallel_context import ParallelContext, init_parallel
 from rosetrainer.precision import NonFiniteGradientError, check_gradients
+from rosetrainer.prepare import main as prepare
 from rosetrainer.reference import ReferenceDropout, ReferenceGPT
 from rosetrainer.replicas import ReplicaError, check_replicas
 from rosetrainer.tensor_parallel import gather_whole, init_weights, load_whole

@@ -16,7 +16,6 @@ from unittest import mock
 import pytest
 import torch
 from oracle import assert_all_equal
-from prepare import main as prepare
 from ranks import run_ranks
 from safetensors.torch import load_file
 
@@ -27,6 +26,7 @@ from rosetrainer.evaluation import evaluate
 from rosetrainer.fields import ConfigError
 from rosetrainer.model import GPTModel
 from rosetrainer.parallel_context import Axis, ParallelContext, init_tensor_parallel
+from rosetrainer.prepare import main as prepare
 from rosetrainer.presets import PRESETS
 from rosetrainer.run_log import _rounded
 from rosetrainer.train import check_config, sum_over_ranks, train
@@ -220,7 +220,7 @@ def test_mistakes_are_one_line_each(markov: Path, tmp_path: Path) -> None:
     assert "global_batch_size=3 is not divisible by dp_size=2; dp_size can be 1 or 3" in refused(
         [*data, "--nproc", "2", "--dp-size", "2", "--global-batch-size", "3"]
     )
-    assert " data/prepare.py" in refused(["--data", str(tmp_path / "nowhere")])
+    assert " -m rosetrainer prepare" in refused(["--data", str(tmp_path / "nowhere")])
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("mine")
     assert "is not empty; choose another --out" in refused([*data, "--out", str(tmp_path / "full")])
@@ -409,7 +409,7 @@ def test_the_tour_shows_its_stages_in_order(tmp_path: Path) -> None:
     done = start(*tour, cwd=tmp_path, code=tmp_path)
     assert done.returncode == 0, done.stderr
     in_order = (
-        "[2/5] data: python data/prepare.py python-docs",
+        "[2/5] data: python -m rosetrainer prepare python-docs",
         "[3/5] proof",
         "who holds what",
         "yes: what is left is rounding",

@@ -175,7 +175,7 @@ def test_other_settings_are_found_before_the_first_step(
 
 
 def test_other_data_are_found_before_the_first_step(markov: Path, tmp_path: Path) -> None:
-    from prepare import main as prepare
+    from rosetrainer.prepare import main as prepare
 
     prepare(["markov", "--seed", "5", "--out", str(tmp_path / "other")])
     command = [*FLAGS, "--tp-size", "2", "--data", str(markov), "--out", str(tmp_path / "run")]
