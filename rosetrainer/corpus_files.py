@@ -100,10 +100,13 @@ class TokenFile:
             )
         return ids.astype(np.int64)
 
-    def check(self, tokens: int, vocab_size: int, blocks: list[str] | None) -> None:
-        """Reads all of it. Raises ConfigError unless it holds that many tokens, all possible.
+    def check(
+        self, tokens: int, vocab_size: int, sha256: str, blocks: list[str] | None = None
+    ) -> None:
+        """Reads all of it. Raises ConfigError unless it holds just those tokens, all possible.
 
-        blocks: what block_hashes gave for it, or None if that is not known.
+        blocks: what block_hashes gave for it, which says where damage lies; without them the whole
+        file's SHA-256 is compared.
         """
         if self.size == 0:
             raise ConfigError(f"{self.path} is empty; {self.remedy}")
@@ -117,13 +120,22 @@ class TokenFile:
                 f"{self.path} has {self.size // 2} tokens, but meta.json says {tokens}; "
                 f"{self.remedy}"
             )
+        whole = hashlib.sha256()
         for number, start in enumerate(range(0, tokens, SCAN)):
             ids = self.read(start, min(SCAN, tokens - start), vocab_size)
-            if blocks is not None and block_hashes(ids.astype("<u2").tobytes()) != [blocks[number]]:
-                raise ConfigError(
-                    f"{self.path}: bytes {2 * start} to {2 * (start + len(ids))} are not what "
-                    f"meta.json describes; {self.remedy}"
-                )
+            content = ids.astype("<u2").tobytes()
+            if blocks is None:
+                whole.update(content)
+            elif block_hashes(content) != [blocks[number]]:
+                raise self._not_as_described(2 * start, len(content))
+        if blocks is None and whole.hexdigest() != sha256:
+            raise self._not_as_described(0, self.size)
+
+    def _not_as_described(self, start: int, count: int) -> ConfigError:
+        return ConfigError(
+            f"{self.path}: bytes {start} to {start + count} are not what meta.json describes; "
+            f"{self.remedy}"
+        )
 
 
 def block_hashes(content: bytes) -> list[str]:

@@ -57,10 +57,8 @@ class Corpus:
     def __init__(self, folder: Path, meta: CorpusMeta, files: list[TokenFile], context: int):
         self.folder, self.meta, self.context_length = folder, meta, context
         self._train, self._val = files
-        # An epoch is this many windows side by side, beginning at a random place in the slack.
-        self._windows = max((meta.train_tokens - context) // context, 1)
-        slack = meta.train_tokens - 1 - self._windows * context
-        self._places = min(slack, context - 1) + 1
+        self._labels = meta.train_tokens - 1
+        self._windows = self._labels // context  # of an epoch
 
     def tokenizer(self) -> Tokenizer:
         """Raises ConfigError if it cannot be read."""
@@ -72,18 +70,27 @@ class Corpus:
         """Inputs and labels (R, T) of some rows of the batch of a step, counted from 0.
 
         A row's content follows from (seed, step x global_batch_size + row) alone: it is the same
-        in every layout, and after a resume. Each epoch goes through windows side by side in a
-        random order, so no token is a label twice in one; their borders move between epochs.
+        in every layout, and after a resume. An epoch is as many windows as the labels fill, in a
+        random order, laid side by side from where the epoch before ended; after the last label
+        comes the first, whose input is the first token. So after any number of epochs the counts
+        of two labels differ by one at most, and within an epoch by two. Where the windows leave no
+        rest, each epoch begins at a random place and the counts are equal.
         """
         assert rows.start >= 0, rows
         assert rows.stop <= global_batch_size, (rows, global_batch_size)
-        windows = np.empty((len(rows), self.context_length + 1), np.int64)
+        inputs, labels = (np.empty((len(rows), self.context_length), np.int64) for _ in range(2))
         for i, row in enumerate(rows):
             epoch, position = divmod(step * global_batch_size + row, self._windows)
-            place, order = _shuffled(seed, epoch, self._windows, self._places)
-            start = place + int(order[position]) * self.context_length
-            windows[i] = self._read(self._train, start)
-        return windows[:, :-1], windows[:, 1:]
+            start, order = _epoch(seed, epoch, self._labels, self.context_length)
+            place, filled = start + int(order[position]) * self.context_length, 0
+            while filled < self.context_length:  # in one piece, or in two around the end
+                place %= self._labels
+                count = min(self.context_length - filled, self._labels - place)
+                tokens = self._train.read(place, count + 1, self.meta.vocab_size)
+                piece = slice(filled, filled + count)
+                inputs[i, piece], labels[i, piece] = tokens[:-1], tokens[1:]
+                place, filled = place + count, filled + count
+        return inputs, labels
 
     def val_batches(
         self, tokens: int | None, batch_size: int, dp_rank: int = 0, dp_size: int = 1
@@ -98,7 +105,7 @@ class Corpus:
             inputs = np.zeros((batch_size, self.context_length), np.int64)
             labels = np.full((batch_size, self.context_length), IGNORED, np.int64)
             for row, start in enumerate(starts):
-                window = self._read(self._val, start)
+                window = self._val.read(start, self.context_length + 1, self.meta.vocab_size)
                 inputs[row], labels[row] = window[:-1], window[1:]
             yield inputs, labels
 
@@ -136,20 +143,25 @@ class Corpus:
             mine = first + dp_rank * batch_size * length
             yield range(min(mine, end), min(mine + batch_size * length, end), length)
 
-    def _read(self, file: TokenFile, start: int) -> Int64s:
-        return file.read(start, self.context_length + 1, self.meta.vocab_size)
-
 
 @lru_cache(maxsize=2)  # a batch can straddle two epochs
-def _shuffled(seed: int, epoch: int, windows: int, places: int) -> tuple[int, Int64s]:
-    """Where the epoch's windows begin, and their order.
+def _epoch(seed: int, epoch: int, labels: int, length: int) -> tuple[int, Int64s]:
+    """The label at which the epoch begins, and the order of its windows.
 
     From Philox's raw numbers (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3"), which
     numpy promises not to change, as it does not for Generator.permutation.
     """
-    generator = np.random.Philox(key=np.array([seed, epoch], np.uint64))
-    place = int(generator.random_raw()) % places
-    return place, np.argsort(generator.random_raw(windows), kind="stable")
+    windows, rest = divmod(labels, length)
+    generator = _philox(seed, epoch)
+    start = int(generator.random_raw())
+    order = np.argsort(generator.random_raw(windows), kind="stable")
+    if rest:  # it goes on where the epoch before ended, and so the borders of the windows move
+        start = int(_philox(seed, 0).random_raw()) + epoch * windows * length
+    return start % labels, order
+
+
+def _philox(seed: int, epoch: int) -> np.random.Philox:
+    return np.random.Philox(key=np.array([seed, epoch], np.uint64))
 
 
 def leak_report(mean: float, standard_error: float) -> str | None:
@@ -185,8 +197,9 @@ def open_corpus(folder: Path, context_length: int, read_all: bool = True) -> Cor
     counts = (meta.train_tokens, meta.val_tokens)
     for file, tokens in zip(files, counts, strict=True):
         if read_all:
-            blocks = meta.blocks[file.path.name] if meta.blocks else None
-            file.check(tokens, meta.vocab_size, blocks)
+            name = file.path.name
+            blocks = meta.blocks[name] if meta.blocks else None
+            file.check(tokens, meta.vocab_size, meta.sha256[name], blocks)
     for file, tokens in zip(files, counts, strict=True):
         if tokens < context_length + 1:
             longest = min(counts) - 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -28,8 +29,11 @@ from rosetrainer.fields import ConfigError
 def write_corpus(folder: Path, train, val, vocab_size: int = 65536, **more) -> Path:
     """A corpus by hand: prepare's writer has tests of its own."""
     folder.mkdir(parents=True, exist_ok=True)
+    hashes = {}
     for name, ids in (("train.bin", train), ("val.bin", val)):
-        (folder / name).write_bytes(np.asarray(ids).astype("<u2").tobytes())
+        content = np.asarray(ids).astype("<u2").tobytes()
+        (folder / name).write_bytes(content)
+        hashes[name] = hashlib.sha256(content).hexdigest()
     meta = {
         "source": "python-docs",
         "options": {},
@@ -38,7 +42,7 @@ def write_corpus(folder: Path, train, val, vocab_size: int = 65536, **more) -> P
         "dtype": "uint16",
         "train_tokens": len(train),
         "val_tokens": len(val),
-        "sha256": {"train.bin": "", "val.bin": ""},
+        "sha256": hashes,
         **more,
     }
     (folder / "meta.json").write_text(json.dumps(meta))
@@ -71,6 +75,14 @@ def test_labels_are_the_inputs_shifted_by_one(counting):
     assert (np.diff(inputs, axis=1) == 1).all()
 
 
+def test_a_label_follows_its_own_input_where_a_window_goes_from_the_end_to_the_beginning(counting):
+    inputs, labels = open_corpus(counting, 300).train_batch(1, 0, 12, range(12))  # 4 epochs
+    assert (labels == inputs + 1).all()
+    steps = np.diff(inputs, axis=1)
+    assert ((steps == 1) | (steps == -998)).all()
+    assert (steps == -998).sum() in (3, 4)  # an epoch that begins after the gap has none
+
+
 @settings(max_examples=30)
 @given(seed=st.integers(0, 2**40), step=st.integers(0, 10**6), ranks=st.sampled_from([1, 2, 3, 6]))
 def test_a_batch_is_the_same_in_every_layout_and_after_a_resume(counting, seed, step, ranks):
@@ -84,20 +96,50 @@ def test_a_batch_is_the_same_in_every_layout_and_after_a_resume(counting, seed, 
     assert (np.concatenate(rows) == whole).all()
 
 
-@pytest.mark.parametrize("context_length", [1, 7, 16, 300, 499, 500, 501, 999])
-def test_an_epoch_has_each_label_once(counting, context_length):
-    corpus = open_corpus(counting, context_length)
-    windows = max((1000 - context_length) // context_length, 1)
-    epochs = []
-    for epoch in range(6):
+@pytest.mark.parametrize(
+    ("tokens", "context_length"),
+    [
+        (767, 256),
+        (1000, 16),
+        (1000, 500),
+        (1000, 501),
+        (1000, 1),
+        (1001, 250),
+        (17, 16),
+        (33, 32),
+        (2, 1),
+        (31, 16),
+        (513, 256),
+    ],
+)
+def test_all_labels_come_equally_often(tmp_path, tokens, context_length):
+    """After any number of epochs the counts of two labels differ by one at most.
+
+    By none where context_length divides their number. Between epochs they differ by two at most.
+    """
+    folder = write_corpus(tmp_path, np.arange(tokens), np.arange(tokens))
+    corpus = open_corpus(folder, context_length)
+    labels_in_all = tokens - 1
+    windows = labels_in_all // context_length
+    counts, borders = np.zeros(tokens, int), set()
+    for epoch in range(40):
         _, labels = corpus.train_batch(5, epoch, windows, range(windows))
-        seen = np.unique(labels)
-        assert seen.size == labels.size
-        assert seen.size > 1000 - 2 * context_length
-        epochs.append(labels)
-    if windows > 10:
-        assert not (epochs[0] == epochs[1]).all()
-        assert len({int(labels.min()) for labels in epochs}) > 1 or context_length == 1
+        assert np.unique(labels).size == labels.size == windows * context_length
+        half_way = counts.copy()
+        np.add.at(half_way, labels[: windows // 2], 1)
+        assert np.ptp(half_way[1:]) <= 2
+        np.add.at(counts, labels, 1)
+        assert counts[0] == 0  # no token stands before it
+        assert np.ptp(counts[1:]) <= (1 if labels_in_all % context_length else 0)
+        borders.add(int(labels[:, 0].min()) % context_length)
+    assert len(borders) > 1 or context_length == 1
+
+
+def test_windows_come_in_another_order_in_each_epoch(counting):
+    corpus = open_corpus(counting, 16)
+    first, second = (corpus.train_batch(5, epoch, 62, range(62))[1] for epoch in range(2))
+    assert (np.diff(first[:, 0]) % 999 == 16).sum() < 10
+    assert not (first == second).all()
 
 
 def test_another_seed_and_another_step_give_another_batch(counting):
@@ -109,8 +151,9 @@ def test_another_seed_and_another_step_give_another_batch(counting):
 
 def test_the_order_is_pinned(counting):
     """A checkpoint must find the same data on another machine, and with another numpy."""
-    inputs, _ = open_corpus(counting, 16).train_batch(1337, 0, 4, range(4))
-    assert inputs[:, 0].tolist() == [745, 697, 953, 873]
+    corpus = open_corpus(counting, 16)
+    starts = [corpus.train_batch(1337, step, 4, range(4))[0][:, 0].tolist() for step in (0, 15, 99)]
+    assert starts == [[621, 573, 829, 749], [653, 765, 662, 150], [227, 83, 659, 691]]
 
 
 @settings(max_examples=60)
@@ -258,6 +301,22 @@ def test_an_impossible_id_is_found_anywhere(small, monkeypatch, index):
         f"{small}/val.bin: token {index} (byte {2 * index}) is 40, not below vocab_size=40; "
         f"{remedy(small)} anew"
     )
+
+
+@pytest.mark.parametrize("name", ["train.bin", "val.bin"])
+@pytest.mark.parametrize("with_blocks", [False, True])
+def test_another_corpus_of_equal_size_is_refused(small, name, with_blocks):
+    path = small / name
+    if with_blocks:
+        files = ("train.bin", "val.bin")
+        blocks = {f: corpus_files.block_hashes((small / f).read_bytes()) for f in files}
+        change(small, blocks=blocks)
+    open_corpus(small, 4)
+    path.write_bytes(path.read_bytes()[2:] + path.read_bytes()[:2])
+    text = message(lambda: open_corpus(small, 4))
+    assert text.startswith(f"{path}: bytes 0 to {path.stat().st_size} are not what meta.json")
+    assert text.endswith(f"describes; {remedy(small)} anew")
+    open_corpus(small, 4, read_all=False)  # another rank of the machine has read it
 
 
 @pytest.mark.parametrize("function", ["open", "pread"])
