@@ -20,6 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.side_by_side import Side, in_turn, introduce, keep, median
+from rosetrainer.environment import prepare_command
 from rosetrainer.fields import ConfigError, Count, CountOrZero, check_fields
 from rosetrainer.flags import parse_flags
 from rosetrainer.presets import PRESETS
@@ -69,7 +70,7 @@ def main(argv: list[str]) -> int:
     check_fields(bench)
     if not (bench.corpus / "meta.json").exists():
         raise ConfigError(
-            f"{bench.corpus} holds no corpus; make it: python -m rosetrainer prepare shakespeare "
+            f"{bench.corpus} holds no corpus; make it: {prepare_command()} shakespeare "
             f"--tokenizer chars --out {bench.corpus}"
         )
     here = Path(__file__).resolve().parent

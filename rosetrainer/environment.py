@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
+import subprocess
 import sys
 
 from rosetrainer.fields import ConfigError
+
+ANSWER_SECONDS = 5.0
+"""For `python` on PATH to say what it is; one that says nothing is not ours."""
 
 
 def world_from_environment() -> tuple[int, int, int, int]:
@@ -42,13 +47,34 @@ def usable_cores() -> int:
 
 
 def python_command() -> str:
-    """How a user here starts this very Python: for the commands that we print."""
+    """How a user here starts this very Python, as a shell reads it: for the commands we print."""
     relative = os.path.relpath(sys.executable)
     if not relative.startswith(os.pardir):
-        return relative
+        # A bare name would be looked for on PATH.
+        return shlex.quote(relative if os.sep in relative else os.path.join(os.curdir, relative))
     on_path = shutil.which("python")
-    same = on_path is not None and os.path.samefile(on_path, sys.executable)
-    return "python" if same else sys.executable
+    return "python" if on_path and _is_this_python(on_path) else shlex.quote(sys.executable)
+
+
+def _is_this_python(path: str) -> bool:
+    """Whether what it starts has our packages.
+
+    It is asked: one file can be the Python of many environments, and a shim is none by itself.
+    """
+    here = ascii((os.path.realpath(sys.prefix), sys.version)).encode()
+    show = "import os, sys; print(ascii((os.path.realpath(sys.prefix), sys.version)))"
+    try:
+        answer = subprocess.run(
+            [path, "-I", "-c", show],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            timeout=ANSWER_SECONDS,
+            check=False,
+        ).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return answer.splitlines()[-1:] == [here]
 
 
 def prepare_command() -> str:

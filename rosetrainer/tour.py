@@ -40,7 +40,7 @@ def main(argv: list[str]) -> int:
         ["-m", "rosetrainer", "generate", "--prompt", "The ", "--tokens", "300"],
     ]
     for number, (name, stage) in enumerate(zip(STAGES, stages, strict=True), 2):
-        print(f"[{number}/5] {name}: python {shlex.join(stage)}\n", flush=True)
+        print(f"[{number}/5] {name}: {python_command()} {shlex.join(stage)}\n", flush=True)
         started = time.monotonic()
         try:
             status = subprocess.run([sys.executable, *stage], cwd=ROOT, check=False).returncode

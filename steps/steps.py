@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -100,7 +101,8 @@ def start(number: str, folder: Path) -> None:
         copy(before, folder, [name for name in python_files(before) if name not in dropped])
     copy(step, folder, given(step))
     print(f"{folder}: {before.name if before else 'nothing'}, with the tests of {step.name}")
-    print(f"Write the step, then: python steps/steps.py test --mine {folder} {number}")
+    python = shlex.quote(os.path.relpath(sys.executable))
+    print(f"Write the step, then: {python} steps/steps.py test --mine {folder} {number}")
 
 
 def plant(number: str) -> int:

@@ -238,6 +238,7 @@ def test_mean_and_error():
     assert error == pytest.approx(values.std() / 2)
 
 
+@pytest.mark.prints_commands
 def test_a_missing_corpus_names_the_command(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     command = f"{prepare_command()} python-docs"

@@ -159,6 +159,7 @@ def test_shakespeare_out_of_a_file(tmp_path, capsys):
     assert "whole already" in capsys.readouterr().out
 
 
+@pytest.mark.prints_commands
 def test_shakespeare_without_a_network(tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise urllib.error.URLError("no route to host")
