@@ -6,11 +6,11 @@ import os
 from pathlib import Path
 
 import pytest
-from prepare import main as prepare
 from ranks import run_ranks
 
 from rosetrainer import checkpoint_command
 from rosetrainer.config import GPTConfig, OptimConfig, RunConfig, TrainConfig
+from rosetrainer.prepare import main as prepare
 from rosetrainer.train import check_config, train
 
 
