@@ -91,7 +91,8 @@ def orthogonalized(matrices: Sequence[Tensor]) -> list[Tensor]:
 def newton_schulz(x: Tensor) -> Tensor:
     """(n, r, c), r <= c: p(p(..p(x))) for p(s) = a s + b s³ + c s⁵ acting on singular values."""
     a, b, c = COEFFICIENTS
-    x = x / x.flatten(1).norm(dim=1).clamp(min=1e-30)[:, None, None]
+    # A norm below 1e-15 may be wrong, for squares underflow; p takes no singular value above one.
+    x = x / x.flatten(1).norm(dim=1).clamp(min=1e-15)[:, None, None]
     for _ in range(ITERATIONS):
         square = x @ x.mT  # (n, r, r)
         x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)

@@ -31,7 +31,7 @@ def train_step(
     """One update; its figures by TensorBoard tag. Raises ConfigError if the loss is not finite.
 
     Raises NonFiniteGradientError, on every rank and before anything is updated, if a gradient or
-    the norm of all is not.
+    the norm of all is not, or is too large for the optimizer.
     """
     rate = set_learning_rates(optimizer, config.optim, step, config.run.steps)
     batches = micro_batches(config, corpus, context, step)
@@ -39,8 +39,7 @@ def train_step(
     loss = accumulate_gradients(model, batches, context, autocast, seed)
     check_finite("loss", loss, step, config)
     norm = clip_gradients(model, context.tp, config.optim.grad_clip)
-    if not math.isfinite(norm):
-        raise NonFiniteGradientError(f"the gradients' norm is {norm}")
+    check_norm(norm, next(model.parameters()).dtype, config)
     optimizer.step()
     optimizer.zero_grad()
     return {"train/loss": loss, "train/lr": rate, "train/grad_norm": norm}
@@ -52,6 +51,21 @@ def check_finite(what: str, value: float, step: int, config: TrainConfig) -> Non
         raise ConfigError(
             f"the {what} is {value} at step {step + 1}; try a learning_rate below "
             f"{config.optim.learning_rate:g} and a new --out; what was saved before is kept"
+        )
+
+
+def check_norm(norm: float, dtype: torch.dtype, config: TrainConfig) -> None:
+    """Raises NonFiniteGradientError if an update by gradients of this norm would hold inf or nan.
+
+    Squares of what is not clipped can be infinite in AdamW's moments though the gradient is not.
+    """
+    if not math.isfinite(norm):
+        raise NonFiniteGradientError(f"the gradients' norm is {norm}")
+    limit = math.sqrt(torch.finfo(dtype).max)
+    if not config.optim.grad_clip and norm > limit:
+        raise NonFiniteGradientError(
+            f"the gradients' norm is {norm:.3g}, and squares of numbers above {limit:.1e} overflow "
+            f"{str(dtype).removeprefix('torch.')}; a grad_clip above 0 bounds it"
         )
 
 

@@ -134,6 +134,16 @@ def test_a_gradient_of_zero_moves_nothing() -> None:
     assert orthogonalized([torch.zeros(3, 4)])[0].eq(0).all()
 
 
+@pytest.mark.parametrize("size", [1e-44, 1e-30, 1e-25, 1e-19, 1e-12, 1e15])
+def test_no_gradient_is_so_small_that_its_step_is_large(size: float) -> None:
+    """Squares of fp32 underflow: a norm of zero would leave singular values far above one."""
+    generator = torch.Generator().manual_seed(2)
+    step = orthogonalized([size * torch.randn(8, 16, generator=generator)])[0]
+    assert torch.linalg.svdvals(step).max() < 1.25
+    if size > 1e-15:
+        assert torch.linalg.svdvals(step).min() > 0.65
+
+
 def test_muon_takes_the_linear_layers_and_adamw_the_rest() -> None:
     model = GPTModel(tiny_config())
     optimizer = build_optimizer(model, OPTIM)

@@ -42,7 +42,8 @@ def attend(
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
     wide = torch.promote_types(scores.dtype, torch.float32)
     shares = scores.masked_fill(~mask, -math.inf).softmax(-1, dtype=wide)
-    return dropout(shares, seed, (tp.rank * query.shape[1], 0)) @ value  # from its first head on
+    # Coordinates count from this rank's first head on.
+    return dropout(shares, seed, (tp.rank * query.shape[1], 0)).to(value.dtype) @ value
 
 
 class CausalBlocks(torch.autograd.Function):
