@@ -7,8 +7,12 @@ import shlex
 import shutil
 import subprocess
 import sys
+from typing import TYPE_CHECKING
 
 from rosetrainer.fields import ConfigError
+
+if TYPE_CHECKING:
+    import torch
 
 ANSWER_SECONDS = 5.0
 """For `python` on PATH to say what it is; one that says nothing is not ours."""
@@ -32,6 +36,26 @@ def world_from_environment() -> tuple[int, int, int, int]:
         values.append(int(text))
     rank, world_size, local_rank, local_world_size = values
     return rank, world_size, local_rank, local_world_size
+
+
+def choose_device(wanted: str, local_rank: int, local_world_size: int) -> torch.device:
+    """The device of this rank: CUDA when each local rank has a GPU of its own.
+
+    Raises ConfigError if `wanted` is "cuda" and there are too few.
+    """
+    import torch  # which who starts ranks does without: its seconds of importing are theirs
+
+    gpus = torch.cuda.device_count() if wanted != "cpu" and torch.cuda.is_available() else 0
+    if wanted != "cpu" and gpus >= local_world_size:
+        return torch.device("cuda", local_rank)
+    if wanted == "cuda":
+        raise ConfigError(
+            f"device=cuda needs a GPU for each of the {local_world_size} local ranks, here are "
+            f"{gpus}; start {gpus} ranks or use --device cpu"
+            if gpus
+            else "device=cuda, but torch finds no GPU here; use --device cpu"
+        )
+    return torch.device("cpu")
 
 
 def under_torchrun() -> bool:

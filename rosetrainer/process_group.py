@@ -9,10 +9,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from rosetrainer.environment import world_from_environment
+from rosetrainer.environment import choose_device, world_from_environment
 from rosetrainer.fields import ConfigError
-from rosetrainer.parallel_context import choose_device
 from rosetrainer.rank import MEETING
+
+PATIENCE_SECONDS = 60
+"""How much longer than the hang watch a collective waits: the watch can name the rank at fault."""
 
 
 def own_device(wanted: str) -> torch.device:
@@ -30,8 +32,7 @@ def meet(device: str, timeout_seconds: float = 300.0) -> dist.Store | None:
     if world_size == 1 or dist.is_initialized():
         return None
     own = own_device(device)
-    # The hang watch has the first word: it can name the rank.
-    timeout = timedelta(seconds=timeout_seconds + 60)
+    timeout = timedelta(seconds=timeout_seconds)
     folder = os.environ.get(MEETING)
     try:
         if folder:

@@ -23,16 +23,10 @@ from rosetrainer.loop import TrainingLoop
 from rosetrainer.manifest import folder_name
 from rosetrainer.model import GPTModel
 from rosetrainer.optim import build_optimizer
-from rosetrainer.parallel_context import (
-    Axis,
-    ParallelContext,
-    choose_device,
-    end_parallel,
-    init_parallel,
-)
+from rosetrainer.parallel_context import Axis, ParallelContext, end_parallel, init_parallel
 from rosetrainer.performance import be_deterministic, choose_dtype, matmul_peak, set_threads
 from rosetrainer.precision import autocast_for
-from rosetrainer.process_group import meet, own_device
+from rosetrainer.process_group import PATIENCE_SECONDS, meet, own_device
 from rosetrainer.products import fast_products
 from rosetrainer.rank import last_words
 from rosetrainer.resume import Place, begin, find_beginning
@@ -46,9 +40,8 @@ from rosetrainer.watch import HangWatch
 def check_config(config: TrainConfig, world_size: int) -> tuple[TrainConfig, Corpus]:
     """The config with the corpus's vocabulary, all of it checked. Raises ConfigError."""
     config.check(world_size)
-    rank, _, local_rank, local_world_size = world_from_environment()
-    device = choose_device(config.run.device, local_rank, local_world_size)
-    compiles(config, config.parallel.resolve(world_size)[0], device)
+    rank, _, local_rank, _ = world_from_environment()
+    compiles(config, config.parallel.resolve(world_size)[0], own_device(config.run.device))
     check_profile(config.run.profile, config.run.steps)
     corpus = open_corpus(config.run.data, config.model.context_length, read_all=local_rank == 0)
     corpus.tokenizer()  # better found broken now than by whoever wants text of the trained model
@@ -68,7 +61,7 @@ def train(
     """
     if config.run.deterministic:
         be_deterministic()
-    store = meet(config.run.device, config.run.timeout)
+    store = meet(config.run.device, config.run.timeout + PATIENCE_SECONDS)
     world = world_axis()
     watch = HangWatch(store, world, config.run.timeout) if store is not None else None
     with told_once(store, world) as failures:
@@ -90,7 +83,8 @@ def run_here(
 ) -> tuple[GPTModel, signal.Signals | None]:
     """Sets up what the loop needs, and runs it."""
     set_threads(config.run.threads)
-    context = init_parallel(config.parallel, config.run.device)
+    timeout = config.run.timeout + PATIENCE_SECONDS
+    context = init_parallel(config.parallel, config.run.device, timeout)
     dtype = choose_dtype(config.run.dtype, context.device)
     speaks = context.rank == 0
     if speaks:

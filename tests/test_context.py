@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
+import torch.distributed as dist
 from ranks import run_ranks
 
-from rosetrainer.config import ParallelConfig
-from rosetrainer.environment import world_from_environment
+from rosetrainer.config import GPTConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
+from rosetrainer.environment import choose_device, world_from_environment
 from rosetrainer.fields import ConfigError
-from rosetrainer.parallel_context import (
-    ParallelContext,
-    choose_device,
-    init_parallel,
-    init_tensor_parallel,
-)
+from rosetrainer.parallel_context import ParallelContext, init_parallel, init_tensor_parallel
+from rosetrainer.rank import MEETING
+from rosetrainer.train import check_config, train
 
 
 def axes(parallel: ParallelConfig) -> tuple[int, ...]:
@@ -56,6 +58,38 @@ def test_sizes_that_do_not_fit_are_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         ParallelConfig(tp_size, dp_size).resolve(world_size)
+
+
+def time_limits(config: TrainConfig, meeting: str) -> list[float]:
+    """Seconds, of the world's group, tp's and dp's, as a training run makes them."""
+    dist.destroy_process_group()
+    os.environ[MEETING] = meeting
+    found: list[float] = []
+
+    def look(*arguments: Any) -> ParallelContext:
+        context = init_parallel(*arguments)
+        for group in (dist.group.WORLD, context.tp.group, context.dp.group):
+            assert group is not None
+            options = group._get_backend(torch.device("cpu")).options
+            found.append(options._timeout.total_seconds())
+        return context
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rosetrainer.train.init_parallel", look)
+        train(*check_config(config, 4))
+    return found
+
+
+@pytest.mark.parametrize("tp_size", [2, 4])
+def test_the_time_limit_is_that_of_all_groups(tp_size: int, markov: Path, tmp_path: Path) -> None:
+    model = GPTConfig(context_length=16, n_layers=1, n_heads=4, d_model=32)
+    run = RunConfig(data=markov, out=tmp_path / "run", timeout=7200, steps=1, eval_tokens=64)
+    config = TrainConfig(model, ParallelConfig(tp_size), OptimConfig(global_batch_size=4), run=run)
+    meeting = tmp_path / "meeting"
+    meeting.mkdir()
+    for limits in run_ranks(4, time_limits, config, str(meeting)):
+        assert limits == [limits[0]] * 3
+        assert limits[0] >= 7200
 
 
 def test_cuda_that_cannot_work_is_an_error_and_auto_falls_to_the_cpu() -> None:

@@ -58,7 +58,7 @@ def floor_of(module: str) -> int:
 # What a module other than comm may use of torch.distributed.
 NO_COLLECTIVES = {
     *("ProcessGroup", "ReduceOp", "is_initialized", "get_rank", "get_world_size"),
-    *("init_process_group", "destroy_process_group", "device_mesh"),
+    *("init_process_group", "destroy_process_group", "new_subgroups_by_enumeration", "group"),
     *("Store", "FileStore", "PrefixStore", "rendezvous", "DistNetworkError"),
 }
 

@@ -7,8 +7,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from config import ConfigError
-from environment import world_from_environment
+from environment import choose_device, world_from_environment
 
 
 @dataclass
@@ -53,24 +52,6 @@ class ParallelContext:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
 
-def choose_device(wanted: str, local_rank: int, local_world_size: int) -> torch.device:
-    """The device of this rank: CUDA when each local rank has a GPU of its own.
-
-    Raises ConfigError if `wanted` is "cuda" and there are too few.
-    """
-    gpus = torch.cuda.device_count() if wanted != "cpu" and torch.cuda.is_available() else 0
-    if wanted != "cpu" and gpus >= local_world_size:
-        return torch.device("cuda", local_rank)
-    if wanted == "cuda":
-        raise ConfigError(
-            f"device=cuda needs a GPU for each of the {local_world_size} local ranks, here are "
-            f"{gpus}; start {gpus} ranks or use --device cpu"
-            if gpus
-            else "device=cuda, but torch finds no GPU here; use --device cpu"
-        )
-    return torch.device("cpu")
-
-
 def init_parallel(device: str = "auto", timeout_seconds: float = 300.0) -> ParallelContext:
     """Starts the process group, where there is more than one rank; all ranks are data-parallel."""
     rank, world_size, local_rank, local_world_size = world_from_environment()
@@ -79,10 +60,11 @@ def init_parallel(device: str = "auto", timeout_seconds: float = 300.0) -> Paral
         torch.cuda.set_device(chosen)
     if world_size == 1:
         return ParallelContext(device=chosen)
+    timeout = timedelta(seconds=timeout_seconds)
     if not dist.is_initialized():
         dist.init_process_group(
             "nccl" if chosen.type == "cuda" else "gloo",
-            timeout=timedelta(seconds=timeout_seconds),
+            timeout=timeout,
             device_id=chosen if chosen.type == "cuda" else None,
         )
     return ParallelContext(Axis("dp", world_size, rank, dist.group.WORLD), chosen)

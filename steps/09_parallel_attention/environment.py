@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+import torch
 from config import ConfigError
 
 
@@ -15,6 +16,24 @@ def world_from_environment() -> tuple[int, int, int, int]:
     """(rank, world size, local rank, local world size) as torchrun set them; (0, 1, 0, 1) alone."""
     names = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
     return tuple(int(os.environ.get(name, alone)) for name, alone in names.items())
+
+
+def choose_device(wanted: str, local_rank: int, local_world_size: int) -> torch.device:
+    """The device of this rank: CUDA when each local rank has a GPU of its own.
+
+    Raises ConfigError if `wanted` is "cuda" and there are too few.
+    """
+    gpus = torch.cuda.device_count() if wanted != "cpu" and torch.cuda.is_available() else 0
+    if wanted != "cpu" and gpus >= local_world_size:
+        return torch.device("cuda", local_rank)
+    if wanted == "cuda":
+        raise ConfigError(
+            f"device=cuda needs a GPU for each of the {local_world_size} local ranks, here are "
+            f"{gpus}; start {gpus} ranks or use --device cpu"
+            if gpus
+            else "device=cuda, but torch finds no GPU here; use --device cpu"
+        )
+    return torch.device("cpu")
 
 
 def say(text: str) -> None:

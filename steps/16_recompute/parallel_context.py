@@ -11,9 +11,8 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from config import ConfigError, ParallelConfig
-from environment import world_from_environment
-from torch.distributed.device_mesh import init_device_mesh
+from config import ParallelConfig
+from environment import choose_device, world_from_environment
 
 
 @dataclass
@@ -97,24 +96,6 @@ class ParallelContext:
         return self.dp.rank * self.tp.size + self.tp.rank
 
 
-def choose_device(wanted: str, local_rank: int, local_world_size: int) -> torch.device:
-    """The device of this rank: CUDA when each local rank has a GPU of its own.
-
-    Raises ConfigError if `wanted` is "cuda" and there are too few.
-    """
-    gpus = torch.cuda.device_count() if wanted != "cpu" and torch.cuda.is_available() else 0
-    if wanted != "cpu" and gpus >= local_world_size:
-        return torch.device("cuda", local_rank)
-    if wanted == "cuda":
-        raise ConfigError(
-            f"device=cuda needs a GPU for each of the {local_world_size} local ranks, here are "
-            f"{gpus}; start {gpus} ranks or use --device cpu"
-            if gpus
-            else "device=cuda, but torch finds no GPU here; use --device cpu"
-        )
-    return torch.device("cpu")
-
-
 def init_parallel(
     parallel: ParallelConfig, device: str = "auto", timeout_seconds: float = 300.0
 ) -> ParallelContext:
@@ -129,20 +110,25 @@ def init_parallel(
         torch.cuda.set_device(chosen)
     if world_size == 1:
         return ParallelContext(device=chosen, recompute=parallel.recompute)
+    timeout = timedelta(seconds=timeout_seconds)
     if not dist.is_initialized():
         dist.init_process_group(
             "nccl" if chosen.type == "cuda" else "gloo",
-            timeout=timedelta(seconds=timeout_seconds),
+            timeout=timeout,
             device_id=chosen if chosen.type == "cuda" else None,
         )
-    mesh = init_device_mesh(chosen.type, (dp_size, tp_size), mesh_dim_names=("dp", "tp"))
+    mesh = torch.arange(world_size).view(dp_size, tp_size)  # world ranks, (dp, tp)
 
-    def axis(name: str) -> Axis:
-        group = mesh.get_group(name)
-        return Axis(name, dist.get_world_size(group), dist.get_rank(group), group)
+    def axis(name: str, groups: torch.Tensor) -> Axis:
+        """Each row is a group; the axis is that of this rank's row."""
+        size, group = groups.shape[1], dist.group.WORLD
+        if size < world_size:
+            # Not by DeviceMesh, whose groups have torch's own time limit, half an hour.
+            group, _ = dist.new_subgroups_by_enumeration(groups.tolist(), timeout=timeout)
+        return Axis(name, size, dist.get_rank(group), group)
 
-    tp = replace(axis("tp"), sequence_parallel=parallel.sequence_parallel)
-    return ParallelContext(tp, axis("dp"), chosen, parallel.recompute)
+    tp = replace(axis("tp", mesh), sequence_parallel=parallel.sequence_parallel)
+    return ParallelContext(tp, axis("dp", mesh.T), chosen, parallel.recompute)
 
 
 def end_parallel() -> None:
