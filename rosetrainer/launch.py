@@ -11,7 +11,6 @@ import json
 import math
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -23,6 +22,7 @@ from types import FrameType
 
 from rosetrainer.environment import usable_cores
 from rosetrainer.fields import ConfigError
+from rosetrainer.interfaces import INTERFACE, local_interface
 from rosetrainer.rank import LAST_WORDS, LAUNCHED, MEETING, PIPE_CLOSED, error_file
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
@@ -51,7 +51,7 @@ def launch(nproc: int, argv: list[str], threads: int = 0, module: str = "rosetra
     stopped the launcher (130 for Ctrl-C; 0 for a SIGTERM after which all ranks end well),
     otherwise 1. A rank has `threads` CPU threads; 0 leaves OMP_NUM_THREADS as the user set it, or
     else shares the cores. The ranks call `rosetrainer.rank.run_rank`. Call it from the main
-    thread. Raises ConfigError for nproc < 1.
+    thread. Raises ConfigError for nproc < 1, or if this machine's ranks cannot reach each other.
     """
     if nproc < 1:
         raise ConfigError(f"nproc={nproc} must be 1 or more")
@@ -216,9 +216,8 @@ def _rank_environment(nproc: int, threads: int) -> dict[str, str]:
         # Warnings of torch's C++ side about sockets, which tell a user of one machine nothing.
         "TORCH_CPP_LOG_LEVEL": "ERROR",
     }
-    # gloo resolves the host's name otherwise, which fails or waits on a laptop without a network.
-    if loopback := {"lo", "lo0"}.intersection(name for _, name in socket.if_nameindex()):
-        defaults["GLOO_SOCKET_IFNAME"] = loopback.pop()
+    if nproc > 1:
+        defaults[INTERFACE] = local_interface()
     environment = defaults | dict(os.environ)
     if threads > 0:
         environment["OMP_NUM_THREADS"] = str(threads)

@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "rosetrainer"
 FLOORS = [
     {"fields"},
-    {"config", "environment", "rank", "tokenizer", "durable_files"},
+    {"config", "environment", "rank", "tokenizer", "durable_files", "interfaces"},
     {"parallel_context", "reference", "manifest", "stop", "presets"},
     {
         *("comm", "flags", "launch", "corpus_files", "performance", "process_group", "failures"),
