@@ -50,7 +50,9 @@ class Saver:
 
     def save(self, progress: Progress) -> None:
         """Raises CheckpointError if this save, or the one before it, could not be written."""
-        started, behind = time.perf_counter(), self._config.async_checkpoint
+        started = time.perf_counter()
+        # At the end no training is left that it could go on behind.
+        behind = self._config.async_checkpoint and progress.step < self._config.steps
         self.join()
         self.check()
         tensors, slices, need = owned_slices(self._model, self._optimizer, self._context, behind)
@@ -174,21 +176,28 @@ def load_checkpoint(
     ran_in, runs_in = manifest.progress.dtype, str(dtype).removeprefix("torch.")
     if ran_in != runs_in:
         raise CheckpointError(f"{folder} ran in {ran_in}, not in {runs_in}; use --dtype {ran_in}")
-    wanted = set()
-    for name, parameter in model.named_parameters():
-        moments = [key for key in manifest.tensors if key.startswith(f"{name}/")]
-        wanted |= {name, *moments}
-        with torch.no_grad():
-            parameter.copy_(own_part(folder, manifest, name, parameter))
-        if moments:
-            state = {
-                key.rpartition("/")[2]: own_part(folder, manifest, key, parameter)
-                for key in moments
-            }
-            step = torch.tensor(float(manifest.progress.updates), device=parameter.device)
-            optimizer.state[parameter] = {"step": step, **state}
-    if unknown := sorted(set(manifest.tensors) - wanted):
-        raise CheckpointError(f"{folder} holds {unknown[0]}, which this model has not")
+    load_parameters(folder, manifest, model)
+    parameters = dict(model.named_parameters())
+    for key in (key for key in manifest.tensors if "/" in key):
+        name, _, moment = key.rpartition("/")
+        parameter = parameters[name]
+        state = optimizer.state[parameter]
+        state[moment] = own_part(folder, manifest, key, parameter)
+        state["step"] = torch.tensor(float(manifest.progress.updates), device=parameter.device)
+
+
+@torch.no_grad()
+def load_parameters(folder: Path, manifest: Manifest, model: nn.Module) -> None:
+    """Fills this rank's parameters; it reads nothing of the slices but its own part.
+
+    Raises CheckpointError if the checkpoint does not hold exactly this model.
+    """
+    parameters = dict(model.named_parameters())
+    for key in manifest.tensors:
+        if key.partition("/")[0] not in parameters:
+            raise CheckpointError(f"{folder} holds {key}, which this model has not")
+    for name, parameter in parameters.items():
+        parameter.copy_(own_part(folder, manifest, name, parameter))
 
 
 def own_part(folder: Path, manifest: Manifest, name: str, parameter: nn.Parameter) -> Tensor:
@@ -216,11 +225,8 @@ def read_range(folder: Path, name: str, saved: SavedTensor, start: int, stop: in
     for piece in sorted(saved.slices, key=lambda one: one.start):
         if piece.stop <= reached or piece.start >= stop or piece.start > reached:
             continue
-        path, first, last = (
-            folder / piece.file,
-            reached - piece.start,
-            min(piece.stop, stop) - piece.start,
-        )
+        path, first = folder / piece.file, reached - piece.start
+        last = min(piece.stop, stop) - piece.start
         try:
             with safe_open(path, "pt") as file:
                 view = file.get_slice(name)

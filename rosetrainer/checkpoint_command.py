@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
+import json
+import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from tyro.conf import Positional
 
 from rosetrainer.blocks import build_model
 from rosetrainer.checkpoint import read_whole
-from rosetrainer.durable_files import write_whole
+from rosetrainer.durable_files import room, short, write_whole
 from rosetrainer.fields import ConfigError
 from rosetrainer.flags import parse_flags
 from rosetrainer.manifest import (
-    STEP,
     CheckpointError,
     Manifest,
     check_files,
-    checkpoints,
+    found_in,
     read_manifest,
 )
-from rosetrainer.parallel_context import ParallelContext
-from rosetrainer.tensor_parallel import shard_spec
+from rosetrainer.parallel_context import Axis, ParallelContext
+from rosetrainer.resume import sound_one
+from rosetrainer.tensor_parallel import ShardSpec, shard_spec
+
+DTYPES = {"float32": "F32", "float64": "F64"}
+"""torch's names of what parameters can be, and those of safetensors."""
 
 USAGE = "python -m rosetrainer checkpoint ls|verify|export DIR"
 
@@ -49,7 +54,7 @@ class ExportCommand:
     """Writes the weights of a checkpoint, whole, as one safetensors file."""
 
     folder: Positional[Path]
-    """A run folder, whose newest checkpoint is meant, or one checkpoint."""
+    """A run folder, whose newest sound checkpoint is meant, or one checkpoint."""
     out: Path
     """The file to write; it must not be there yet."""
 
@@ -69,7 +74,7 @@ def main(argv: list[str]) -> int:
 
 def list_them(command: LsCommand) -> int:
     print(f"{'checkpoint':16} {'tokens':>15} {'ranks':>6} {'bytes':>17}  of")
-    for folder in reversed(found_in(command.folder)):
+    for folder in reversed(checkpoints_in(command.folder)):
         try:
             manifest = read_manifest(folder)
         except CheckpointError as error:
@@ -78,14 +83,14 @@ def list_them(command: LsCommand) -> int:
         progress, size = manifest.progress, sum(file.size for file in manifest.files.values())
         print(
             f"{folder.name:16} {progress.tokens_seen:15,} {len(manifest.files):6} {size:17,}  "
-            f"{progress.schedule.steps} steps, {progress.dtype}"
+            f"{progress.config.run.steps} steps, {progress.dtype}"
         )
     return 0
 
 
 def verify(command: VerifyCommand) -> int:
     status = 0
-    for folder in reversed(found_in(command.folder)):
+    for folder in reversed(checkpoints_in(command.folder)):
         try:
             manifest = read_manifest(folder)
             check_files(folder, manifest)
@@ -99,35 +104,65 @@ def verify(command: VerifyCommand) -> int:
 
 
 def export(command: ExportCommand) -> int:
-    folder, out = found_in(command.folder)[0], command.out
-    if out.exists() or not out.absolute().parent.is_dir():
+    out = command.out
+    if os.path.lexists(out) or not out.absolute().parent.is_dir():
         raise ConfigError(f"out={out} is there already, or its folder is not; choose another --out")
-    manifest = read_manifest(folder)
-    check_files(folder, manifest)
-    tensors = whole_weights(folder, manifest)
-    after = {"step": str(manifest.progress.step)}
-    write_whole(out, lambda part: save_file(tensors, part, after))
+    folder, manifest = sound_one(command.folder, Axis("world"), torch.device("cpu"))
+    layers = whole_layers(folder, manifest)
+    try:
+        write_whole(out, lambda part: write_weights(part, folder, manifest, layers))
+    except OSError as error:
+        has = room(out.absolute().parent)
+        raise ConfigError(
+            f"cannot write {out}: {short(error)}; {has} bytes can be written there; choose another "
+            f"--out"
+        ) from None
     size = out.stat().st_size
-    print(f"{out}: {len(tensors)} tensors of {folder.name}, {size:,} bytes")
+    print(f"{out}: {len(layers)} tensors of {folder.name}, {size:,} bytes")
     return 0
 
 
-def whole_weights(folder: Path, manifest: Manifest) -> dict[str, torch.Tensor]:
-    """The parameters by name, shaped as nn.Linear would hold them. Raises CheckpointError."""
+def whole_layers(folder: Path, manifest: Manifest) -> dict[str, ShardSpec]:
+    """The parameters of the model by name. Raises CheckpointError if they are not all there."""
     shapes_only = ParallelContext(device=torch.device("meta"))
     model = build_model(manifest.progress.config.model, shapes_only)
-    weights = {}
-    for name, parameter in model.named_parameters():
-        spec = shard_spec(parameter)
-        if name not in manifest.tensors or manifest.tensors[name].shape != spec.shape:
+    layers = {name: shard_spec(parameter) for name, parameter in model.named_parameters()}
+    for name, spec in layers.items():
+        saved = manifest.tensors.get(name)
+        if saved is None or saved.shape != spec.shape or saved.dtype not in DTYPES:
             raise CheckpointError(f"{folder} does not hold {name} as its own config describes it")
-        weights[name] = read_whole(folder, manifest, name).reshape(spec.dense_shape)
-    return weights
+    return layers
 
 
-def found_in(folder: Path) -> list[Path]:
-    """The checkpoint that folder is, or those in it, newest first. Raises ConfigError if none."""
-    found = [folder] if STEP.fullmatch(folder.name) else checkpoints(folder)
-    if not found or not folder.exists():
-        raise ConfigError(f"{folder} holds no checkpoint; give a run folder, or its step_NNN")
+def write_weights(
+    path: Path, folder: Path, manifest: Manifest, layers: dict[str, ShardSpec]
+) -> None:
+    """A safetensors file of the whole parameters, shaped as nn.Linear would hold them.
+
+    The library would want all of them at once; this holds one at a time. The format: the header's
+    length in 8 bytes, the header in JSON, then the tensors in its order.
+    """
+    header: dict[str, object] = {"__metadata__": {"step": str(manifest.progress.step)}}
+    end = 0
+    for name, spec in layers.items():
+        kind = manifest.tensors[name].dtype
+        start, end = end, end + math.prod(spec.dense_shape) * getattr(torch, kind).itemsize
+        shape = list(spec.dense_shape)
+        header[name] = {"dtype": DTYPES[kind], "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in layers:
+            tensor = read_whole(folder, manifest, name)
+            file.write(tensor.contiguous().numpy().data)
+        if file.tell() != 8 + len(text) + end:
+            raise CheckpointError(f"{folder} does not hold what its manifest says")
+
+
+def checkpoints_in(path: Path) -> list[Path]:
+    """found_in, which finds some. Raises ConfigError if there is none."""
+    found = found_in(path)
+    if not found:
+        raise ConfigError(f"{path} holds no checkpoint; give a run folder, or its step_NNN")
     return found

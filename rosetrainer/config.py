@@ -199,14 +199,16 @@ class RunConfig:
     """auto takes CUDA when each local rank has a GPU of its own."""
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
     """bfloat16 is autocast over fp32 parameters; auto takes it where the hardware multiplies it."""
+    compute_dtype: Suppress[Literal["float32", "bfloat16", "float64"] | None] = None
+    """What dtype has come to; a run that goes on keeps to it."""
     deterministic: bool = False
     """Only kernels that give the same bits each time. CPUs do anyway; on CUDA it costs speed."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile of each block; auto: on where it is faster and possible, CUDA at tp_size 1."""
     max_skipped: CountOrZero = 0
     """Steps with nan or inf in a gradient that may be skipped before the run stops."""
-    checkpoint_every: CountOrZero = 100
-    """Steps between two checkpoints; 0 saves one only when a signal stops the run."""
+    checkpoint_every: CountOrZero = 50
+    """Steps between two checkpoints; one comes at the end, and when a signal stops the run."""
     keep: Count = 2
     """Checkpoints that stay; older ones are removed."""
     resume: str = "auto"

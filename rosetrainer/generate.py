@@ -5,6 +5,7 @@ python -m rosetrainer generate --prompt "The " --tokens 200
 
 from __future__ import annotations
 
+import contextlib
 import io
 import sys
 from collections.abc import Iterator
@@ -15,9 +16,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from rosetrainer.agreement import world_axis
 from rosetrainer.blocks import build_model
+from rosetrainer.checkpoint import load_parameters
 from rosetrainer.comm import broadcast_
-from rosetrainer.config import ParallelConfig
+from rosetrainer.config import GPTConfig, ParallelConfig
 from rosetrainer.fields import (
     ConfigError,
     Count,
@@ -29,10 +32,10 @@ from rosetrainer.fields import (
 from rosetrainer.flags import parse_flags, ranks_to_start
 from rosetrainer.launch import launch
 from rosetrainer.model import GPTModel
-from rosetrainer.parallel_context import Axis, end_parallel, init_parallel
+from rosetrainer.parallel_context import Axis, ParallelContext, end_parallel, init_parallel
 from rosetrainer.process_group import meet
-from rosetrainer.run_folder import latest_run, load_run
-from rosetrainer.tensor_parallel import load_whole
+from rosetrainer.resume import sound_one
+from rosetrainer.run_folder import latest_run, read_run, run_of
 from rosetrainer.tokenizer import Tokenizer
 
 
@@ -58,7 +61,8 @@ class GenerateCommand:
 
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     run: Path | None = None
-    """Run folder; the newest in out/ unless given."""
+    """A run folder, whose newest sound checkpoint is taken, or one checkpoint in it; unless given,
+    the run in out/ that saved last."""
     prompt: str | None = None
     """The text that is continued; a line break unless given, where the corpus has one."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -72,15 +76,15 @@ def main(argv: list[str]) -> int:
     command = parse_flags(GenerateCommand, argv, "python -m rosetrainer generate")
     check_fields(command)
     world_size, starts = ranks_to_start("generate", argv, command.nproc, ParallelConfig())
-    config, whole, tokenizer = load_run(command.run or latest_run())
+    path = command.run or latest_run()
+    config, tokenizer = read_run(run_of(path))
     config.model.check(world_size)
     prompt = first_tokens(command.prompt, tokenizer)
     if starts:
         return launch(world_size, ["generate", *argv])
     meet(command.device)
     context = init_parallel(ParallelConfig(tp_size=world_size), command.device)
-    model = build_model(config.model, context)
-    load_whole(model, whole)
+    model = load_model(path, config.model, context)
     decoder = tokenizer.stream_decoder()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal may not know every character
@@ -96,6 +100,20 @@ def main(argv: list[str]) -> int:
     write(decoder.finish() + "\n")
     end_parallel()
     return 0
+
+
+def load_model(path: Path, config: GPTConfig, context: ParallelContext) -> GPTModel:
+    """The model of a run or checkpoint, of which each rank reads and holds its own slices alone.
+
+    Raises ConfigError if there is no sound checkpoint, or it is of another model.
+    """
+    with contextlib.redirect_stdout(sys.stderr):  # stdout is for the text
+        folder, manifest = sound_one(path, world_axis(), context.device)
+    model = build_model(config, context)
+    if manifest.progress.dtype == "float64":
+        model.double()
+    load_parameters(folder, manifest, model)
+    return model
 
 
 def first_tokens(prompt: str | None, tokenizer: Tokenizer) -> list[int]:

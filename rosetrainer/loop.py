@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -15,14 +14,12 @@ from rosetrainer.checkpoint import Saver
 from rosetrainer.config import TrainConfig
 from rosetrainer.data import Corpus
 from rosetrainer.evaluation import evaluate
-from rosetrainer.manifest import DataPosition, Progress, RandomState, Schedule
+from rosetrainer.manifest import Progress
 from rosetrainer.model import GPTModel
-from rosetrainer.optim import learning_rate
 from rosetrainer.parallel_context import Axis, ParallelContext
 from rosetrainer.performance import flops_per_token
 from rosetrainer.precision import Autocast, NonFiniteGradientError
 from rosetrainer.replicas import check_replicas
-from rosetrainer.run_folder import save_weights
 from rosetrainer.run_log import RunLog, traffic
 from rosetrainer.step_profile import StepProfile
 from rosetrainer.stop import STOP
@@ -42,7 +39,6 @@ class TrainingLoop:
     world: Axis
     autocast: Autocast
     dtype: torch.dtype
-    folder: Path
     saver: Saver
     log: RunLog | None
     watch: HangWatch | None
@@ -82,7 +78,7 @@ class TrainingLoop:
             every = self.config.run.check_replicas
             if every and self.step % every == 0:
                 check_replicas(self.model, self.context, self.step)
-            if self.config.run.checkpoint_every and self.due(self.config.run.checkpoint_every):
+            if self.due(self.config.run.checkpoint_every):
                 self.save()
             if self.due(self.config.run.eval_every):
                 self.evaluate()
@@ -130,7 +126,7 @@ class TrainingLoop:
         return self.stopped is not None
 
     def evaluate(self) -> None:
-        """Says and saves what an evaluation finds, unless a signal breaks it off."""
+        """Says what an evaluation finds, unless a signal breaks it off."""
         found = evaluate(
             self.config, self.corpus, self.model, self.context, self.autocast, self.wants_to_stop
         )
@@ -140,7 +136,6 @@ class TrainingLoop:
         check_finite("validation loss", figures["val/loss"], self.step - 1, self.config)
         if self.log:
             self.log.evaluation(self.step, figures, remark)
-        save_weights(self.folder, self.model, self.context, self.step)
 
     def save(self) -> None:
         self.saver.save(self.progress())
@@ -160,17 +155,13 @@ class TrainingLoop:
             self.log.say(line)
 
     def progress(self) -> Progress:
-        optim, run = self.config.optim, self.config.run
-        rows = self.step * optim.global_batch_size
-        rate = learning_rate(optim, self.step, run.steps)
+        rows = self.step * self.config.optim.global_batch_size
         return Progress(
             step=self.step,
             updates=self.step - self.skipped,
             skipped=self.skipped,
             tokens_seen=rows * self.config.model.context_length,
             dtype=str(self.dtype).removeprefix("torch."),
-            data=DataPosition(rows, self.corpus.meta.sha256),
-            schedule=Schedule(self.step, run.steps, rate),
-            random=RandomState(run.seed, self.step),
+            data=self.corpus.meta.sha256,
             config=self.config,
         )

@@ -22,12 +22,11 @@ from rosetrainer.fields import (
     ConfigError,
     Count,
     CountOrZero,
-    PositiveOrZero,
     config_from_dict,
 )
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT = 2
 LARGEST_MANIFEST = 2**28  # bytes
 STEP = re.compile(r"step_(\d{6,15})")
 RANK_FILE = re.compile(r"rank_\d{5,8}\.safetensors")
@@ -73,31 +72,12 @@ class SavedFile:
 
 
 @dataclass(frozen=True)
-class DataPosition:
-    """The next row of the endless sequence of training rows, and what the corpus's files held."""
-
-    next_row: CountOrZero
-    sha256: dict
-
-
-@dataclass(frozen=True)
-class Schedule:
-    next_step: CountOrZero
-    steps: Count
-    next_learning_rate: PositiveOrZero
-
-
-@dataclass(frozen=True)
-class RandomState:
-    """All of it: batches and dropout masks are hashes of seed and step, without a generator."""
-
-    seed: CountOrZero
-    step: CountOrZero
-
-
-@dataclass(frozen=True)
 class Progress:
-    """Where a run stands: everything that a manifest says besides its files and tensors."""
+    """Where a run stands: everything that a manifest says besides its files and tensors.
+
+    The batches, the dropout masks and the learning rate of a step follow from the config and the
+    step alone, so there is no state of a random generator, of the data or of the schedule.
+    """
 
     step: CountOrZero
     updates: CountOrZero
@@ -106,9 +86,8 @@ class Progress:
     tokens_seen: Annotated[int, Bounds(0, 2**62)]
     dtype: str
     """In which the run computes, as torch calls it."""
-    data: DataPosition
-    schedule: Schedule
-    random: RandomState
+    data: dict
+    """The SHA-256 of each file of the corpus, by name."""
     config: TrainConfig
 
 
@@ -123,6 +102,12 @@ def checkpoints(run: Path) -> list[Path]:
     """The checkpoints of a run folder, newest first, whatever state they are in."""
     found = [path for path in run.glob("step_*") if STEP.fullmatch(path.name)]
     return sorted(found, key=step_of, reverse=True)
+
+
+def found_in(path: Path) -> list[Path]:
+    """The checkpoint that path is, or those of the run folder that it is, newest first."""
+    one = path if STEP.fullmatch(path.name) else path.resolve()
+    return [one] if STEP.fullmatch(one.name) and one.exists() else checkpoints(path)
 
 
 def folder_name(step: int) -> str:

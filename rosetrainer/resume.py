@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
 
@@ -17,11 +17,11 @@ from rosetrainer.config import TrainConfig
 from rosetrainer.data import Corpus
 from rosetrainer.fields import ConfigError
 from rosetrainer.manifest import (
-    STEP,
     CheckpointError,
     Manifest,
     check_files,
     checkpoints,
+    found_in,
     read_manifest,
     step_of,
 )
@@ -35,19 +35,22 @@ from rosetrainer.run_folder import (
     lock_run,
     new_run_folder,
     read_config,
-    weights_step,
+    read_meta,
+    same_place,
 )
+from rosetrainer.run_identity import (
+    began_so,
+    check_data,
+    check_fits,
+    check_same_run,
+    differences,
+    has_ended,
+    newest_readable,
+)
+from rosetrainer.run_log import LOG
 
-DECISIVE = {
-    "model": None,
-    "optim": {"micro_batch_size"},
-    "run": {
-        *("data", "out", "eval_every", "eval_tokens", "device", "max_skipped", "checkpoint_every"),
-        *("keep", "resume", "async_checkpoint", "timeout", "check_replicas", "threads"),
-        *("compile", "profile"),
-    },
-}
-"""The components that decide what a run computes, and their fields that do not."""
+NEW_OUT = "a new --out"
+NO_RESUME = "leave --resume out"
 
 
 @dataclass(frozen=True)
@@ -61,20 +64,20 @@ class Beginning:
 
 
 def find_beginning(config: TrainConfig, corpus: Corpus) -> Beginning:
-    """What --out and --resume ask for. Raises ConfigError if it cannot be had."""
+    """What --out and --resume ask for. Raises ConfigError if it cannot be had.
+
+    Nothing is written, so that a run that is refused leaves every folder as it was.
+    """
     resume, out = config.run.resume, config.run.out
     if resume not in ("auto", "never"):
         return _from_path(Path(resume), config, corpus)
-    if resume == "never":
-        check_run_folder(out)
-        return Beginning(None)
     if out is None:
         check_run_folder(None)
-        return next(_unfinished(config, corpus), Beginning(None))
-    if not (out / CONFIG).is_file():
+        found = _unfinished(config, corpus) if resume == "auto" else iter(())
+        return next(found, Beginning(None))
+    if resume == "never" or not (out / CONFIG).exists():
         check_run_folder(out)
         return Beginning(None)
-    check_unlocked(out)
     return _go_on(out, config, corpus)
 
 
@@ -82,7 +85,7 @@ def _unfinished(config: TrainConfig, corpus: Corpus) -> Iterator[Beginning]:
     """The runs of just this command that did not end, newest first."""
     for folder in sorted(RUNS.glob("run-*"), key=lambda run: (len(run.name), run), reverse=True):
         try:
-            if weights_step(folder) < config.run.steps and not differences(
+            if not has_ended(folder, config.run.steps) and not differences(
                 read_config(folder), config
             ):
                 check_unlocked(folder)
@@ -92,88 +95,58 @@ def _unfinished(config: TrainConfig, corpus: Corpus) -> Iterator[Beginning]:
 
 
 def _go_on(folder: Path, config: TrainConfig, corpus: Corpus) -> Beginning:
-    held = read_config(folder)
-    _check_same_run(folder, held, config)
-    candidates, step = checkpoints(folder), weights_step(folder)
-    if not candidates and step == held.run.steps:
+    """With the run in the folder, which may have no checkpoint yet."""
+    try:
+        held = read_config(folder)
+    except ConfigError as error:
+        raise ConfigError(f"{error}; choose another --out") from None
+    check_same_run(folder, held, config, NEW_OUT)
+    candidates = checkpoints(folder)
+    readable = newest_readable(candidates)
+    if readable:
+        check_fits(*readable, config, corpus, NEW_OUT)
+    if meta := read_meta(folder):
+        check_data(folder, meta, corpus, NEW_OUT)
+    elif not readable and (folder / LOG).exists():
+        raise ConfigError(
+            f"{folder} has no meta.json that says what it was trained on; choose another --out"
+        )
+    if not candidates and has_ended(folder, held.run.steps):
         raise ConfigError(
             f"{folder} holds a finished run and no checkpoint to go on from; choose another --out"
         )
-    for candidate in candidates:
-        try:
-            manifest = read_manifest(candidate)
-        except CheckpointError:
-            continue  # whoever loads it will say so
-        _check_fits(candidate, manifest, config, corpus)
-        break
     return Beginning(folder, tuple(candidates))
 
 
 def _from_path(path: Path, config: TrainConfig, corpus: Corpus) -> Beginning:
     """--resume PATH: a checkpoint, or a run folder, whose newest one is meant."""
-    is_one = bool(STEP.fullmatch(path.name))
-    candidates = (path,) if is_one else tuple(checkpoints(path))
-    own = config.run.out or (path.parent if is_one else path)
-    if (own / CONFIG).is_file() and read_config(own).run.resume == config.run.resume:
-        check_unlocked(own)  # this very command has begun there before
-        written = _go_on(own, config, corpus).candidates
-        return Beginning(own, written + tuple(one for one in candidates if one not in written))
+    candidates = tuple(found_in(path))
+    is_one = bool(candidates) and candidates[0].parent != path
+    run = candidates[0].parent if is_one else path
+    out = config.run.out or run
+    if (out / CONFIG).exists() and began_so(out, path):
+        written = _go_on(out, config, corpus).candidates
+        return Beginning(out, written + tuple(one for one in candidates if one not in written))
     if not candidates:
         raise ConfigError(
             f"resume={path} holds no checkpoint; give a run folder or its step_NNNNNN"
         )
-    run, manifest = (path.parent if is_one else path), read_manifest(candidates[0])
-    _check_same_run(candidates[0], manifest.progress.config, config)
-    _check_fits(candidates[0], manifest, config, corpus)
-    out = config.run.out
-    if out is not None and out.absolute() != run.absolute():
+    where, manifest = newest_readable(list(candidates)) or (path, None)
+    if manifest:
+        check_same_run(where, manifest.progress.config, config, NO_RESUME)
+        check_fits(where, manifest, config, corpus, NO_RESUME)
+    if not same_place(out, run):
         check_run_folder(out)
-        return Beginning(None, candidates[:1], given=True)
-    if newer := [one for one in checkpoints(run) if step_of(one) > step_of(candidates[0])]:
+        return Beginning(None, candidates, is_one)
+    if not (run / CONFIG).exists():
+        raise ConfigError(f"{run} has no {CONFIG}: it is no run folder; give a new --out")
+    _go_on(run, config, corpus)
+    newer = [one for one in checkpoints(run) if step_of(one) > step_of(candidates[0])]
+    if newer:
         raise ConfigError(
-            f"{newer[0]} is newer than {candidates[0]}; give a new --out to branch off, or remove "
-            f"what is newer"
+            f"{newer[0]} is newer than {candidates[0]}; give a new --out to branch off"
         )
-    check_unlocked(run)
-    return Beginning(run, candidates[:1], given=True)
-
-
-def differences(held: TrainConfig, wanted: TrainConfig) -> list[str]:
-    """What decides the numbers of a run and differs: "seed=1 and not 2", ..."""
-    told = []
-    for name, free in DECISIVE.items():
-        old, new = asdict(getattr(held, name)), asdict(getattr(wanted, name))
-        told += [
-            f"{key}={new[key]} and not {old[key]}"
-            for key in new
-            if key not in (free or ()) and old[key] != new[key]
-        ]
-    return told
-
-
-def _check_same_run(where: Path, held: TrainConfig, wanted: TrainConfig) -> None:
-    """Raises ConfigError unless they compute the same; a run may be given more steps."""
-    told = [one for one in differences(held, wanted) if not one.startswith("steps=")]
-    if told:
-        raise ConfigError(
-            f"this run has {', '.join(told)} like {where}; give the same flags to go on with that "
-            f"one, or a new --out"
-        )
-
-
-def _check_fits(where: Path, manifest: Manifest, config: TrainConfig, corpus: Corpus) -> None:
-    """Raises ConfigError if the run cannot go on from there with this corpus and so few steps."""
-    if manifest.progress.step > config.run.steps:
-        raise ConfigError(
-            f"steps={config.run.steps} is less than the {manifest.progress.step} of {where}; give "
-            f"more steps, or a new --out"
-        )
-    for name, digest in manifest.progress.data.sha256.items():
-        if corpus.meta.sha256.get(name) != digest:
-            raise ConfigError(
-                f"{corpus.folder / name} is not what {where} was trained on; make the same corpus "
-                f"again, or give a new --out"
-            )
+    return Beginning(out, candidates, is_one)
 
 
 @dataclass(frozen=True)
@@ -196,12 +169,12 @@ def begin(config: TrainConfig, corpus: Corpus, world: Axis, device: torch.device
     """
     lock, told = None, ""
     if world.rank == 0:
-        beginning = find_beginning(config, corpus)
-        folder = (beginning.folder or new_run_folder(config.run.out)).absolute()
-        lock = lock_run(folder)
+        folder, beginning, lock = _claim(config, corpus)
         clear_drafts(folder)
         candidates = [str(path.absolute()) for path in beginning.candidates]
         told = json.dumps([str(folder), secrets.token_hex(4), candidates, beginning.given])
+        if beginning.folder and not candidates:
+            print(f"{folder} holds no checkpoint yet; beginning at step 1 again", flush=True)
     name, attempt, paths, given = json.loads(gather_texts(told, world, device)[0])
     if not (Path(name) / LOCK).exists():
         raise ConfigError(
@@ -209,8 +182,28 @@ def begin(config: TrainConfig, corpus: Corpus, world: Axis, device: torch.device
             f"share"
         )
     found = newest_sound([Path(path) for path in paths], given, world, device)
+    if paths and not found:
+        raise CheckpointError(
+            f"no checkpoint of {Path(paths[0]).parent} is sound; to begin anew give a new --out, "
+            f"without --resume"
+        )
     checkpoint, manifest = found or (None, None)
     return Place(Path(name), attempt, checkpoint, manifest, lock)
+
+
+def _claim(config: TrainConfig, corpus: Corpus) -> tuple[Path, Beginning, IO[str]]:
+    """The run folder, what is in it, and its lock.
+
+    What is in it is looked at again once it is locked: another start may have come first.
+    """
+    folder = find_beginning(config, corpus).folder or new_run_folder(config.run.out)
+    lock = lock_run(folder)
+    try:
+        locked = replace(config, run=replace(config.run, out=folder))
+        return folder.absolute(), find_beginning(locked, corpus), lock
+    except BaseException:
+        lock.close()
+        raise
 
 
 def newest_sound(
@@ -231,14 +224,23 @@ def newest_sound(
         if not problems and manifest is not None:
             return candidate, manifest
         if given:
-            raise CheckpointError(f"{problems[0]}; --resume auto takes the newest sound one")
+            raise CheckpointError(
+                f"{problems[0]}; give {candidate.parent} instead, and its newest sound one is taken"
+            )
         if world.rank == 0:
             print(f"{problems[0]}; trying the one before it", flush=True)
-    if candidates and weights_step(candidates[0].parent):
-        raise CheckpointError(
-            f"no checkpoint of {candidates[0].parent} is sound, and it holds weights, which are "
-            f"not overwritten; choose another --out"
-        )
-    if candidates and world.rank == 0:
-        print("no checkpoint is sound; beginning at step 1 again", flush=True)
     return None
+
+
+def sound_one(path: Path, world: Axis, device: torch.device) -> tuple[Path, Manifest]:
+    """The checkpoint that path is, or the newest sound one of the run folder that it is.
+
+    Raises ConfigError if there is none, CheckpointError if none is sound.
+    """
+    candidates = found_in(path)
+    if not candidates:
+        raise ConfigError(f"{path} holds no checkpoint; give a run folder, or its step_NNNNNN")
+    found = newest_sound(candidates, candidates[0].parent != path, world, device)
+    if found is None:
+        raise CheckpointError(f"no checkpoint of {path} is sound; give another run")
+    return found

@@ -1,4 +1,4 @@
-"""Run folders: whole weights in safetensors beside the config, the same for every layout."""
+"""Run folders: what a run is stands in them, beside its checkpoints, and one process holds them."""
 
 from __future__ import annotations
 
@@ -7,25 +7,18 @@ import json
 import os
 import shutil
 import socket
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-
-from rosetrainer.blocks import build_model
 from rosetrainer.config import TrainConfig
 from rosetrainer.durable_files import write_whole
 from rosetrainer.fields import ConfigError, config_from_dict
-from rosetrainer.parallel_context import ParallelContext
-from rosetrainer.tensor_parallel import check_whole, gather_whole
+from rosetrainer.manifest import MANIFEST, STEP, found_in
 from rosetrainer.tokenizer import Tokenizer, load_tokenizer
 
-WEIGHTS, CONFIG, META, TOKENIZER = "model.safetensors", "config.json", "meta.json", "tokenizer.json"
+CONFIG, META, TOKENIZER = "config.json", "meta.json", "tokenizer.json"
 LOCK = ".lock"
 RUNS = Path("out")
 
@@ -61,6 +54,11 @@ def check_run_folder(wanted: Path | None) -> None:
     try:
         if wanted and wanted.exists() and not (wanted.is_dir() and is_empty(wanted)):
             raise ConfigError(f"out={wanted} is not empty; choose another --out, or leave it out")
+        for folder in wanted.resolve().parents if wanted else ():
+            if (folder / CONFIG).is_file() and (folder / LOCK).is_file():
+                raise ConfigError(
+                    f"out={wanted} lies inside the run {folder}; choose another --out"
+                )
         wanted = wanted or RUNS
         nearest = (wanted, *wanted.absolute().parents)
         parent = next(folder for folder in nearest if os.path.lexists(folder))
@@ -104,27 +102,42 @@ def lock_run(folder: Path) -> IO[str]:
     return file
 
 
+def same_place(one: Path, other: Path) -> bool:
+    """Whether both are there and are the same folder, whatever links lead to it."""
+    try:
+        return one.samefile(other)
+    except OSError:
+        return False
+
+
 def check_unlocked(folder: Path) -> None:
     """Raises ConfigError if another process is at work in the run folder."""
     lock_run(folder).close()
 
 
-def weights_step(folder: Path) -> int:
-    """After how many steps the folder's weights were saved; 0 if there are none."""
-    try:
-        with safe_open(folder / WEIGHTS, "pt") as file:
-            return int((file.metadata() or {}).get("step", "0"))
-    except (OSError, SafetensorError, ValueError):
-        return 0
-
-
 def read_config(folder: Path) -> TrainConfig:
-    """Raises ConfigError if it cannot be read."""
-    return config_from_dict(TrainConfig, _read_json(folder / CONFIG), str(folder / CONFIG))
+    """Raises ConfigError if it cannot be read, or is not of such a run."""
+    path = folder / CONFIG
+    values = _read_json(path)
+    if missing := [f.name for f in fields(TrainConfig) if f.name not in values]:
+        raise ConfigError(f"{path} lacks {', '.join(missing)}: it is of another program")
+    return config_from_dict(TrainConfig, values, str(path))
+
+
+def read_meta(folder: Path) -> dict[str, Any] | None:
+    """What the run's meta.json says of its corpus; None if it cannot be read."""
+    try:
+        meta = _read_json(folder / META)
+    except ConfigError:
+        return None
+    return meta if isinstance(meta.get("sha256"), dict) else None
 
 
 def describe_run(folder: Path, config: TrainConfig, corpus: Path) -> None:
-    """Writes the config, and what is needed of the corpus to read and write its tokens."""
+    """Writes what the run is: the config, what its data were, and how their tokens are read.
+
+    Before the first step, so that no other run takes the folder for its own.
+    """
     text = json.dumps(asdict(config), indent=2, default=str) + "\n"
     write_whole(folder / CONFIG, lambda part: part.write_text(text))
     for name in (META, TOKENIZER):
@@ -132,25 +145,22 @@ def describe_run(folder: Path, config: TrainConfig, corpus: Path) -> None:
             write_whole(folder / name, partial(shutil.copyfile, corpus / name))
 
 
-def save_weights(folder: Path, model: nn.Module, context: ParallelContext, step: int) -> None:
-    """Gathers the whole weights, on all ranks, and writes them on rank 0."""
-    whole = gather_whole(model, context.tp)
-    if context.rank == 0:
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in whole.items()}
-        after = {"step": str(step)}
-        write_whole(folder / WEIGHTS, lambda part: save_file(tensors, part, after))
-
-
 def latest_run() -> Path:
-    """The newest out/run-* that has weights. Raises ConfigError if there is none."""
-    runs = sorted(RUNS.glob(f"*/{WEIGHTS}"), key=lambda path: path.stat().st_mtime)
-    if not runs:
-        raise ConfigError(f"no run with weights in {RUNS}/; train one, or give --run DIR")
-    return runs[-1].parent
+    """The run in out/ that saved last. Raises ConfigError if none has a checkpoint."""
+    manifests = [path for path in RUNS.glob(f"*/*/{MANIFEST}") if STEP.fullmatch(path.parent.name)]
+    if not manifests:
+        raise ConfigError(f"no run with a checkpoint in {RUNS}/; train one, or give --run DIR")
+    return max(manifests, key=lambda path: path.stat().st_mtime).parent.parent
 
 
-def load_run(folder: Path) -> tuple[TrainConfig, dict[str, Tensor], Tokenizer]:
-    """(config, whole weights by name, tokenizer).
+def run_of(path: Path) -> Path:
+    """The run folder that path is, or in which the checkpoint lies that it is."""
+    found = found_in(path)
+    return found[0].parent if found else path
+
+
+def read_run(folder: Path) -> tuple[TrainConfig, Tokenizer]:
+    """What a run folder says of its model, and of the text that its tokens stand for.
 
     Raises ConfigError for what cannot be read, or does not belong together.
     """
@@ -162,14 +172,7 @@ def load_run(folder: Path) -> tuple[TrainConfig, dict[str, Tensor], Tokenizer]:
             f"{folder / META} has {tokenizer.vocab_size} tokens and the model "
             f"{config.model.vocab_size}: they are of different runs"
         )
-    path = folder / WEIGHTS
-    try:
-        whole = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise ConfigError(f"{path} cannot be read as safetensors: {error}") from None
-    shapes_only = ParallelContext(device=torch.device("meta"))
-    check_whole(build_model(config.model, shapes_only), whole)
-    return config, whole, tokenizer
+    return config, tokenizer
 
 
 def _read_json(path: Path) -> dict[str, object]:

@@ -89,6 +89,17 @@ def cut_log(path: Path, reached: int) -> None:
     write_whole(path, lambda part: part.write_text("".join(kept)))
 
 
+def last_evaluation(path: Path) -> int:
+    """The last step of which a log has an evaluation; 0 if there is none."""
+    last = 0
+    if path.is_file():
+        for line in path.read_text(errors="replace").splitlines():
+            with contextlib.suppress(ValueError, TypeError, KeyError):
+                figures = json.loads(line)
+                last = int(figures["step"]) if "val/loss" in figures else last
+    return last
+
+
 def _rounded(tag: str, value: float) -> float:
     """Losses to six decimals, counts whole, the rest to six digits: a learning rate is small."""
     if tag.endswith("loss"):

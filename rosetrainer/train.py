@@ -30,7 +30,7 @@ from rosetrainer.process_group import PATIENCE_SECONDS, meet, own_device
 from rosetrainer.products import fast_products
 from rosetrainer.rank import last_words
 from rosetrainer.resume import Place, begin, find_beginning
-from rosetrainer.run_folder import describe_run
+from rosetrainer.run_folder import check_unlocked, describe_run
 from rosetrainer.run_log import RunLog, describe
 from rosetrainer.step_profile import StepProfile, check_profile
 from rosetrainer.tensor_parallel import init_weights
@@ -47,8 +47,8 @@ def check_config(config: TrainConfig, world_size: int) -> tuple[TrainConfig, Cor
     corpus.tokenizer()  # better found broken now than by whoever wants text of the trained model
     model = replace(config.model, vocab_size=corpus.meta.vocab_size)
     config = replace(config, model=model)
-    if rank == 0:
-        find_beginning(config, corpus)
+    if rank == 0 and (folder := find_beginning(config, corpus).folder):
+        check_unlocked(folder)
     return config, corpus
 
 
@@ -125,7 +125,6 @@ def run_here(
             world=world,
             autocast=autocast_for(dtype, context.device),
             dtype=dtype,
-            folder=place.folder,
             saver=Saver(place.folder, place.attempt, model, optimizer, context, config.run),
             log=log,
             watch=watch,
@@ -148,7 +147,7 @@ def run_here(
 def say_goodbye(loop: TrainingLoop, folder: Path) -> None:
     where = shown(folder)
     if not loop.stopped:
-        print(f"saved in {where}: weights, config, log.jsonl, TensorBoard events")
+        print(f"saved in {where}/{folder_name(loop.saved)}; log.jsonl and the curves are beside it")
     elif loop.saved:
         saved = f"{where}/{folder_name(loop.saved)}"
         last_words(f"saved in {saved}; the same command goes on from there")

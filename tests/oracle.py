@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import io
+import tempfile
+from contextlib import redirect_stdout
+from pathlib import Path
+
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
+from rosetrainer import checkpoint_command
 from rosetrainer.config import GPTConfig
 from rosetrainer.reference import ReferenceGPT
 
@@ -82,3 +89,11 @@ def gradients(dense: torch.nn.Module) -> dict[str, Tensor]:
         assert parameter.grad is not None
         found[name] = parameter.grad
     return found
+
+
+def saved_weights(run: Path) -> dict[str, Tensor]:
+    """The weights of a run's newest checkpoint, whole, as `checkpoint export` writes them."""
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
+        out = Path(folder) / "weights.safetensors"
+        checkpoint_command.main(["export", str(run), "--out", str(out)])
+        return load_file(out)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,9 +14,13 @@ from oracle import dense_model, tiny_config
 from ranks import run_ranks
 
 from rosetrainer import run_folder
+from rosetrainer.checkpoint import Saver
 from rosetrainer.config import TrainConfig
 from rosetrainer.fields import ConfigError
+from rosetrainer.generate import load_model
+from rosetrainer.manifest import CheckpointError, Progress
 from rosetrainer.model import GPTModel
+from rosetrainer.optim import build_optimizer
 from rosetrainer.parallel_context import ParallelContext, init_tensor_parallel
 from rosetrainer.prepare import main as prepare
 from rosetrainer.tensor_parallel import gather_whole, init_weights, load_whole
@@ -23,22 +29,29 @@ META = {"tokenizer": "bytes", "vocab_size": 256}
 
 
 def save(folder: Path) -> None:
-    """Saves the oracle's weights from this layout."""
+    """Saves the oracle's weights from this layout, as a run of seven steps would."""
     context = init_tensor_parallel()
-    config = tiny_config(vocab_size=256)
-    model = GPTModel(config, context)
-    load_whole(model, dense_model(config).state_dict())
+    config = TrainConfig(model=tiny_config(vocab_size=256))
+    model = GPTModel(config.model, context)
+    load_whole(model, dense_model(config.model).state_dict())
     if context.rank == 0:
-        run_folder.describe_run(folder, TrainConfig(model=config), folder)
-    run_folder.save_weights(folder, model, context, step=7)
+        run_folder.describe_run(folder, config, folder)
+    save_checkpoint(folder, model, context, config)
+
+
+def save_checkpoint(
+    folder: Path, model: GPTModel, context: ParallelContext, config: TrainConfig
+) -> None:
+    optimizer = build_optimizer(model, config.optim)
+    progress = Progress(7, 7, 0, 7, "float32", {}, config)
+    Saver(folder, "once", model, optimizer, context, config.run).save(progress)
 
 
 def load(folder: Path) -> bool:
-    """Whether the whole weights, loaded into this layout and gathered, are the oracle's."""
+    """Whether the weights that `generate` loads into this layout, gathered, are the oracle's."""
     context = init_tensor_parallel()
-    config, whole, _ = run_folder.load_run(folder)
-    model = GPTModel(config.model, context)
-    load_whole(model, whole)
+    config, _ = run_folder.read_run(folder)
+    model = load_model(folder, config.model, context)
     expected = dense_model(config.model).float().state_dict()
     gathered = gather_whole(model, context.tp)
     return all(torch.equal(gathered[name], expected[name]) for name in expected)
@@ -56,49 +69,44 @@ def test_weights_load_at_another_tp_size_bitwise(run: Path, saved_at: int, loade
     assert run_ranks(loaded_at, load, run) == [True] * loaded_at
 
 
-def test_an_interrupted_save_leaves_the_old_weights(
-    run: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(
+    run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """In words on stderr, for stdout is for the text; one that was named is refused."""
     save(run)
-    before = (run / "model.safetensors").read_bytes()
-
-    def half(tensors: dict[str, torch.Tensor], path: Path, _: dict[str, str]) -> None:
-        path.write_bytes(b"half a file")
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(run_folder, "save_file", half)
-    with pytest.raises(OSError, match="No space left"):
-        save(run)
-    assert (run / "model.safetensors").read_bytes() == before
-    assert {path.name for path in run.iterdir()} == {
-        "config.json",
-        "meta.json",
-        "model.safetensors",
-    }
+    shutil.copytree(run / "step_000007", run / "step_000009")
+    assert load(run)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert "step_000009/manifest.json is damaged: it is of step 7; trying" in captured.err
+    model = tiny_config(vocab_size=256)
+    with pytest.raises(CheckpointError, match=f"give {run} instead") as caught:
+        load_model(run / "step_000009", model, ParallelContext())
+    assert "\n" not in str(caught.value)
+    (run / "step_000007" / "rank_00000.safetensors").write_bytes(b"half")
+    with pytest.raises(CheckpointError, match=f"no checkpoint of {run} is sound"):
+        load_model(run, model, ParallelContext())
 
 
 def test_broken_files_are_named(run: Path) -> None:
     save(run)
-    weights = run / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(ConfigError, match=r"model\.safetensors cannot be read as safetensors"):
-        run_folder.load_run(run)
-    weights.unlink()
-    with pytest.raises(ConfigError, match=r"model\.safetensors cannot be read"):
-        run_folder.load_run(run)
     values = json.loads((run / "config.json").read_text())
     values["model"]["n_head"] = 4
     (run / "config.json").write_text(json.dumps(values))
     with pytest.raises(ConfigError, match=r"config\.json: model has unknown keys n_head"):
-        run_folder.load_run(run)
+        run_folder.read_run(run)
     (run / "config.json").write_text("{")
     with pytest.raises(ConfigError, match=r"config\.json cannot be read"):
-        run_folder.load_run(run)
+        run_folder.read_run(run)
+    (run / "config.json").write_text('{"run": {}}')
+    with pytest.raises(ConfigError, match=r"config\.json lacks model, parallel, optim: it is of"):
+        run_folder.read_run(run)
 
 
 def test_a_config_comes_back_as_it_was(run: Path) -> None:
     save(run)
-    config, _, _ = run_folder.load_run(run)
+    config, _ = run_folder.read_run(run)
     assert config == TrainConfig(model=tiny_config(vocab_size=256))
 
 
@@ -122,13 +130,13 @@ def test_the_latest_run_is_the_one_written_last(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match="no run with weights in out/"):
+    with pytest.raises(ConfigError, match="no run with a checkpoint in out/"):
         run_folder.latest_run()
     for age, name in ((5, "run-002"), (9, "run-001")):
-        folder = Path("out") / name
-        folder.mkdir(parents=True)
-        (folder / "model.safetensors").write_bytes(b"")
-        os.utime(folder / "model.safetensors", (1000 - age, 1000 - age))
+        manifest = Path("out") / name / "step_000007" / "manifest.json"
+        manifest.parent.mkdir(parents=True)
+        manifest.write_bytes(b"")
+        os.utime(manifest, (1000 - age, 1000 - age))
     Path("out/run-003").mkdir()  # nothing saved yet
     assert run_folder.latest_run() == Path("out/run-002")
 
@@ -143,8 +151,8 @@ def test_a_bpe_corpus_s_tokenizer_travels_with_the_run(tmp_path: Path) -> None:
     model = GPTModel(config.model)
     init_weights(model, seed=1)
     run_folder.describe_run(run, config, corpus)
-    run_folder.save_weights(run, model, ParallelContext(), step=1)
-    _, _, tokenizer = run_folder.load_run(run)
+    save_checkpoint(run, model, ParallelContext(), config)
+    _, tokenizer = run_folder.read_run(run)
     ids = tokenizer.encode("the rank that waits")
     assert tokenizer.decode(ids) == "the rank that waits"
     assert len(ids) < 10
@@ -156,13 +164,11 @@ def test_files_of_different_runs_are_told_apart(run: Path) -> None:
         json.dumps({"tokenizer": "chars", "characters": "ab"} | {"vocab_size": 2})
     )
     with pytest.raises(ConfigError, match="has 2 tokens and the model 256: they are of different"):
-        run_folder.load_run(run)
+        run_folder.read_run(run)
     (run / "meta.json").write_text(json.dumps(META))
-    values = json.loads((run / "config.json").read_text())
-    values["model"]["d_ff"] = 48
-    (run / "config.json").write_text(json.dumps(values))
-    with pytest.raises(ConfigError, match=r"dense_h_to_4h.weight has shape \(40, 24\), the"):
-        run_folder.load_run(run)
+    other = replace(tiny_config(vocab_size=256), d_ff=48)
+    with pytest.raises(CheckpointError, match=r"dense_h_to_4h.weight is float32 \(40, 24\) cut"):
+        load_model(run, other, ParallelContext())
 
 
 def test_an_out_that_leads_nowhere_is_one_line(

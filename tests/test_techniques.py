@@ -12,9 +12,16 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import assert_all_equal, assert_equal, dense_model, gradients, random_batch, tiny_config
+from oracle import (
+    assert_all_equal,
+    assert_equal,
+    dense_model,
+    gradients,
+    random_batch,
+    saved_weights,
+    tiny_config,
+)
 from ranks import run_ranks
-from safetensors.torch import load_file
 
 from rosetrainer import loop, parity, train
 from rosetrainer.config import GPTConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
@@ -248,7 +255,7 @@ def test_training_drops_by_step_and_row_and_evaluation_drops_nothing(config: Tra
     run_ranks(2, train_watched, replace(config, model=model, optim=optim))
     run, out, corpus = config.run, Path(str(config.run.out)), open_corpus(config.run.data, 8)
     dense = ReferenceGPT(model).double()
-    dense.load_state_dict(load_file(out / "model.safetensors"))
+    dense.load_state_dict(saved_weights(out))
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
     def loss(batch: Any, dropout: ReferenceDropout) -> Any:

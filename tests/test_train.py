@@ -14,15 +14,15 @@ from unittest import mock
 
 import pytest
 import torch
-from oracle import assert_all_equal
+from oracle import assert_all_equal, saved_weights
 from ranks import run_ranks
-from safetensors.torch import load_file
 
 from rosetrainer.config import GPTConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
 from rosetrainer.data import open_corpus
 from rosetrainer.environment import python_command
 from rosetrainer.evaluation import evaluate
 from rosetrainer.fields import ConfigError
+from rosetrainer.manifest import checkpoints, step_of
 from rosetrainer.model import GPTModel
 from rosetrainer.parallel_context import Axis, ParallelContext, init_tensor_parallel
 from rosetrainer.prepare import main as prepare
@@ -74,7 +74,7 @@ def test_every_layout_trains_the_same_and_writes_the_same_weights(
             for tag, value in line.items()
             if tag.startswith(("train/", "val/"))
         ]
-        weights[out.name] = load_file(out / "model.safetensors")
+        weights[out.name] = saved_weights(out)
     alone, alone_weights = curves.pop("dp1tp1"), weights.pop("dp1tp1")
     assert len(alone) == 6 * 3 + 2 * 2
     for name, curve in curves.items():
@@ -88,7 +88,7 @@ def test_a_run_leaves_its_files_beside_each_other(markov: Path, tmp_path: Path) 
     out = tmp_path / "run"
     run_ranks(2, train_on_ranks, config_for(markov, out, dtype="float32"), 1)
     names = {path.name.split(".")[0] for path in out.iterdir()}
-    assert names == {"config", "log", "meta", "model", "events", "step_000006", ""}
+    assert names == {"config", "log", "meta", "events", "step_000006", ""}
     assert [path.name for path in out.glob(".*")] == [".lock"]
     saved = json.loads((out / "config.json").read_text())
     assert saved["model"]["vocab_size"] == 8
@@ -257,7 +257,7 @@ def test_a_validation_loss_that_is_not_finite_saves_nothing(
     monkeypatch.setattr("rosetrainer.loop.evaluate", lambda *_: broken)
     with pytest.raises(ConfigError, match="the validation loss is nan at step 3; try a learning"):
         train_on_one(config_for(markov, tmp_path / "run"))
-    assert not (tmp_path / "run" / "model.safetensors").exists()
+    assert not list((tmp_path / "run").glob("step_*"))
 
 
 def test_a_gradient_that_is_not_finite_moves_no_weight(
@@ -270,9 +270,7 @@ def test_a_gradient_that_is_not_finite_moves_no_weight(
         train_on_one(config_for(markov, tmp_path / "run"))
 
 
-def test_the_seed_decides_and_each_evaluation_saves(
-    markov: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_seed_decides(markov: Path, tmp_path: Path) -> None:
     first = {}
     for seed in (1, 2):
         out = tmp_path / f"seed{seed}"
@@ -280,10 +278,16 @@ def test_the_seed_decides_and_each_evaluation_saves(
         first[seed] = read_log(out)[0]["train/loss"]
     assert first[1] != first[2]
 
-    saved = []
-    monkeypatch.setattr("rosetrainer.loop.save_weights", lambda *_: saved.append(1))
-    train_on_one(config_for(markov, tmp_path / "run", steps=5, eval_every=2))
-    assert len(saved) == 3  # after steps 2, 4 and 5
+
+def test_the_last_step_is_saved_whatever_checkpoint_every_says(
+    markov: Path, tmp_path: Path
+) -> None:
+    """So that `generate` has what to load; weights are in no other form."""
+    for every, steps in ((0, [5]), (2, [4, 5]), (9, [5])):
+        out = tmp_path / f"every{every}"
+        train_on_one(config_for(markov, out, steps=5, checkpoint_every=every))
+        assert sorted(map(step_of, checkpoints(out))) == steps
+        assert not list(out.glob("*.safetensors"))
 
 
 def test_the_peak_is_that_of_all_ranks() -> None:
@@ -334,7 +338,7 @@ def test_the_real_torchrun_trains(markov: Path, tmp_path: Path) -> None:
     assert "2 ranks: tensor parallel 2 x data parallel 1" in done.stdout
     assert "step     2/2  val loss" in done.stdout
     assert "warning" not in done.stderr.lower()
-    assert (tmp_path / "out" / "run-001" / "model.safetensors").exists()
+    assert (tmp_path / "out" / "run-001" / "step_000002").exists()
 
 
 def test_under_torchrun_only_rank_0_speaks_of_a_mistake(tmp_path: Path) -> None:
@@ -381,7 +385,7 @@ def test_the_command_line_exits_with_2_and_one_line(tmp_path: Path) -> None:
     for argv, expected in (
         (["train", "--tp-size", "2"], "-m rosetrainer train --nproc 2 --tp-size 2"),
         (["trian"], "unknown command trian; it can be train, generate, checkpoint, "),
-        (["generate"], "no run with weights in out/; train one, or give --run DIR"),
+        (["generate"], "no run with a checkpoint in out/; train one, or give --run DIR"),
     ):
         done = start("-m", "rosetrainer", *argv, cwd=tmp_path)
         assert done.returncode == 2

@@ -67,7 +67,6 @@ POINTS = {
     "clip": ("training_step", "clip_gradients", "before"),
     "updated": ("loop", "train_step", "after"),
     "evaluation": ("loop", "evaluate", "before"),
-    "weights": ("loop", "save_weights", "before"),
     # Inside a save.
     "mid-shard": ("checkpoint_files", "save_file", "half"),
     "shard": ("checkpoint_files", "sha256_of", "before"),
@@ -294,10 +293,6 @@ def losses(out: Path) -> dict[int, str]:
     return {int(step): loss for step, loss in (line.split() for line in lines)}
 
 
-def weights(out: Path) -> bytes:
-    return (out / "model.safetensors").read_bytes()
-
-
 def state(folder: Path) -> dict[str, bytes]:
     """All that a checkpoint holds, whole: parameters and moments, bit for bit."""
     from rosetrainer.checkpoint import read_whole
@@ -308,14 +303,19 @@ def state(folder: Path) -> dict[str, bytes]:
     return {name: read_whole(folder, manifest, name).numpy().tobytes() for name in manifest.tensors}
 
 
+def contents(out: Path) -> dict[str, bytes]:
+    """Every byte of a run folder but for the lock, by path."""
+    files = (path for path in out.rglob("*") if path.is_file() and path.name != ".lock")
+    return {str(path.relative_to(out)): path.read_bytes() for path in files}
+
+
 @dataclass(frozen=True)
 class Finished:
     """A run that nothing interrupted: what every other one has to come to."""
 
     losses: dict[int, str]
-    weights: bytes
     state: dict[str, bytes]
 
     @classmethod
     def of(cls, out: Path) -> Finished:
-        return cls(losses(out), weights(out), state(out / f"step_{STEPS:06d}"))
+        return cls(losses(out), state(out / f"step_{STEPS:06d}"))
