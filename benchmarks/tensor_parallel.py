@@ -25,7 +25,7 @@ from benchmarks.our_step import OurStep
 from benchmarks.plain_step import plain_model
 from benchmarks.side_by_side import Figures, Rounds, in_turn, introduce, keep, median
 from benchmarks.work import Work, matmul_peaks, parse_work, print_table, seconds_of, side_of
-from rosetrainer.environment import under_torchrun, world_from_environment
+from rosetrainer.environment import is_rank, world_from_environment
 from rosetrainer.launch import launch
 from rosetrainer.parallel_context import ParallelContext, end_parallel, init_tensor_parallel
 from rosetrainer.performance import choose_dtype, keep_freed_memory
@@ -77,7 +77,7 @@ def one_round(name: str, work: Work) -> Figures:
 
 def run_round(name: str, argv: list[str]) -> int:
     """One process, or the launcher of two, or one of these; rank 0 prints the figures."""
-    if name in PARALLEL and not under_torchrun():
+    if name in PARALLEL and not is_rank():
         return launch(RANKS, ["--round", name, *argv], 1, f"benchmarks.{NAME}")
     figures = one_round(name, parse_work(argv, NAME, RANKS))
     if world_from_environment()[0] == 0:

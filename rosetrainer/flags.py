@@ -14,7 +14,7 @@ from typing import TypeVar
 import tyro
 
 from rosetrainer.config import ParallelConfig
-from rosetrainer.environment import python_command, under_torchrun, world_from_environment
+from rosetrainer.environment import is_rank, python_command, world_from_environment
 from rosetrainer.fields import ConfigError, check_fields
 from rosetrainer.rank import LAUNCHED
 
@@ -76,9 +76,12 @@ def ranks_to_start(
 
     Raises ConfigError where more ranks are asked for than there are or will be.
     """
-    if under_torchrun():
+    if is_rank():
         if nproc is not None and LAUNCHED not in os.environ:
-            raise ConfigError(f"nproc={nproc} under torchrun, which has its own; leave --nproc out")
+            raise ConfigError(
+                f"nproc={nproc} under torchrun, srun or mpirun, which start the ranks themselves; "
+                f"leave --nproc out"
+            )
         return world_from_environment()[1], False
     check_fields(parallel)
     sizes = [size for size in (parallel.tp_size, parallel.dp_size) if size]

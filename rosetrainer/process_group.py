@@ -26,7 +26,8 @@ def own_device(wanted: str) -> torch.device:
 def meet(device: str, timeout_seconds: float = 300.0) -> dist.Store | None:
     """Starts the default process group, where there is more than one rank and none is there yet.
 
-    Gives the store in which the ranks met. Raises ConfigError if its port is taken.
+    Gives the store in which the ranks met. Raises ConfigError if its address is not given or its
+    port is taken, and if two ranks have the same GPU.
     """
     rank, world_size, _, _ = world_from_environment()
     if world_size == 1 or dist.is_initialized():
@@ -38,6 +39,7 @@ def meet(device: str, timeout_seconds: float = 300.0) -> dist.Store | None:
         if folder:
             store: dist.Store = dist.FileStore(str(Path(folder) / "store"), world_size)
         else:
+            check_address(world_size)
             kept, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=timeout))
             # torchrun keeps one store for all its restarts: nobody may read a dead rank's address.
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
@@ -52,6 +54,8 @@ def meet(device: str, timeout_seconds: float = 300.0) -> dist.Store | None:
         ) from None
     if own.type == "cuda":
         torch.cuda.set_device(own)
+        uuid = str(torch.cuda.get_device_properties(own).uuid)
+        check_gpus_differ(store, rank, world_size, uuid)
     dist.init_process_group(
         "nccl" if own.type == "cuda" else "gloo",
         store=dist.PrefixStore("process group", store),
@@ -61,3 +65,27 @@ def meet(device: str, timeout_seconds: float = 300.0) -> dist.Store | None:
         device_id=own if own.type == "cuda" else None,
     )
     return store
+
+
+def check_address(world_size: int) -> None:
+    """Raises ConfigError unless MASTER_ADDR and MASTER_PORT say where the ranks meet."""
+    address, port = (os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
+    if address and port.isdecimal() and 0 < int(port) < 2**16:
+        return
+    raise ConfigError(
+        f"MASTER_ADDR={address!r} and MASTER_PORT={port!r} do not say where {world_size} ranks "
+        f"meet; torchrun sets them; under srun: export MASTER_ADDR=$(scontrol show hostnames "
+        f"$SLURM_JOB_NODELIST | head -n 1) MASTER_PORT=29500"
+    )
+
+
+def check_gpus_differ(store: dist.Store, rank: int, world_size: int, uuid: str) -> None:
+    """Raises ConfigError, on every rank, if two have the same GPU; nccl would fail later."""
+    store.set(f"gpu {rank}", uuid)
+    of_ranks = store.multi_get([f"gpu {other}" for other in range(world_size)])
+    for other, gpu in enumerate(of_ranks):
+        if (first := of_ranks.index(gpu)) < other:
+            raise ConfigError(
+                f"ranks {first} and {other} have the same GPU, {gpu.decode()}; give each rank its "
+                f"own (torchrun does; srun with --gpus-per-task 1), or use --device cpu"
+            )

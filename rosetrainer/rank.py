@@ -16,10 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+from rosetrainer.environment import LAUNCHED, speaks_for_machine
 from rosetrainer.fields import ConfigError
-
-LAUNCHED = "ROSETRAINER_LAUNCHED"
-"""Environment variable that rosetrainer.launch gives its ranks: the launcher's process id."""
 
 MEETING = "ROSETRAINER_MEETING"
 """Environment variable: the folder in which the ranks of one launch meet."""
@@ -59,7 +57,7 @@ def run_rank(main: Callable[[], int | None]) -> NoReturn:
         _take_interrupts()
         # Rank 0's lines should reach a pipe or a log file while it runs, not when it ends.
         sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
-    speaks = not launched and os.environ.get("LOCAL_RANK", "0") == "0"
+    speaks = not launched and speaks_for_machine()
     try:
         status = main()
     except ConfigError as error:

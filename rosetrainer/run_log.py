@@ -11,6 +11,7 @@ import torch
 from tqdm import tqdm
 
 from rosetrainer.durable_files import write_whole
+from rosetrainer.environment import gpu_remark
 from rosetrainer.parallel_context import ParallelContext
 
 LOG = "log.jsonl"
@@ -123,9 +124,8 @@ def describe(context: ParallelContext, dtype: torch.dtype, wanted: str) -> str:
     where = "CUDA with nccl" if context.device.type == "cuda" else "CPU with gloo"
     if context.world_size == 1:
         where = context.device.type.upper()
-    gpus = torch.cuda.device_count()
-    if gpus and wanted == "auto" and context.device.type == "cpu":
-        where += f" (GPUs: {gpus}, fewer than local ranks)"
+    if remark := gpu_remark(context.device, wanted):
+        where += f" ({remark})"
     threads = torch.get_num_threads()
     ranks = f"{context.world_size} rank{'s' if context.world_size > 1 else ''}"
     each = f"{threads} thread{'s' if threads > 1 else ''} each"

@@ -11,11 +11,27 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "rosetrainer"
 FLOORS = [
     {"fields"},
-    {"config", "environment", "rank", "tokenizer", "durable_files", "interfaces"},
-    {"parallel_context", "reference", "manifest", "stop", "presets"},
+    {"config", "environment", "tokenizer", "durable_files", "interfaces"},
+    {"parallel_context", "reference", "manifest", "presets", "rank"},
     {
-        *("comm", "flags", "launch", "corpus_files", "performance", "process_group", "failures"),
-        *("reference_rotary", "corpus_folder", "python_docs", "shakespeare", "text_files"),
+        *(
+            "comm",
+            "flags",
+            "launch",
+            "stop",
+            "corpus_files",
+            "performance",
+            "process_group",
+            "failures",
+        ),
+        *(
+            "failures",
+            "reference_rotary",
+            "corpus_folder",
+            "python_docs",
+            "shakespeare",
+            "text_files",
+        ),
     },
     {
         *("overlap", "dropout", "recompute", "precision", "watch", "checkpoint_files"),
