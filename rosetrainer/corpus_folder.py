@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rosetrainer.durable_files import sha256_of
+from rosetrainer.durable_files import sha256_of, sync_folder
 from rosetrainer.fields import ConfigError
 
 OURS = {"meta.json", "train.bin", "val.bin", "tokenizer.json"}
@@ -64,8 +66,8 @@ def _existing(out: Path) -> dict[str, Any] | None:
     if strange or not ours:
         what = strange[0] if strange else "files but no meta.json of ours"
         raise ConfigError(
-            f"{out} holds {what}, which this command did not write; remove it, or give another "
-            "--out"
+            f"{out} holds {what}, which this command did not write and does not replace; "
+            "give another --out"
         )
     return dict(meta)
 
@@ -77,8 +79,9 @@ def _digest(path: Path) -> str:
         return "unreadable"
 
 
-def write(out: Path, files: dict[str, bytes]) -> None:
-    """Makes `out` hold these files, all or none: written beside it, then moved to its place.
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder beside `out` to write to, which then takes out's place: whole, or not at all.
 
     The caller has asked `must_make`. Raises ConfigError if the disk is full, say.
     """
@@ -86,16 +89,15 @@ def write(out: Path, files: dict[str, bytes]) -> None:
     new, old = (out.parent / f".{out.name}-{word}-{os.getpid()}" for word in ("new", "old"))
     try:
         new.mkdir(parents=True)
-        for name, data in files.items():
-            with (new / name).open("xb") as file:
-                file.write(data)
-                file.flush()
+        yield new
+        for path in new.iterdir():
+            with path.open("rb") as file:
                 os.fsync(file.fileno())
-        _fsync_folder(new)
+        sync_folder(new)
         if out.exists():
             out.rename(old)
         new.rename(out)
-        _fsync_folder(out.parent)
+        sync_folder(out.parent)
     except OSError as error:
         raise ConfigError(
             f"cannot write {out}: {error.strerror}; make room, or give another --out"
@@ -107,20 +109,14 @@ def write(out: Path, files: dict[str, bytes]) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _fsync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def summary(meta: dict[str, Any]) -> str:
     """What a corpus is, in a few words."""
     made_with = f" of {meta['python']}" if meta.get("python") else ""
     floor = f", floor {meta['floor_nats']:.4f} nats" if meta.get("floor_nats") else ""
+    documents = meta.get("documents")
+    of = f" of {documents['train']} + {documents['val']} documents" if documents else ""
     size = 2 * (meta["train_tokens"] + meta["val_tokens"])
     return (
-        f"{meta['source']}{made_with}, {meta['train_tokens']} + {meta['val_tokens']} tokens "
+        f"{meta['source']}{made_with}, {meta['train_tokens']} + {meta['val_tokens']} tokens{of} "
         f"({meta['tokenizer']}, vocab_size {meta['vocab_size']}, {size} bytes){floor}"
     )

@@ -44,7 +44,7 @@ class SamplingConfig:
     """How the next token is drawn."""
 
     tokens: CountOrZero = 200
-    """Tokens to write."""
+    """Tokens to write, fewer where the document ends before."""
     temperature: PositiveOrZero = 0.8
     """Below 1 the likely tokens gain; 0 always takes the likeliest."""
     top_k: CountOrZero = 0
@@ -64,7 +64,7 @@ class GenerateCommand:
     """A run folder, whose newest sound checkpoint is taken, or one checkpoint in it; unless given,
     the run in out/ that saved last."""
     prompt: str | None = None
-    """The text that is continued; a line break unless given, where the corpus has one."""
+    """The text that is continued; unless given, a new document, or after a line break, begins."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes CUDA when each local rank has a GPU of its own."""
     nproc: Count | None = None
@@ -95,7 +95,7 @@ def main(argv: list[str]) -> int:
 
     write(command.prompt or "")
     ids = torch.tensor(prompt, device=context.device)
-    for token in generate(model, ids, command.sampling, context.tp):
+    for token in generate(model, ids, command.sampling, context.tp, tokenizer.end_of_text):
         write(decoder.feed(token))
     write(decoder.finish() + "\n")
     end_parallel()
@@ -118,6 +118,8 @@ def load_model(path: Path, config: GPTConfig, context: ParallelContext) -> GPTMo
 
 def first_tokens(prompt: str | None, tokenizer: Tokenizer) -> list[int]:
     """The ids to go on from, at least one. Raises ConfigError for a prompt that has none."""
+    if prompt is None and tokenizer.end_of_text is not None:
+        return [tokenizer.end_of_text]  # behind it documents begin
     try:
         ids = tokenizer.encode("\n" if prompt is None else prompt).tolist()
     except ConfigError:
@@ -130,8 +132,17 @@ def first_tokens(prompt: str | None, tokenizer: Tokenizer) -> list[int]:
 
 
 @torch.no_grad()
-def generate(model: GPTModel, prompt: Tensor, sampling: SamplingConfig, tp: Axis) -> Iterator[int]:
-    """Yields token ids that continue prompt, (T,); the model sees the last context_length."""
+def generate(
+    model: GPTModel,
+    prompt: Tensor,
+    sampling: SamplingConfig,
+    tp: Axis,
+    end_of_text: int | None = None,
+) -> Iterator[int]:
+    """Yields token ids that continue prompt, (T,); the model sees the last context_length.
+
+    Stops, without yielding it, at end_of_text.
+    """
     generator = torch.Generator().manual_seed(sampling.seed)
     ids = prompt
     for _ in range(sampling.tokens):
@@ -140,6 +151,8 @@ def generate(model: GPTModel, prompt: Tensor, sampling: SamplingConfig, tp: Axis
         token = choose(logits[0, -1].float().cpu(), sampling, generator).to(ids.device)
         # The first rank decides: rounding must never let the ranks write different texts.
         token = broadcast_(token, tp, "forward")
+        if int(token) == end_of_text:
+            return
         ids = torch.cat([ids, token])
         yield int(token)
 

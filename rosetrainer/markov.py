@@ -1,14 +1,38 @@
-"""A random chain whose true loss is known, and tokens drawn from it."""
+"""A corpus out of a random chain whose true loss is known, and tokens drawn from it."""
 
 from __future__ import annotations
 
 from bisect import bisect
 from itertools import accumulate
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from rosetrainer.data import MarkovChain
+from rosetrainer.text_corpus import described
+from rosetrainer.token_writer import TokenWriter
 from rosetrainer.tokenizer import Ids
+
+
+def write_corpus(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
+    """Writes train.bin and val.bin; gives meta.json's keys, with the chain and its true loss."""
+    lengths = (options["train_tokens"], options["val_tokens"])
+    chain, (train, val) = draw(options["order"], options["alphabet"], options["seed"], lengths)
+    hashes = {}
+    for name, ids in (("train.bin", train), ("val.bin", val)):
+        with TokenWriter(folder / name) as writer:
+            writer.write(ids)
+            hashes[name] = writer.hashes()
+    return {
+        "tokenizer": "markov",
+        "vocab_size": options["alphabet"],
+        "train_tokens": len(train),
+        "val_tokens": len(val),
+        "chain": {"order": chain.order, "probabilities": chain.probabilities.tolist()},
+        "floor_nats": float(chain.label_losses(val.astype("int64")).mean()),
+        **described(hashes),
+    }
 
 
 def draw(

@@ -2,7 +2,8 @@
 
   python-docs         the documentation that this Python carries, about 2 MB (the default)
   shakespeare [PATH]  tiny-shakespeare, out of a file or downloaded
-  file PATH...        your own text files, UTF-8
+  file PATH...        your own texts: a file of text, or several files, JSON lines or parquet,
+                      packed by gzip, bzip2 or xz or not
   markov              a random chain whose true loss is known: the floor for any model
 
 Each has flags of its own, see for example: python -m rosetrainer prepare file --help
@@ -11,21 +12,22 @@ The corpus goes to data/NAME unless --out names another folder.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import sys
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional
 
 # numpy and the sources are imported where they are needed: a second call finds all made, at once.
-from rosetrainer.corpus_folder import must_make, summary, write
+from rosetrainer.corpus_folder import must_make, new_folder, summary
 from rosetrainer.environment import prepare_command
 from rosetrainer.fields import Bounds, ConfigError, check_fields
 from rosetrainer.flags import parse_flags
+
+if TYPE_CHECKING:
+    from rosetrainer.documents import Texts
 
 BPE_VOCAB = 4096
 
@@ -49,7 +51,7 @@ class TextOptions:
     vocab_size: Annotated[int, Bounds(257, 65535)] | None = None
     """Tokens of bpe; 4096 unless given."""
     val_fraction: Annotated[float, Bounds(0, 1)] = 0.1
-    """The last part of the text that is kept for validation."""
+    """The part that is kept for validation: the end of one text, some of many documents."""
 
 
 @dataclass(frozen=True)
@@ -71,13 +73,24 @@ class Shakespeare:
 
 
 @dataclass(frozen=True)
+class ReadingOptions:
+    """How files are read."""
+
+    text_key: str = "text"
+    """The key of JSON lines, or the column of parquet, that holds a document's text."""
+    as_text: bool = False
+    """Take JSON, HTML and RTF as the text that they are, markup and all."""
+
+
+@dataclass(frozen=True)
 class Files:
-    """Your own text files, UTF-8, one after the other."""
+    """Your own texts: one file is one text; several, JSON lines and parquet are documents."""
 
     paths: Positional[tuple[Path, ...]] = ()
     """The files."""
     target: Target = field(default_factory=Target)
     text: TextOptions = field(default_factory=TextOptions)
+    reading: ReadingOptions = field(default_factory=ReadingOptions)
 
 
 @dataclass(frozen=True)
@@ -125,24 +138,37 @@ def main(argv: list[str]) -> None:
     check_fields(config.target)
     out = config.target.out or Path("data") / source
     started = time.perf_counter()
-    options, text = _options(source, config)
+    options, texts = _options(source, config)
     if not must_make(out, source, options, config.target.force):
         return
-    from rosetrainer.corpus_files import block_hashes  # late, for it imports numpy
-
-    if source == "markov":
-        files, meta = _markov_corpus(options)
-    else:
-        files, meta = _text_corpus(source, text, options)
-    meta = {"source": source, "options": options, "dtype": "uint16", **meta}
-    meta["sha256"] = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
-    meta["blocks"] = {name: block_hashes(files[name]) for name in ("train.bin", "val.bin")}
-    write(out, {**files, "meta.json": (json.dumps(meta, indent=1) + "\n").encode()})
+    with new_folder(out) as folder:
+        made = _write(folder, source, options, texts)
+        meta = {"source": source, "options": options, "dtype": "uint16", **made}
+        (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
     print(f"{out}: {summary(meta)}, made in {time.perf_counter() - started:.1f} s")
 
 
-def _options(source: str, config: Any) -> tuple[dict[str, Any], str | None]:
-    """What decides the corpus's content, and its text if we have read it already."""
+def _write(
+    folder: Path, source: str, options: dict[str, Any], texts: Texts | None
+) -> dict[str, Any]:
+    """Writes all but meta.json, and gives its keys."""
+    if source == "markov":
+        from rosetrainer import markov
+
+        return markov.write_corpus(folder, options)
+    from rosetrainer import python_docs, shakespeare
+    from rosetrainer.documents import OneText
+    from rosetrainer.text_corpus import write_corpus
+
+    if texts is None:
+        docs = source == "python-docs"
+        text = python_docs.python_docs() if docs else shakespeare.download()
+        texts = OneText(text, options["val_fraction"])
+    return write_corpus(folder, texts, options, python_docs=source == "python-docs")
+
+
+def _options(source: str, config: Any) -> tuple[dict[str, Any], Texts | None]:
+    """What decides the corpus's content, and its texts if we have read them already."""
     if source == "markov":
         check_fields(config.chain)
         size = config.chain.alphabet ** (config.chain.order + 1)
@@ -163,75 +189,17 @@ def _options(source: str, config: Any) -> tuple[dict[str, Any], str | None]:
         )
     if source == "python-docs":
         return options, None
-    from rosetrainer import shakespeare, text_files
+    from rosetrainer import documents, shakespeare
 
-    if source == "file" and not config.paths:
-        raise ConfigError(f"file needs a path: {prepare_command()} file PATH...")
     if source == "shakespeare" and config.path is None:
         return {**options, "text_sha256": shakespeare.SHA256}, None
-    text = text_files.read(config.paths if source == "file" else (config.path,))
-    return {**options, "text_sha256": hashlib.sha256(text.encode()).hexdigest()}, text
-
-
-def _text_corpus(
-    source: str, text: str | None, options: dict[str, Any]
-) -> tuple[dict[str, bytes], dict[str, Any]]:
-    """Files and meta.json's keys of a corpus of text."""
-    from rosetrainer import python_docs, shakespeare
-    from rosetrainer.tokenizer import BPETokenizer, BytesTokenizer, CharsTokenizer, Tokenizer
-
-    if text is None:
-        text = python_docs.python_docs() if source == "python-docs" else shakespeare.download()
-    cut = int(len(text) * (1 - options["val_fraction"]))
-    halves = (text[:cut], text[cut:])
-    files: dict[str, bytes] = {}
-    meta: dict[str, Any] = {}
-    tokenizer: Tokenizer = BytesTokenizer()
-    if options["tokenizer"] == "chars":
-        meta["characters"] = "".join(sorted(set(text)))
-        tokenizer = CharsTokenizer(meta["characters"])
-    elif options["tokenizer"] == "bpe":
-        # The merges are learnt, so they must not see the validation text.
-        tokenizer = bpe = BPETokenizer.train(halves[0], options["vocab_size"])
-        files[BPETokenizer.FILE] = bpe.to_json().encode()
-    if source == "python-docs":
-        meta["python"] = _python()
-    train, val = (tokenizer.encode(half) for half in halves)
-    for name, ids in (("train", train), ("val", val)):
-        if len(ids) < 2:
-            raise ConfigError(
-                f"val_fraction={options['val_fraction']} of a text of {len(text)} characters "
-                f"leaves {len(ids)} tokens for {name}.bin; it needs 2 at least"
-            )
-        files[f"{name}.bin"] = ids.astype("<u2").tobytes()
-    return files, {
-        "tokenizer": options["tokenizer"],
-        "vocab_size": tokenizer.vocab_size,
-        "train_tokens": len(train),
-        "val_tokens": len(val),
-        "bytes_per_token": len(halves[1].encode()) / len(val),
-        **meta,
-    }
-
-
-def _markov_corpus(options: dict[str, Any]) -> tuple[dict[str, bytes], dict[str, Any]]:
-    """Files and meta.json's keys of a corpus drawn from a random chain."""
-    from rosetrainer import markov
-
-    lengths = (options["train_tokens"], options["val_tokens"])
-    chain, (train, val) = markov.draw(
-        options["order"], options["alphabet"], options["seed"], lengths
-    )
-    files = {"train.bin": train.astype("<u2").tobytes(), "val.bin": val.astype("<u2").tobytes()}
-    return files, {
-        "tokenizer": "markov",
-        "vocab_size": options["alphabet"],
-        "train_tokens": len(train),
-        "val_tokens": len(val),
-        "chain": {"order": chain.order, "probabilities": chain.probabilities.tolist()},
-        "floor_nats": float(chain.label_losses(val.astype("int64")).mean()),
-    }
-
-
-def _python() -> str:
-    return f"{sys.implementation.name} {sys.version.split()[0]}"
+    texts: Texts
+    if source == "shakespeare":
+        texts = documents.read_one(config.path, config.text.val_fraction)
+    else:
+        check_fields(config.reading)
+        if not config.paths:
+            raise ConfigError(f"file needs a path: {prepare_command()} file PATH...")
+        reading = (config.reading.text_key, config.text.val_fraction, config.reading.as_text)
+        texts = documents.read_texts(config.paths, *reading)
+    return {**options, "text_sha256": texts.sha256}, texts

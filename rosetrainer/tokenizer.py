@@ -7,9 +7,9 @@ join the pieces and read the result as UTF-8. The kinds differ in how they encod
 from __future__ import annotations
 
 import codecs
-import re
+import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from string import ascii_lowercase
 from typing import Any
@@ -17,18 +17,29 @@ from typing import Any
 import numpy as np
 
 from rosetrainer.fields import ConfigError
+from rosetrainer.text_parts import (
+    PART,
+    code_points,
+    gpt2_alphabet,
+    parts,
+    tokenizers_library,
+    training_parts,
+    utf8,
+)
 
 Ids = np.ndarray[Any, np.dtype[np.uint16]]
 
 LARGEST_VOCAB = 65536  # the ids of a corpus are stored as uint16
-PART = 1 << 20  # characters that go to the tokenizers library at once; bounds its memory
 
 
 class Tokenizer(ABC):
-    """pieces[id] is the string of bytes that token `id` stands for."""
+    """pieces[id] is the string of bytes that token `id` stands for.
 
-    def __init__(self, pieces: list[bytes]):
-        self.pieces = pieces
+    end_of_text is the id that ends a document, which no text encodes to; None if there is none.
+    """
+
+    def __init__(self, pieces: list[bytes], end_of_text: int | None = None):
+        self.pieces, self.end_of_text = pieces, end_of_text
 
     @property
     def vocab_size(self) -> int:
@@ -59,49 +70,56 @@ class StreamDecoder:
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def feed(self, token_id: int) -> str:
         """The text that this token completes; may be empty."""
-        return self._utf8.decode(self._tokenizer.piece(int(token_id)))
+        return self.utf8.decode(self._tokenizer.piece(int(token_id)))
 
     def finish(self) -> str:
         """U+FFFD if the text stopped inside a character, else nothing."""
-        return self._utf8.decode(b"", final=True)
+        return self.utf8.decode(b"", final=True)
 
 
 class BytesTokenizer(Tokenizer):
-    """A token is a byte of the text's UTF-8: any text, 256 ids, nothing to learn."""
+    """A token is a byte of the text's UTF-8: any text, 256 ids, nothing to learn.
 
-    def __init__(self) -> None:
-        super().__init__([bytes([i]) for i in range(256)])
+    end_of_text: id 256 ends a document.
+    """
+
+    def __init__(self, end_of_text: bool = False) -> None:
+        super().__init__(*_with_end([bytes([i]) for i in range(256)], end_of_text))
 
     def encode(self, text: str) -> Ids:
-        return np.frombuffer(_utf8(text), np.uint8).astype(np.uint16)
+        return np.frombuffer(utf8(text), np.uint8).astype(np.uint16)
 
 
 class CharsTokenizer(Tokenizer):
-    """A token is one of `characters`, a string of different characters in code point order."""
+    """A token is one of `characters`, a string of different characters in code point order.
 
-    def __init__(self, characters: str):
-        if len(characters) > LARGEST_VOCAB:
+    end_of_text: one id more, the last, ends a document.
+    """
+
+    def __init__(self, characters: str, end_of_text: bool = False):
+        if len(characters) + end_of_text > LARGEST_VOCAB:
             raise ConfigError(
                 f"the text has {len(characters)} different characters, more than the "
-                f"{LARGEST_VOCAB} that fit; use the tokenizer bytes or bpe"
+                f"{LARGEST_VOCAB - end_of_text} that fit; use the tokenizer bytes or bpe"
             )
-        super().__init__([_utf8(c) for c in characters])
-        self._code_points = _code_points(characters)
+        super().__init__(*_with_end([utf8(c) for c in characters], end_of_text))
+        self.characters, self._code_points = characters, code_points(characters)
 
     def encode(self, text: str) -> Ids:
-        points = _code_points(text)
+        points = code_points(text)
         ids = np.searchsorted(self._code_points, points)
-        ids[ids == self.vocab_size] = 0  # beyond the last character: the next line finds it wrong
+        known = len(self._code_points)
+        ids[ids == known] = 0  # beyond the last character: the next line finds it wrong
         strange = np.flatnonzero(self._code_points[ids] != points)
         if strange.size:
             where = int(strange[0])
             raise ConfigError(
                 f"character {text[where]!r} (U+{ord(text[where]):04X}) at position {where} is not "
-                f"among the corpus's {self.vocab_size} characters"
+                f"among the corpus's {known} characters"
             )
         return ids.astype(np.uint16)
 
@@ -111,59 +129,80 @@ class BPETokenizer(Tokenizer):
 
     `backend` is a tokenizers.Tokenizer. Sennrich et al., "Neural Machine Translation of Rare Words
     with Subword Units"; on bytes: Radford et al., "Language Models are Unsupervised Multitask
-    Learners" (GPT-2).
+    Learners" (GPT-2). Where `backend` has the special token END, that ends a document.
     """
 
     FILE = "tokenizer.json"
+    END = "<|endoftext|>"
 
     def __init__(self, backend: Any):
-        byte_of = {char: byte for byte, char in enumerate(_gpt2_alphabet())}
+        byte_of = {char: byte for byte, char in enumerate(gpt2_alphabet())}
+        added = backend.get_added_tokens_decoder()
         try:
             tokens = [backend.id_to_token(i) for i in range(backend.get_vocab_size())]
-            pieces = [bytes(byte_of[c] for c in token) for token in tokens]
+            pieces = [
+                added[i].content.encode() if i in added else bytes(byte_of[c] for c in token)
+                for i, token in enumerate(tokens)
+            ]
         except (KeyError, TypeError):
             raise ConfigError("it is not a byte-level BPE whose ids are 0, 1, 2, …") from None
-        super().__init__(pieces)
+        special = {token.content: i for i, token in added.items() if token.special}
+        super().__init__(pieces, special.get(self.END))
+        if self.end_of_text is not None:
+            pieces[self.end_of_text] = b""
+        backend.encode_special_tokens = True  # "<|endoftext|>" in a text ends no document
         self._backend = backend
 
     @classmethod
-    def train(cls, text: str, vocab_size: int) -> BPETokenizer:
-        """At most vocab_size tokens, 256 of them the single bytes; a short text gives fewer."""
-        library = _tokenizers_library()
+    def train(
+        cls, texts: str | Iterable[str], vocab_size: int, end_of_text: bool = False
+    ) -> BPETokenizer:
+        """At most vocab_size tokens, 256 of them the single bytes; a short text gives fewer.
+
+        end_of_text: the last of them ends a document.
+        """
+        library = tokenizers_library()
         backend = library.Tokenizer(library.models.BPE())
         backend.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
         backend.decoder = library.decoders.ByteLevel()
         trainer = library.trainers.BpeTrainer(
-            vocab_size=vocab_size,
-            initial_alphabet=sorted(_gpt2_alphabet()),
+            vocab_size=vocab_size - end_of_text,
+            initial_alphabet=sorted(gpt2_alphabet()),
             show_progress=False,
         )
-        _utf8(text)  # the library has no clear word for text that is not Unicode
-        backend.train_from_iterator(_parts(text, PART), trainer)
+        backend.train_from_iterator(training_parts(texts), trainer)
+        if end_of_text:
+            backend.add_special_tokens([cls.END])
         return cls(backend)
 
     @classmethod
     def load(cls, path: Path) -> BPETokenizer:
-        library = _tokenizers_library()
+        library = tokenizers_library()
         try:
             return cls(library.Tokenizer.from_file(str(path)))
         except Exception as error:  # the library raises plain Exception
             raise ConfigError(f"cannot use {path}: {' '.join(str(error).split())}") from None
 
+    def save(self, folder: Path) -> str:
+        """Writes FILE, and gives its SHA-256."""
+        content = self.to_json().encode()
+        (folder / self.FILE).write_bytes(content)
+        return hashlib.sha256(content).hexdigest()
+
     def to_json(self) -> str:
         return str(self._backend.to_str(pretty=True))
 
     def encode(self, text: str) -> Ids:
-        _utf8(text)
+        utf8(text)
         ids = [
             np.array(self._backend.encode(part, add_special_tokens=False).ids, np.uint16)
-            for part in _parts(text, PART)
+            for part in parts(text, PART)
         ]
         return np.concatenate([np.zeros(0, np.uint16), *ids])
 
 
 def load_tokenizer(folder: Path, meta: Mapping[str, Any]) -> Tokenizer:
-    """The tokenizer of a corpus; reads of meta the keys tokenizer, vocab_size and characters.
+    """The tokenizer of a corpus: of meta's keys tokenizer, vocab_size, characters, end_of_text.
 
     A markov corpus has no text; its tokens are shown as the letters a, b, c, …
     Raises ConfigError if meta (or, for bpe, tokenizer.json in the folder) describes no tokenizer.
@@ -171,14 +210,15 @@ def load_tokenizer(folder: Path, meta: Mapping[str, Any]) -> Tokenizer:
     kind, vocab_size = meta.get("tokenizer"), meta.get("vocab_size")
     if not isinstance(vocab_size, int):
         raise ConfigError(f"{folder}/meta.json: vocab_size={vocab_size!r} must be an integer")
+    ends = meta.get("end_of_text") is not None
     tokenizer: Tokenizer
     if kind == "bytes":
-        tokenizer = BytesTokenizer()
+        tokenizer = BytesTokenizer(ends)
     elif kind == "chars":
         characters = meta.get("characters")
         if not isinstance(characters, str) or list(characters) != sorted(set(characters)):
             raise ConfigError(f"{folder}/meta.json: characters must be a sorted string")
-        tokenizer = CharsTokenizer(characters)
+        tokenizer = CharsTokenizer(characters, ends)
     elif kind == "markov":
         tokenizer = CharsTokenizer(ascii_lowercase[:vocab_size])
     elif kind == "bpe":
@@ -192,51 +232,13 @@ def load_tokenizer(folder: Path, meta: Mapping[str, Any]) -> Tokenizer:
             f"{folder}/meta.json: vocab_size={vocab_size!r}, but its {kind} tokenizer has "
             f"{tokenizer.vocab_size} tokens"
         )
+    if tokenizer.end_of_text != meta.get("end_of_text"):
+        raise ConfigError(
+            f"{folder}/meta.json: end_of_text={meta.get('end_of_text')!r}, but that of its {kind} "
+            f"tokenizer is {tokenizer.end_of_text}"
+        )
     return tokenizer
 
 
-def _utf8(text: str) -> bytes:
-    try:
-        return text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ConfigError(
-            f"the text is not Unicode: U+{ord(text[error.start]):04X} at position {error.start} "
-            "stands for no character"
-        ) from None
-
-
-def _code_points(text: str) -> np.ndarray[Any, np.dtype[np.uint32]]:
-    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
-
-
-def _parts(text: str, length: int) -> Iterator[str]:
-    """Consecutive parts of text, of `length` characters or a little more.
-
-    A cut lies between the end of a word and a line feed. No token of the GPT-2 pattern spans that
-    place, so the parts' tokens, put together, are the tokens of the whole text.
-    """
-    word_end = re.compile(r"(?<=[A-Za-z0-9.])(?=\n)")
-    start = 0
-    while start < len(text):
-        cut = word_end.search(text, start + length)
-        end = cut.start() if cut else len(text)
-        yield text[start:end]
-        start = end
-
-
-def _gpt2_alphabet() -> str:
-    """The character that stands for byte i, at place i: vocabularies hold text, not bytes.
-
-    Visible Latin-1 characters stand for themselves, the other bytes for U+0100, U+0101, …
-    """
-    visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = iter(range(256, 512))
-    return "".join(chr(b) if b in visible else chr(next(others)) for b in range(256))
-
-
-def _tokenizers_library() -> Any:
-    try:
-        import tokenizers  # lazily: only bpe needs it
-    except ImportError:
-        raise ConfigError("the bpe tokenizer needs a library: pip install tokenizers") from None
-    return tokenizers
+def _with_end(pieces: list[bytes], end_of_text: bool) -> tuple[list[bytes], int | None]:
+    return ([*pieces, b""], len(pieces)) if end_of_text else (pieces, None)

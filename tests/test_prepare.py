@@ -126,14 +126,15 @@ def test_a_cached_call_imports_nothing_heavy(tmp_path):
 @pytest.mark.parametrize("tokenizer", ["bytes", "chars", "bpe"])
 def test_a_text_comes_back(tmp_path, text, tokenizer):
     out = tmp_path / "corpus"
-    make("file", text, text, "--out", out, "--tokenizer", tokenizer)
+    make("file", text, "--out", out, "--tokenizer", tokenizer)
     corpus = open_corpus(out, 8)
     parts = [
         corpus.tokenizer().decode(np.fromfile(out / name, "<u2"))
         for name in ("train.bin", "val.bin")
     ]
-    whole = 2 * TEXT
-    assert parts == [whole[: int(0.9 * len(whole))], whole[int(0.9 * len(whole)) :]]
+    assert parts == [TEXT[: int(0.9 * len(TEXT))], TEXT[int(0.9 * len(TEXT)) :]]
+    assert corpus.meta.documents is None
+    assert corpus.meta.end_of_text is None
     val_bytes = len(parts[1].encode())
     assert corpus.meta.bytes_per_token == pytest.approx(val_bytes / corpus.meta.val_tokens)
     assert (out / "tokenizer.json").exists() == (tokenizer == "bpe")
@@ -259,7 +260,7 @@ def test_what_is_not_ours_is_not_replaced(tmp_path, text, name, force):
     (out / name).write_text("{}")
     error = message("file", text, "--out", out, *force)
     assert error.startswith(f"{out} holds ")
-    assert error.endswith("which this command did not write; remove it, or give another --out")
+    assert error.endswith("did not write and does not replace; give another --out")
     assert (out / name).read_text() == "{}"
 
 
@@ -337,7 +338,7 @@ def test_files_that_are_no_text(tmp_path):
     assert message("file", path, "--out", out) == f"{path} is empty; pass a file with text"
     path.write_bytes(b"abc\xe9t")
     assert message("file", path, "--out", out).startswith(
-        f"{path} is not UTF-8: byte 0xe9 at offset 3; convert it"
+        f"{path} is not UTF-8: byte 0xe9 at offset 3; it may be WINDOWS-1252"
     )
     assert message("file", tmp_path, "--out", out) == (
         f"{tmp_path} is a directory; pass text files, for example {tmp_path}/*.txt"

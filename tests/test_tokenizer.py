@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rosetrainer import tokenizer as module
+from rosetrainer import text_parts
 from rosetrainer.fields import ConfigError
 from rosetrainer.tokenizer import BPETokenizer, BytesTokenizer, CharsTokenizer, load_tokenizer
 
@@ -82,8 +82,8 @@ def test_id_out_of_range_is_an_error():
 
 @given(st.text(st.sampled_from("ab'.s \n\t\r\x1c\u00a0é1"), max_size=60), st.integers(1, 5))
 def test_bpe_of_parts_is_bpe_of_the_whole(text, length):
-    assert "".join(module._parts(text, length)) == text
-    ids = [i for part in module._parts(text, length) for i in BPE.encode(part).tolist()]
+    assert "".join(text_parts.parts(text, length)) == text
+    ids = [i for part in text_parts.parts(text, length) for i in BPE.encode(part).tolist()]
     assert ids == BPE.encode(text).tolist()
 
 
