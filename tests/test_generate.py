@@ -73,6 +73,17 @@ def test_greedy_takes_the_model_s_own_argmax() -> None:
     assert len(ids) == 23
 
 
+def test_the_text_stops_at_the_end_of_a_document_and_does_not_show_it() -> None:
+    model = GPTModel(tiny_config())
+    load_whole(model, dense_model(tiny_config()).state_dict())
+    sampling, prompt = SamplingConfig(tokens=30), torch.tensor([3, 1, 4])
+    whole = list(generate(model, prompt, sampling, Axis("tp")))
+    assert len(whole) == 30
+    end = whole[12]
+    stopped = list(generate(model, prompt, sampling, Axis("tp"), end))
+    assert stopped == whole[: whole.index(end)]
+
+
 def write_with_a_rank_that_disagrees() -> list[int]:
     context = init_tensor_parallel()
     model = GPTModel(tiny_config(), context)
@@ -97,6 +108,8 @@ def test_without_a_prompt_any_corpus_can_be_gone_on_from() -> None:
     assert first_tokens(None, BytesTokenizer()) == [10]
     assert first_tokens(None, CharsTokenizer("ab")) == [0]
     assert first_tokens("ba", CharsTokenizer("ab")) == [1, 0]
+    assert first_tokens(None, BytesTokenizer(end_of_text=True)) == [256]
+    assert first_tokens("\n", BytesTokenizer(end_of_text=True)) == [10]
     with pytest.raises(ConfigError, match="prompt='' has no token to go on from"):
         first_tokens("", BytesTokenizer())
     with pytest.raises(ConfigError, match="'c'"):

@@ -109,6 +109,38 @@ def test_load_tokenizer():
     assert markov.decode([0, 1, 2]) == "abc"
 
 
+@pytest.mark.parametrize("kind", ["bytes", "chars", "bpe"])
+def test_the_end_of_text_is_the_last_id_and_no_text(kind, tmp_path):
+    tokenizer = {
+        "bytes": BytesTokenizer(end_of_text=True),
+        "chars": CharsTokenizer(CHARACTERS, end_of_text=True),
+        "bpe": BPETokenizer.train([TEXT, TEXT], 300, end_of_text=True),
+    }[kind]
+    end = tokenizer.end_of_text
+    assert end == tokenizer.vocab_size - 1
+    ids = [*tokenizer.encode(TEXT), end, *tokenizer.encode(TEXT)]
+    assert ids.count(end) == 1
+    assert tokenizer.decode(ids) == TEXT + TEXT
+    stream = tokenizer.stream_decoder()
+    assert "".join(map(stream.feed, ids)) + stream.finish() == TEXT + TEXT
+    if kind == "bpe":
+        tokenizer.save(tmp_path)
+    meta = {"tokenizer": kind, "vocab_size": end + 1, "characters": CHARACTERS, "end_of_text": end}
+    loaded = load_tokenizer(tmp_path, meta)
+    assert loaded.end_of_text == end
+    assert loaded.encode(TEXT + "<|endoftext|>" * (kind == "bpe")).tolist().count(end) == 0
+    with pytest.raises(ConfigError, match=f"end_of_text={end - 1}, but that of its {kind} tokeniz"):
+        load_tokenizer(tmp_path, {**meta, "end_of_text": end - 1})
+
+
+def test_bpe_knows_the_special_tokens_of_other_tokenizers():
+    backend = BPETokenizer.train(TEXT, 300)._backend
+    backend.add_special_tokens(["<|endoftext|>", "<| reserved 中 |>"])
+    tokenizer = BPETokenizer(backend)
+    assert tokenizer.end_of_text == tokenizer.vocab_size - 2
+    assert tokenizer.pieces[-2:] == [b"", "<| reserved 中 |>".encode()]
+
+
 @pytest.mark.parametrize(
     ("meta", "message"),
     [
