@@ -7,13 +7,13 @@ own test holds it against torch's layers.
 from __future__ import annotations
 
 import functools
-import itertools
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pairwise
 import torch
 from oracle import TOLERANCE
 from ranks import run_ranks
@@ -87,20 +87,8 @@ class Layout:
 
 @functools.cache
 def layouts() -> list[Layout]:
-    """Greedily, always the candidate that meets most pairs of settings not met so far."""
-    candidates = list(itertools.product(*FACTORS.values()))
-    pairs = list(itertools.combinations(range(len(FACTORS)), 2))
-    bits: dict[Any, int] = {}  # of each pair: sets take seconds, in every rank that imports this
-    met = [
-        sum(bits.setdefault((i, j, c[i], c[j]), 1 << len(bits)) for i, j in pairs)
-        for c in candidates
-    ]
-    missing, chosen = (1 << len(bits)) - 1, []
-    while missing:
-        best = max(range(len(candidates)), key=lambda n: (met[n] & missing).bit_count())
-        missing &= ~met[best]
-        chosen.append(Layout(*candidates[best]))
-    return chosen
+    """Those that meet every pair of settings."""
+    return [Layout(*row) for row in pairwise.rows(list(FACTORS.values()))]
 
 
 def build(layout: Layout, context: ParallelContext) -> nn.Module:
