@@ -11,6 +11,7 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from rosetrainer.cgroup import cpu_quota
 from rosetrainer.fields import ConfigError
 
 if TYPE_CHECKING:
@@ -189,10 +190,16 @@ def gpu_remark(device: torch.device, wanted: str) -> str:
 
 
 def usable_cores() -> int:
-    """Cores that this process may run on."""
+    """Cores that this process may keep busy: by its affinity and its control group's CPU quota.
+
+    A quota is rounded down, to 1 at least: threads that wait for each other all stand still once
+    it is used up, so with 1.5 cores two are slower than one.
+    """
     if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        cores = len(os.sched_getaffinity(0))
+    else:
+        cores = os.cpu_count() or 1
+    return max(1, int(min(cpu_quota(), cores)))
 
 
 def python_command() -> str:

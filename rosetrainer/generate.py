@@ -33,6 +33,7 @@ from rosetrainer.flags import parse_flags, ranks_to_start
 from rosetrainer.launch import launch
 from rosetrainer.model import GPTModel
 from rosetrainer.parallel_context import Axis, ParallelContext, end_parallel, init_parallel
+from rosetrainer.performance import set_threads
 from rosetrainer.process_group import meet
 from rosetrainer.resume import sound_one
 from rosetrainer.run_folder import latest_run, read_run, run_of
@@ -82,6 +83,7 @@ def main(argv: list[str]) -> int:
     prompt = first_tokens(command.prompt, tokenizer)
     if starts:
         return launch(world_size, ["generate", *argv])
+    set_threads(0)
     meet(command.device)
     context = init_parallel(ParallelConfig(tp_size=world_size), command.device)
     model = load_model(path, config.model, context)

@@ -18,7 +18,7 @@ from rosetrainer.flags import parse_flags, ranks_to_start
 from rosetrainer.launch import launch
 from rosetrainer.model import GPTModel
 from rosetrainer.parallel_context import ParallelContext, end_parallel, init_parallel
-from rosetrainer.performance import choose_dtype
+from rosetrainer.performance import choose_dtype, set_threads
 from rosetrainer.precision import autocast_for
 from rosetrainer.process_group import meet
 from rosetrainer.products import fast_products
@@ -198,6 +198,7 @@ def main(argv: list[str]) -> int:
     command.model.check(tp_size, command.parallel.sequence_parallel)
     if starts:
         return launch(world_size, ["parity", *argv])
+    set_threads(0)
     meet("cpu")
     context = init_parallel(command.parallel, "cpu")
     show_proof(command.model, context, choose_dtype(command.dtype, context.device))

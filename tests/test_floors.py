@@ -10,7 +10,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "rosetrainer"
 FLOORS = [
-    {"fields"},
+    {"fields", "cgroup"},
     {"config", "environment", "durable_files", "interfaces", "text_parts"},
     {
         *("parallel_context", "reference", "manifest", "presets", "rank", "tokenizer"),

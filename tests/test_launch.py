@@ -18,11 +18,12 @@ from pathlib import Path
 
 import pytest
 
+from rosetrainer.environment import usable_cores
 from rosetrainer.fields import ConfigError
 from rosetrainer.launch import launch
 
 ROOT = Path(__file__).parent.parent
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+CORES = usable_cores()
 
 
 @dataclass
