@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from rosetrainer.durable_files import room, short
 from rosetrainer.fields import ConfigError
 from rosetrainer.parallel_context import Axis
-from rosetrainer.rank import RankError
+from rosetrainer.rank import RankError, explain_out_of_memory, is_out_of_memory
 
 LOST = (
     *("Connection closed by peer", "Connection reset by peer", "Broken pipe"),
@@ -89,6 +89,8 @@ def explain(error: Exception, world: Axis, folder: Path | None) -> str:
             f"cannot write in {where}: {short(error)}; {room(where)} bytes can be written there; "
             f"free some space, and the same command goes on"
         )
+    if is_out_of_memory(error):
+        return explain_out_of_memory(error, world.rank, world.size)
     line = (str(error).splitlines() or [""])[0]
     if any(reason in str(error) for reason in LOST):
         return (

@@ -23,7 +23,7 @@ from types import FrameType
 from rosetrainer.environment import usable_cores
 from rosetrainer.fields import ConfigError
 from rosetrainer.interfaces import INTERFACE, local_interface
-from rosetrainer.rank import LAST_WORDS, LAUNCHED, MEETING, PIPE_CLOSED, error_file
+from rosetrainer.rank import LAST_WORDS, LAUNCHED, MEETING, PIPE_CLOSED, error_file, memory_advice
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 CRASHES = (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE)
@@ -147,10 +147,9 @@ def _report(failure: _Failure) -> int:
         _say(f"error: {failure.text}")
     elif failure.status < 0:
         name = {s.value: s.name for s in signal.Signals}.get(-failure.status, "unknown")
-        hint = "; if the machine ran out of memory, a smaller micro_batch_size needs less"
         is_kill = failure.status == -signal.SIGKILL
-        reason = f"signal {-failure.status} ({name}){hint if is_kill else ''}"
-        _say(f"error: rank {failure.rank} was killed by {reason}")
+        hint = f"; if the machine ran out of memory: {memory_advice()}" if is_kill else ""
+        _say(f"error: rank {failure.rank} was killed by signal {-failure.status} ({name}){hint}")
     else:
         _say(f"error: rank {failure.rank} ended with exit status {failure.status}")
     return 2 if failure.status == 2 else 1

@@ -5,8 +5,10 @@ Imports no torch, so that a rank is under watch before its seconds of importing 
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -16,7 +18,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from rosetrainer.environment import LAUNCHED, speaks_for_machine
+from rosetrainer.environment import (
+    LAUNCHED,
+    python_command,
+    speaks_for_machine,
+    world_from_environment,
+)
 from rosetrainer.fields import ConfigError
 
 MEETING = "ROSETRAINER_MEETING"
@@ -30,6 +37,10 @@ SILENT_SECONDS = 30
 
 PIPE_CLOSED = 128 + signal.SIGPIPE
 """Exit status when the reader of our output, `head` say, has gone: there is nothing to say."""
+
+
+NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "_ALLOC_FAILED")
+"""In the text of a RuntimeError: torch's allocators on each system, CUDA's own, cuBLAS's."""
 
 
 class RankError(Exception):
@@ -78,10 +89,38 @@ def run_rank(main: Callable[[], int | None]) -> NoReturn:
             print("interrupted", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
+        if is_out_of_memory(error):
+            rank, world_size, _, _ = world_from_environment()
+            end_rank(RankError(explain_out_of_memory(error, rank, world_size)))
         if launched:
             _report_to_launcher(error, 1)
         raise
     sys.exit(status)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory, of the machine or of a GPU, could not be had; torch is not imported here."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, RuntimeError) and any(reason in str(error) for reason in NO_MEMORY)
+
+
+def explain_out_of_memory(error: Exception, rank: int, world_size: int) -> str:
+    """Two lines: how much was asked for, and what needs less."""
+    asked = re.search(r"tried to allocate ([\d.]+ \w+)", str(error), re.IGNORECASE)
+    for_what = f" when it asked for {asked[1]} more" if asked else ""
+    return f"rank {rank} of {world_size} ran out of memory{for_what}\n  {memory_advice()}"
+
+
+def memory_advice() -> str:
+    """One line: what needs less memory, and how to know before."""
+    return (
+        "training needs less with a smaller --micro-batch-size or with --recompute block, and "
+        "more ranks with --tp-size share the model; the same flags after "
+        f"`{python_command()} -m rosetrainer plan` predict how much"
+    )
 
 
 def end_rank(error: RankError) -> NoReturn:

@@ -131,6 +131,18 @@ def explained(words: list[str]) -> None:
     raise RankError("the disk is full" if str(RANK) in words else "")
 
 
+def starved(words: list[str]) -> None:
+    """Rank 1 gets no memory; rank 0 complains about that afterwards."""
+    meet()
+    if os.environ["WORLD_SIZE"] == "2" and RANK == 0:
+        until_the_end_of(1)
+        raise RuntimeError("lost connection")
+    raise RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: "
+        "you tried to allocate 4611686018427387904 bytes. Error code 12 (Cannot allocate memory)"
+    )
+
+
 def pipe(words: list[str]) -> None:
     """Rank 0 prints until nobody reads that, and rank 1 then complains about rank 0."""
     meet()
@@ -194,7 +206,7 @@ MODES: dict[str, Callable[[list[str]], None]] = {
     mode.__name__: mode
     for mode in [
         *(show, crash, stubborn, mistake, killed, status, sleep, collective, interrupt),
-        *(deaf, graceful, save_fails, suspended, explained, pipe),
+        *(deaf, graceful, save_fails, suspended, explained, pipe, starved),
     ]
 }
 

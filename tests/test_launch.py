@@ -6,6 +6,7 @@ Where a test looks at several launches they run side by side: they spend their t
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import signal
@@ -19,10 +20,14 @@ from pathlib import Path
 import pytest
 
 from rosetrainer.environment import usable_cores
+from rosetrainer.failures import told_once
 from rosetrainer.fields import ConfigError
 from rosetrainer.launch import launch
+from rosetrainer.parallel_context import Axis
+from rosetrainer.rank import RankError, is_out_of_memory
 
 ROOT = Path(__file__).parent.parent
+LESS_MEMORY = {"--micro-batch-size", "--recompute", "block,", "--tp-size", "plan`"}
 CORES = usable_cores()
 
 
@@ -161,8 +166,47 @@ def test_killed_rank_is_named(start: Start) -> None:
     for probe in probes:
         status, output, errors = probe.ended()
         assert (status, output) == (1, "")
-        assert errors.startswith("error: rank 1 was killed by signal 9 (SIGKILL)")
+        assert errors.startswith(
+            "error: rank 1 was killed by signal 9 (SIGKILL); if the machine ran"
+        )
         assert errors.count("\n") == 1
+        assert LESS_MEMORY <= set(errors.split())
+
+
+def test_a_rank_without_memory_is_told_what_needs_less(start: Start) -> None:
+    launched, alone = start("launch", "2", "starved"), start("starved", WORLD_SIZE="1", RANK="0")
+    for probe, rank in ((launched, "1 of 2"), (alone, "0 of 1")):
+        status, output, errors = probe.ended()
+        assert (status, output) == (1, "")
+        line = f"error: rank {rank} ran out of memory when it asked for 4611686018427387904 bytes"
+        assert errors.startswith(line)
+        assert errors.count("\n") == 2
+        assert LESS_MEMORY <= set(errors.split())
+
+
+def test_every_kind_of_want_of_memory_is_known() -> None:
+    import torch
+
+    with pytest.raises(RuntimeError) as cpu:
+        torch.empty(2**60)
+    with pytest.raises(MemoryError) as python:
+        bytearray(2**62)
+    wants = [
+        *(cpu.value, python.value, OSError(errno.ENOMEM, "Cannot allocate memory")),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a"),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:75] DefaultCPUAllocator: not enough memory"),
+    ]
+    for want in wants:
+        assert is_out_of_memory(want), want
+        world = Axis("world", 4, 3)
+        with pytest.raises(RankError) as told, told_once(None, world):
+            raise want
+        assert str(told.value).startswith("rank 3 of 4 ran out of memory")
+        assert told.value.status == 1
+    assert not is_out_of_memory(RuntimeError("boom"))
+    assert not is_out_of_memory(OSError(errno.ENOENT, "No such file"))
 
 
 def test_status_of_a_rank_is_kept(start: Start) -> None:
