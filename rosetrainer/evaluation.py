@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -44,6 +45,8 @@ def evaluate(
         sums += torch.stack([count, losses.sum(), above.sum(), above.square().sum()])
     count, loss, above, square = all_reduce(sums.to(context.device), dp, "evaluation").tolist()
     figures = {"val/loss": loss / count}
+    if corpus.meta.bytes_per_token:  # what texts cut by different tokenizers have in common
+        figures["val/bits_per_byte"] = loss / count / math.log(2) / corpus.meta.bytes_per_token
     if not floors:
         return figures, ""
     mean, error = mean_and_error(int(count), above, square)

@@ -49,6 +49,8 @@ class TrainingLoop:
     skipped: int = 0
     saved: int = 0
     """The step of the newest checkpoint."""
+    evaluated: bool = False
+    """Whether the step from which the run goes on has had its evaluation."""
     stopped: signal.Signals | None = None
     """What has asked to stop."""
 
@@ -67,7 +69,7 @@ class TrainingLoop:
     def _steps(self) -> None:
         pace = Pace(self.world, (*self.context.axes, self.world), self.context.device)
         traffic(self.context)  # what came before the first step is not a step's
-        if self.step and self.due(self.config.run.eval_every):
+        if self.step and not self.evaluated and self.due(self.config.run.eval_every):
             self.evaluate()  # a run that was killed may not have come to it
         while self.step < self.config.run.steps and not self.wants_to_stop():
             pace.begin()
@@ -143,11 +145,9 @@ class TrainingLoop:
         self.tell_of_saves()
 
     def tell_of_saves(self) -> None:
-        for step, held, seconds in self.saver.saved:
-            self.say(
-                f"step {step:5d}/{self.config.run.steps}  checkpoint in {seconds:.2f} s, training "
-                f"held {held:.3f} s"
-            )
+        for saved in self.saver.saved:
+            if self.log:
+                self.log.checkpoint(*saved)
         self.saver.saved.clear()
 
     def say(self, line: str) -> None:

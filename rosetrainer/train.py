@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from rosetrainer.agreement import check_same_settings, world_axis
+from rosetrainer.agreement import check_same_settings, gather_texts, world_axis
 from rosetrainer.block_compile import compile_blocks, compiles
 from rosetrainer.blocks import build_model
 from rosetrainer.checkpoint import Saver, load_checkpoint
@@ -19,8 +18,16 @@ from rosetrainer.config import TrainConfig
 from rosetrainer.data import Corpus, open_corpus
 from rosetrainer.environment import world_from_environment
 from rosetrainer.failures import told_once
+from rosetrainer.introduction import (
+    describe,
+    going_on,
+    introduce,
+    say_goodbye,
+    schedule_notes,
+    show_curve,
+    shown,
+)
 from rosetrainer.loop import TrainingLoop
-from rosetrainer.manifest import folder_name
 from rosetrainer.model import GPTModel
 from rosetrainer.optim import build_optimizer
 from rosetrainer.parallel_context import Axis, ParallelContext, end_parallel, init_parallel
@@ -28,10 +35,10 @@ from rosetrainer.performance import be_deterministic, choose_dtype, matmul_peak,
 from rosetrainer.precision import autocast_for
 from rosetrainer.process_group import PATIENCE_SECONDS, meet, own_device
 from rosetrainer.products import fast_products
-from rosetrainer.rank import last_words
 from rosetrainer.resume import Place, begin, find_beginning
-from rosetrainer.run_folder import check_unlocked, describe_run
-from rosetrainer.run_log import RunLog, describe
+from rosetrainer.run_folder import check_unlocked
+from rosetrainer.run_log import LOG, RunLog, has_evaluation
+from rosetrainer.screen import own_screen
 from rosetrainer.step_profile import StepProfile, check_profile
 from rosetrainer.tensor_parallel import init_weights
 from rosetrainer.watch import HangWatch
@@ -64,7 +71,7 @@ def train(
     store = meet(config.run.device, config.run.timeout + PATIENCE_SECONDS)
     world = world_axis()
     watch = HangWatch(store, world, config.run.timeout) if store is not None else None
-    with told_once(store, world) as failures:
+    with own_screen() if world.rank == 0 else nullcontext(), told_once(store, world) as failures:
         device = own_device(config.run.device)
         check_same_settings(config, corpus, world, device)
         place = begin(config, corpus, world, device)
@@ -106,8 +113,13 @@ def run_here(
         compile_blocks(model)
     reached = place.manifest.progress if place.manifest else None
     step = reached.step if reached else 0
-    if speaks:
-        introduce(config, corpus, model, context, place, remark)
+    evaluated = log_has_evaluation(place, step, world, context.device)
+    finished = evaluated and step == config.run.steps
+    if speaks and not finished:
+        introduce(place.folder, config, corpus, model, context)
+        for line in (remark, *schedule_notes(config, reached), going_on(place.checkpoint, reached)):
+            if line:
+                print(line)
     peak = sum_over_ranks(matmul_peak(context.device, dtype), context)
     if watch:
         watch.follow(context.axes)
@@ -133,66 +145,24 @@ def run_here(
             step=step,
             skipped=reached.skipped if reached else 0,
             saved=step,
+            evaluated=evaluated,
         )
         with fast_products(dtype, context.device):
             loop.run()
+        if log and not finished:
+            show_curve(log)
     if speaks:
-        say_goodbye(loop, place.folder)
+        say_goodbye(place.folder, config.run.steps, loop.saved, bool(loop.stopped), finished)
     if watch:
         watch.close()
     end_parallel()
     return model, loop.stopped
 
 
-def say_goodbye(loop: TrainingLoop, folder: Path) -> None:
-    where = shown(folder)
-    if not loop.stopped:
-        print(f"saved in {where}/{folder_name(loop.saved)}; log.jsonl and the curves are beside it")
-    elif loop.saved:
-        saved = f"{where}/{folder_name(loop.saved)}"
-        last_words(f"saved in {saved}; the same command goes on from there")
-    else:
-        last_words("before it went a step, so there is nothing to save")
-
-
-def introduce(
-    config: TrainConfig,
-    corpus: Corpus,
-    model: GPTModel,
-    context: ParallelContext,
-    place: Place,
-    remark: str,
-) -> None:
-    """Prints the resolved config and the work of a step, once, and writes them to the folder.
-
-    remark: a line, where there is something to say, of what "auto" came to.
-    """
-    describe_run(place.folder, config, corpus.folder)
-    for name, component in asdict(config).items():
-        print(f"{name}: " + " ".join(f"{key}={value}" for key, value in component.items()))
-    if remark:
-        print(remark)
-    optim = config.optim
-    accumulation, micro = (f(context.dp.size) for f in (optim.accumulation, optim.micro_batch))
-    held = sum(p.numel() for p in model.parameters())
-    print(
-        f"{held:,} parameters on this rank; a step is {optim.global_batch_size} sequences x "
-        f"{config.model.context_length} tokens = {context.dp.size} dp ranks x {accumulation} "
-        f"micro-batches x {micro} sequences",
-        flush=True,
-    )
-    if place.checkpoint and place.manifest:
-        reached = place.manifest.progress
-        print(
-            f"going on from {shown(place.checkpoint)}: {reached.step} steps, "
-            f"{reached.tokens_seen:,} tokens; --resume never begins a new run",
-            flush=True,
-        )
-
-
-def shown(path: Path) -> str:
-    """As a user would type it."""
-    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
+def log_has_evaluation(place: Place, step: int, world: Axis, device: torch.device) -> bool:
+    """Whether the run goes on where rank 0's log tells of an evaluation; the same on all ranks."""
+    found = world.rank == 0 and step > 0 and has_evaluation(place.folder / LOG, step)
+    return bool(gather_texts("yes" if found else "", world, device)[0])
 
 
 def sum_over_ranks(value: float, context: ParallelContext) -> float:

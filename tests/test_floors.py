@@ -11,9 +11,17 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "rosetrainer"
 FLOORS = [
     {"fields", "cgroup"},
-    {"config", "environment", "durable_files", "interfaces", "text_parts"},
+    {"config", "environment", "durable_files", "interfaces", "screen", "text_parts"},
     {
-        *("parallel_context", "reference", "manifest", "presets", "rank", "tokenizer"),
+        *(
+            "parallel_context",
+            "reference",
+            "manifest",
+            "presets",
+            "loss_curve",
+            "rank",
+            "tokenizer",
+        ),
         *("text_encoding", "file_kinds", "corpus_folder", "python_docs", "shakespeare"),
     },
     {
@@ -33,7 +41,7 @@ FLOORS = [
         *("attention_planner", "encoder_decoder", "data", "data_parallel", "replicas", "clip"),
         *("optim", "checkpoint", "run_folder", "run_log", "block_compile", "loss_planner"),
     },
-    {"parity", "evaluation", "planner", "training_step", "agreement", "markov"},
+    {"parity", "evaluation", "planner", "training_step", "agreement", "markov", "introduction"},
     {"loop", "resume"},
     {"train", "generate", "plan", "tour", "checkpoint_command", "prepare"},
     {"train_command"},

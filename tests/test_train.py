@@ -88,7 +88,7 @@ def test_a_run_leaves_its_files_beside_each_other(markov: Path, tmp_path: Path) 
     out = tmp_path / "run"
     run_ranks(2, train_on_ranks, config_for(markov, out, dtype="float32"), 1)
     names = {path.name.split(".")[0] for path in out.iterdir()}
-    assert names == {"config", "log", "meta", "events", "step_000006", ""}
+    assert names == {"config", "log", "meta", "events", "loss", "step_000006", ""}
     assert [path.name for path in out.glob(".*")] == [".lock"]
     saved = json.loads((out / "config.json").read_text())
     assert saved["model"]["vocab_size"] == 8

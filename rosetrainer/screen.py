@@ -1,0 +1,226 @@
+"""Standard output that training never waits for: a thread of its own writes to it.
+
+`train | less`, Ctrl-S on a terminal, a pipe that nobody reads: all of them block whoever writes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import sys
+import textwrap
+import threading
+from collections import deque
+from collections.abc import Iterator
+from typing import TextIO
+
+from tqdm import tqdm
+
+LINES = 10_000
+"""Lines that may wait for a reader; more are dropped."""
+
+PATIENCE_SECONDS = 5.0
+"""How long the end of a run waits for a reader of what it has said."""
+
+ERASE = "\r\x1b[K"
+
+
+class Screen(io.TextIOBase):
+    """Takes the place of a stream. Writing returns at once; `flush` waits, but not for ever.
+
+    An error of the stream, a closed pipe say, is raised by the next write. On a terminal a line
+    that is too long is broken between words, and a progress bar may stand below the lines.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._descriptor = descriptor_of(stream)
+        self.is_terminal = self._descriptor is not None and os.isatty(self._descriptor)
+        self.has_bar = self.is_terminal and os.environ.get("TERM", "dumb") != "dumb"
+        self._changed = threading.Condition()
+        self._partial = ""
+        self._lines: deque[str] = deque()
+        self._bar: str | None = None
+        self._bar_stands = self._busy = self._stuck = self._closed = False
+        self._dropped = 0
+        self._error: OSError | None = None
+        threading.Thread(target=self._write_all, name="screen", daemon=True).start()
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return getattr(self._stream, "encoding", None) or "utf-8"
+
+    def writable(self) -> bool:
+        return True
+
+    def isatty(self) -> bool:
+        return self.is_terminal
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+    def columns(self) -> int:
+        """The terminal's width; 80 where it is not known."""
+        with contextlib.suppress(OSError):
+            return os.get_terminal_size(self._descriptor or 0).columns or 80
+        return 80
+
+    def write(self, text: str) -> int:
+        if self._error is not None:
+            raise self._error
+        with self._changed:
+            *lines, self._partial = (self._partial + text).split("\n")
+            for line in lines:
+                self._put(self._wrapped(line))
+            self._changed.notify_all()
+        return len(text)
+
+    def bar(self, text: str) -> None:
+        """Shows it below all lines, in place of what stood there. A newer one may overtake it."""
+        with self._changed:
+            self._bar = text
+            self._changed.notify_all()
+
+    def flush(self) -> None:
+        """Waits until all is written; no more than once for a reader that does not read."""
+        with self._changed:
+            if not self._stuck:
+                wait = self._changed.wait_for
+                self._stuck = not wait(lambda: not (self._lines or self._busy), PATIENCE_SECONDS)
+
+    def close(self) -> None:
+        """Writes what is left, if somebody reads. The stream stays open."""
+        with self._changed:
+            if not self._closed:
+                self._closed = True
+                self._tell_of_dropped()
+                self._changed.notify_all()
+        self.flush()
+
+    def _put(self, line: str) -> None:
+        if self._dropped:
+            self._tell_of_dropped()
+        if len(self._lines) < LINES:
+            self._lines.append(line + "\n")
+        else:
+            self._dropped += 1
+
+    def _tell_of_dropped(self) -> None:
+        if self._dropped and len(self._lines) < LINES:
+            told = f"({self._dropped:,} lines left out: nobody read them; log.jsonl has all)\n"
+            self._lines.append(told)
+            self._dropped = 0
+
+    def _wrapped(self, line: str) -> str:
+        if not self.is_terminal or len(line) <= self.columns():
+            return line
+        indent = "  "
+        return textwrap.fill(
+            line,
+            max(self.columns(), 20),
+            subsequent_indent=indent,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+
+    def _write_all(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._lines or self._bar is not None or self._closed)
+                text, self._busy = self._next(), True
+                if self._closed and not text:
+                    self._busy = False
+                    self._changed.notify_all()
+                    return
+            try:
+                if self._error is None:
+                    self._emit(text)
+            except OSError as error:
+                self._error = error
+            with self._changed:
+                self._busy = self._stuck = False
+                self._changed.notify_all()
+
+    def _next(self) -> str:
+        """What to write now: all lines that wait, or else the bar."""
+        erase = ERASE if self._bar_stands else ""
+        if self._lines:
+            text = erase + "".join(self._lines)
+            self._lines.clear()
+            self._bar_stands = False
+            return text
+        bar, self._bar = self._bar or "", None
+        self._bar_stands = bool(bar)
+        return erase + bar
+
+    def _emit(self, text: str) -> None:
+        if self._descriptor is None:
+            self._stream.write(text)
+            self._stream.flush()
+            return
+        left = memoryview(text.encode(self.encoding, "replace"))
+        while left:
+            left = left[os.write(self._descriptor, left) :]
+
+
+def descriptor_of(stream: TextIO) -> int | None:
+    """None for a stream that is no file, as in a notebook."""
+    with contextlib.suppress(OSError, ValueError):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.flush()
+            return stream.fileno()
+    return None
+
+
+@contextlib.contextmanager
+def own_screen() -> Iterator[None]:
+    """Whatever is printed in here does not wait for its reader. At the end it does, for a while."""
+    screen = Screen(sys.stdout)
+    try:
+        with contextlib.redirect_stdout(screen):
+            yield
+    finally:
+        screen.close()
+    screen.write("")  # raises what went wrong with the last lines
+
+
+class ProgressBar:
+    """A tqdm bar on a Screen that can show one."""
+
+    def __init__(self, steps: int, reached: int) -> None:
+        screen = sys.stdout
+        self._screen = screen if isinstance(screen, Screen) and screen.has_bar else None
+        self.shows = self._screen is not None
+        self._bar = tqdm(
+            total=steps,
+            initial=reached,
+            unit="step",
+            disable=not self.shows,
+            leave=False,
+            dynamic_ncols=True,
+            file=self,
+        )
+
+    def update(self, text: str) -> None:
+        self._bar.set_postfix_str(text, refresh=False)
+        self._bar.update()
+
+    def close(self) -> None:
+        self._bar.close()
+
+    # What tqdm needs of a file.
+
+    @property
+    def encoding(self) -> str:
+        return sys.stdout.encoding
+
+    def fileno(self) -> int:
+        return sys.stdout.fileno()
+
+    def write(self, text: str) -> None:
+        if self._screen:
+            self._screen.bar(text.strip("\r\n "))
+
+    def flush(self) -> None:
+        pass
