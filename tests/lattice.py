@@ -278,7 +278,7 @@ def results() -> dict[Layout, list[dict[str, Any]]]:
         for world in (1, 2, 4, 8):
             chosen = [one for one in layouts() if one.ranks[0] * one.ranks[1] == world]
             work = [(layout, paths[layout.function]) for layout in chosen]
-            by_rank = run_ranks(world, compare, work, timeout=170)
+            by_rank = run_ranks(world, compare, work)
             found |= {one: list(r) for one, *r in zip(chosen, *by_rank, strict=True)}
     return found
 

@@ -67,7 +67,7 @@ def outcome(tree: Path, test: str) -> tuple[int, dict[str, str]]:
     process = ranks.FORKSERVER.Process(target=run_pytest_in, args=(sender, str(tree), test))
     process.start()
     sender.close()
-    assert receiver.poll(120), "no outcome in two minutes"
+    assert receiver.poll(ranks.LONGEST_SECONDS), "no outcome"
     passed, texts = receiver.recv()
     process.join()
     return passed, texts

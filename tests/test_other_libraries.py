@@ -251,4 +251,4 @@ def check_megatron_loss(megatron: Any, tp: Axis) -> None:
     reason="megatron-core is not installed: requirements-dev.txt has it where it has a wheel",
 )
 def test_layers_and_loss_equal_megatrons() -> None:
-    run_ranks(2, check_megatron, timeout=120)
+    run_ranks(2, check_megatron)

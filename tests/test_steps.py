@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import RankFailure, run_ranks
+from ranks import LONGEST_SECONDS, RankFailure, run_ranks
 
 STEPS = Path(__file__).resolve().parent.parent / "steps"
 NAMES = sorted(path.name for path in STEPS.glob("[0-9][0-9]_*"))
@@ -57,7 +57,7 @@ def run_script(folder: str, script: str, *flags: str) -> str:
 
 @pytest.mark.parametrize("name, script, n_ranks", SCRIPTS)
 def test_the_step_s_own_test_is_green(name: str, script: str, n_ranks: int) -> None:
-    printed = run_ranks(n_ranks, run_script, str(STEPS / name), script, timeout=120)
+    printed = run_ranks(n_ranks, run_script, str(STEPS / name), script)
     assert f"world_size: {n_ranks}\n" in printed[0]
     assert not any(printed[1:]), "rank 0 speaks for all"
 
@@ -131,13 +131,13 @@ def reversal() -> float:
 
 
 def test_step_10_learns_to_reverse_lines_that_it_has_never_seen() -> None:
-    (share,) = run_ranks(1, reversal, timeout=180)
+    (share,) = run_ranks(1, reversal)
     assert share > 0.95
 
 
 @pytest.mark.parametrize("name", WITH_RANKS)
 def test_train_py_says_first_what_the_ranks_are(name: str) -> None:
-    printed = run_ranks(2, run_script, str(STEPS / name), "train.py", "--steps", "2", timeout=120)
+    printed = run_ranks(2, run_script, str(STEPS / name), "train.py", "--steps", "2")
     kinds = "tensor-parallel( x 1 data-parallel)?" if name in TENSOR_PARALLEL else "data-parallel"
     assert re.match(f"2 {kinds} ranks: ", printed[0])
     assert printed[1] == ""
@@ -203,7 +203,7 @@ def run(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
         cwd=folder,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=LONGEST_SECONDS,
         check=False,
     )
 

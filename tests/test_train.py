@@ -15,7 +15,7 @@ from unittest import mock
 import pytest
 import torch
 from oracle import assert_all_equal, saved_weights
-from ranks import run_ranks
+from ranks import LONGEST_SECONDS, run_ranks
 
 from rosetrainer.config import GPTConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
 from rosetrainer.data import open_corpus
@@ -167,7 +167,7 @@ def test_on_a_markov_chain_the_loss_comes_near_the_floor_and_not_under_it(
             dtype="float32",
         ),
     )
-    run_ranks(2, train_to_the_floor, config, timeout=120)
+    run_ranks(2, train_to_the_floor, config)
     last = read_log(tmp_path / "run")[-1]
     floor = json.loads((markov / "meta.json").read_text())["floor_nats"]
     assert last["val/loss"] == pytest.approx(floor + last["val/above_floor"], abs=2e-3)
@@ -322,7 +322,7 @@ def start(
         env=os.environ | own,
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=LONGEST_SECONDS,
         check=False,
     )
 

@@ -20,12 +20,14 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from ranks import FORKSERVER
+from ranks import FORKSERVER, LONGEST_SECONDS
 
 CHAOS = bool(os.environ.get("CHAOS"))
 """`make chaos`: every trial of the matrix; otherwise a few of each."""
 
-GRACE_SECONDS = 3.0
+GRACE_SECONDS = 60.0
+"""For ranks to end by themselves after one has failed; a hung one is killed at once."""
+
 STEPS = 8
 SHAPE = [
     "--context-length",
@@ -51,6 +53,9 @@ SAVES = [
     "1",
 ]
 FLAGS = [*SHAPE, *SCHEDULE, *SAVES]
+
+STRUCK = "struck"
+"""The file with the time at which a fault happened, by the monotonic clock."""
 
 Act = Callable[..., object]
 
@@ -94,7 +99,8 @@ class Fault:
     phase: str
     act: Act
 
-    def install(self, current: dict[str, int]) -> None:
+    def install(self, current: dict[str, int], note: Path) -> None:
+        """note: the file for the time at which it happens."""
         path, name, when = POINTS[self.phase]
         module, _, owner = path.partition(".")
         holder = import_module(f"rosetrainer.{module}")
@@ -104,23 +110,36 @@ class Fault:
         def changed(*args: Any, **kwargs: Any) -> Any:
             if when == "after":
                 result = original(*args, **kwargs)
-                self.strike(current, args)
+                self.strike(current, args, note)
                 return result
             if when == "half" and current["step"] == self.step:  # the file is begun
                 Path(args[1]).write_bytes(b"half a shard")
-            self.strike(current, args)
+            self.strike(current, args, note)
             return original(*args, **kwargs)
 
         setattr(holder, name, changed)
 
-    def strike(self, current: dict[str, int], arguments: Sequence[Any]) -> None:
+    def strike(self, current: dict[str, int], arguments: Sequence[Any], note: Path) -> None:
         if current["step"] == self.step and "struck" not in current:
             current["struck"] = 1
+            note.write_text(str(time.monotonic()))
             self.act(*arguments)
 
 
 def kill(*_: object) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def freeze(*_: object) -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def sleep_on(*_: object) -> None:
+    while True:
+        time.sleep(3600)
+
+
+HANGS = (freeze, sleep_on)
 
 
 @dataclass
@@ -131,6 +150,13 @@ class Outcome:
     outputs: list[str]
     errors: list[str]
     seconds: float
+    before_fault: float
+    """Seconds from the start to the fault, of all of them if there is none: this machine's pace."""
+
+    @property
+    def after_fault(self) -> float:
+        """Seconds from the fault to the end."""
+        return self.seconds - self.before_fault
 
     @property
     def refused(self) -> bool:
@@ -152,18 +178,21 @@ class Launch:
 
     folder: tempfile.TemporaryDirectory[str]
     processes: list[Any]
+    hanging: set[int]
+    """Ranks whose fault is to hang: nothing but a kill ends them."""
     started: float = field(default_factory=time.monotonic)
 
-    def wait(self, seconds: float = 60.0) -> Outcome:
+    def wait(self) -> Outcome:
         """Their end. If one fails, the others are told to end, and killed if they do not."""
         failed_at = 0.0
-        deadline = self.started + seconds
-        while any(p.exitcode is None for p in self.processes):
+        deadline = self.started + LONGEST_SECONDS
+        while running := {rank for rank, p in enumerate(self.processes) if p.exitcode is None}:
             now = time.monotonic()
             if not failed_at and any(p.exitcode not in (None, 0) for p in self.processes):
                 failed_at = now
                 self.send(signal.SIGTERM)
-            if now > deadline or (failed_at and now > failed_at + GRACE_SECONDS):
+            late = now > deadline or (failed_at and now > failed_at + GRACE_SECONDS)
+            if late or running <= self.hanging:
                 self.send(signal.SIGKILL)
             time.sleep(0.01)
         ended = time.monotonic()
@@ -172,9 +201,12 @@ class Launch:
             [(place / f"{stream}{rank}").read_text() for rank in range(len(self.processes))]
             for stream in ("out", "err")
         )
+        note = place / STRUCK
+        struck = float(note.read_text()) if note.exists() else ended
         self.folder.cleanup()
         statuses = [p.exitcode for p in self.processes]
-        return Outcome(statuses, outputs, errors, ended - self.started)
+        seconds = ended - self.started
+        return Outcome(statuses, outputs, errors, seconds, struck - self.started)
 
     def send(self, signum: int, ranks: Sequence[int] | None = None) -> None:
         for rank, process in enumerate(self.processes):
@@ -189,15 +221,21 @@ class Launch:
         return all((place / f"ready{rank}").exists() for rank in range(len(self.processes)))
 
     @property
+    def struck(self) -> bool:
+        """Whether the fault has happened."""
+        return Path(self.folder.name, STRUCK).exists()
+
+    @property
     def said_so_far(self) -> str:
         """By rank 0."""
         path = Path(self.folder.name, "out0")
         return path.read_text() if path.exists() else ""
 
-    def wait_for(self, condition: Callable[[], bool], seconds: float = 30.0) -> None:
-        end = time.monotonic() + seconds
+    def wait_for(self, condition: Callable[[], bool]) -> None:
+        end = time.monotonic() + LONGEST_SECONDS
         while not condition():
-            assert time.monotonic() < end, f"not so after {seconds} s"
+            assert time.monotonic() < end, "it never came to be so"
+            assert any(p.exitcode is None for p in self.processes), "all ranks have ended"
             time.sleep(0.002)
 
 
@@ -230,7 +268,8 @@ def launch(
         process = FORKSERVER.Process(target=_rank_main, args=target)
         process.start()
         processes.append(process)
-    return Launch(folder, processes)
+    hanging = {fault.rank for fault in faults if fault.act in HANGS}
+    return Launch(folder, processes, hanging)
 
 
 def run(n_ranks: int, flags: Sequence[str], *faults: Fault, **more: Any) -> Outcome:
@@ -265,7 +304,7 @@ def _rank_main(
     measures_nothing = lambda *_: 1e9  # noqa: E731
     vars(import_module("rosetrainer.train"))["matmul_peak"] = measures_nothing  # 0.3 s
     for fault in faults:
-        fault.install(current)
+        fault.install(current, Path(folder, STRUCK))
     if prepare:
         prepare(rank)
     start(["train", *argv])

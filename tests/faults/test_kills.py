@@ -27,6 +27,7 @@ from faults.harness import (
     run,
     state,
 )
+from ranks import LONGEST_SECONDS
 
 from rosetrainer.manifest import checkpoints, is_sound
 
@@ -116,7 +117,7 @@ def test_torchrun_restarts_a_killed_run_by_itself(markov: Path, tmp_path: Path) 
         time.sleep(0.01)
     holder = int((out / ".lock").read_text().split()[1])  # rank 0
     os.kill(holder, signal.SIGKILL)
-    said, complained = process.communicate(timeout=120)
+    said, complained = process.communicate(timeout=LONGEST_SECONDS)
     assert process.returncode == 0, complained
     assert "going on from" in said
     assert run(2, [*flags, str(whole)]).statuses == [0, 0]
