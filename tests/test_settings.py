@@ -194,7 +194,7 @@ def check_numbers(configs: list[TrainConfig]) -> dict[int, list[str]]:
 @pytest.mark.parametrize("world", [1, 2])
 def test_settings_that_decide_numbers_meet_in_every_dtype(world: int) -> None:
     configs = [config for config in numbers() if world_of(config) == world]
-    for found in run_ranks(world, check_numbers, configs, timeout=600):
+    for found in run_ranks(world, check_numbers, configs):
         assert not found, "\n".join(f"{configs[n]}\n  {texts}" for n, texts in found.items())
 
 
@@ -242,6 +242,6 @@ def test_settings_of_a_run_meet(world: int, markov: Path, tmp_path: Path) -> Non
         if world_of(config) == world:
             run = replace(config.run, data=markov, out=tmp_path / f"run-{len(configs)}")
             configs.append(replace(config, run=run))
-    for found in run_ranks(world, train_all, configs, timeout=600):
+    for found in run_ranks(world, train_all, configs):
         for config, still in zip(configs, found, strict=True):
             assert not still, config
