@@ -22,6 +22,7 @@ from rosetrainer.fields import (
     divisors,
     one_of,
 )
+from rosetrainer.model_size import check_exists
 
 IGNORED = -100  # a label that counts for nothing, as in F.cross_entropy
 
@@ -32,9 +33,9 @@ class GPTConfig:
 
     vocab_size: Suppress[Count] = 256
     """Number of token ids; training takes it from the data."""
-    context_length: Count = 256
+    context_length: Annotated[int, Bounds(1, 2**24)] = 256
     """Tokens in a sequence."""
-    n_layers: Count = 4
+    n_layers: Annotated[int, Bounds(1, 2**14)] = 4
     """Transformer blocks."""
     n_heads: Count = 4
     """Attention heads."""
@@ -71,6 +72,7 @@ class GPTConfig:
                 f"d_model={self.d_model} is not divisible by n_heads={self.n_heads}; "
                 f"n_heads can be {one_of(divisors(self.d_model))}, or give d_head"
             )
+        check_exists(self)
         if self.architecture == "rotary" and self.tied:
             raise ConfigError("architecture=rotary has an output head of its own; add --no-tied")
         if self.architecture == "rotary" and self.head_width % 2:

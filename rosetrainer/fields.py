@@ -28,9 +28,22 @@ class Bounds:
         return self.low <= value and (value < self.high if self.open else value <= self.high)
 
     def __str__(self) -> str:
-        if self.high >= HUGE:
-            return f"{self.low:g} or more"
-        return f"from {self.low:g} to {'below ' if self.open else ''}{self.high:g}"
+        if self.high == math.inf:
+            return f"{plain(self.low)} or more"
+        return f"from {plain(self.low)} to {'below ' * self.open}{plain(self.high)}"
+
+
+def plain(number: float) -> str:
+    """With all digits of an integer: 1099511627776, 0.5, 1e-30."""
+    return f"{int(number)}" if number == int(number) else f"{number:g}"
+
+
+def shown(value: Any) -> str:
+    """As Python would write it, but no longer than a line can be."""
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**60:
+        return f"an integer of {math.floor(math.log10(abs(value))) + 1} digits"
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 Count = Annotated[int, Bounds(1, HUGE)]
@@ -75,7 +88,7 @@ def check_fields(config: Any) -> None:
             continue
         problem = _mismatch(hints[f.name], value)
         if problem:
-            raise ConfigError(f"{f.name}={value!r} must be {problem}")
+            raise ConfigError(f"{f.name}={shown(value)} must be {problem}")
 
 
 def _mismatch(hint: Any, value: Any) -> str:
@@ -94,11 +107,11 @@ def _mismatch(hint: Any, value: Any) -> str:
         return "" if value in args and isinstance(value, str) else one_of(args)
     if hint is float:
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        return "" if number and math.isfinite(value) else "a finite number"
+        return "" if number and -math.inf < value < math.inf else "a finite number"
     if hint is type(None):
         return ""
     ok = isinstance(value, hint) and (hint is not int or not isinstance(value, bool))
-    named = {int: "an integer", bool: "true or false", Path: "a path"}
+    named = {int: "an integer", bool: "true or false", Path: "a path", str: "a text"}
     return "" if ok else named.get(hint, f"a {hint.__name__}")
 
 

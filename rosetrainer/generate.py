@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
@@ -21,7 +21,9 @@ from rosetrainer.blocks import build_model
 from rosetrainer.checkpoint import load_parameters
 from rosetrainer.comm import broadcast_
 from rosetrainer.config import GPTConfig, ParallelConfig
+from rosetrainer.environment import world_from_environment
 from rosetrainer.fields import (
+    Bounds,
     ConfigError,
     Count,
     CountOrZero,
@@ -32,9 +34,10 @@ from rosetrainer.fields import (
 from rosetrainer.flags import parse_flags, ranks_to_start
 from rosetrainer.launch import launch
 from rosetrainer.model import GPTModel
+from rosetrainer.model_size import check_fits
 from rosetrainer.parallel_context import Axis, ParallelContext, end_parallel, init_parallel
 from rosetrainer.performance import set_threads
-from rosetrainer.process_group import meet
+from rosetrainer.process_group import meet, own_device
 from rosetrainer.resume import sound_one
 from rosetrainer.run_folder import latest_run, read_run, run_of
 from rosetrainer.tokenizer import Tokenizer
@@ -52,7 +55,7 @@ class SamplingConfig:
     """Draw from the k likeliest tokens only; 0 draws from all."""
     top_p: Fraction = 1.0
     """Draw from the likeliest tokens that together reach this probability."""
-    seed: CountOrZero = 1
+    seed: Annotated[int, Bounds(0, 2**32 - 1)] = 1
     """The same seed writes the same text, at any tensor-parallel size up to rounding."""
 
 
@@ -83,6 +86,9 @@ def main(argv: list[str]) -> int:
     prompt = first_tokens(command.prompt, tokenizer)
     if starts:
         return launch(world_size, ["generate", *argv])
+    if own_device(command.device).type == "cpu":
+        here = world_from_environment()[3]
+        check_fits(config.model, 4, "weights", here / world_size)
     set_threads(0)
     meet(command.device)
     context = init_parallel(ParallelConfig(tp_size=world_size), command.device)
@@ -164,7 +170,10 @@ def choose(logits: Tensor, sampling: SamplingConfig, generator: torch.Generator)
 
     Top-p is nucleus sampling: "The Curious Case of Neural Text Degeneration" (Holtzman et al.).
     """
-    if sampling.temperature == 0:
+    if not logits.isfinite().all():
+        raise ConfigError("the model's logits hold nan or inf: its weights are damaged; use others")
+    # Below fp32's numbers, as at 0, all the probability is the likeliest token's.
+    if sampling.temperature < torch.finfo(torch.float32).tiny:
         return logits.argmax(keepdim=True)
     # Beneath the maximum, so that a temperature near 0 cannot overflow.
     ordered, order = ((logits - logits.max()) / sampling.temperature).sort(descending=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import stat
 from collections.abc import Callable
@@ -155,12 +156,16 @@ def _parse_manifest(content: bytes, folder: Path) -> Manifest:
         if unknown := {one.file for one in slices} - set(files):
             raise ValueError(f"{name} lies in {unknown}, which is not among its files")
         shape = tuple(facts.pop("shape"))
-        numbers = all(type(size) is int and size > 0 for size in shape)
-        if not numbers or facts["dim"] not in range(len(shape)):
+        are_sizes = all(type(size) is int and size > 0 for size in shape)
+        if not are_sizes or facts["dim"] not in range(len(shape)):
             raise ValueError(f"{name} has no such shape")
         facts |= {"shape": shape, "slices": slices}
         tensors[name] = SavedTensor(**facts)
+    numbers = sum(math.prod(tensor.shape) for tensor in tensors.values())
+    if numbers > sum(file.size for file in files.values()):
+        raise ValueError(f"its tensors hold {numbers} numbers, more than its files have bytes")
     progress = config_from_dict(Progress, values["progress"], "progress")
+    progress.config.model.check()
     if progress.step != step_of(folder):
         raise ValueError(f"it is of step {progress.step}")
     return Manifest(progress, files, tensors)

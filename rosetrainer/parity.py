@@ -13,10 +13,12 @@ from rosetrainer.comm import all_reduce
 from rosetrainer.config import IGNORED, GPTConfig, ParallelConfig
 from rosetrainer.data_parallel import accumulate_gradients
 from rosetrainer.dropout import DropoutSeed
+from rosetrainer.environment import world_from_environment
 from rosetrainer.fields import Count, check_fields
 from rosetrainer.flags import parse_flags, ranks_to_start
 from rosetrainer.launch import launch
 from rosetrainer.model import GPTModel
+from rosetrainer.model_size import check_fits
 from rosetrainer.parallel_context import ParallelContext, end_parallel, init_parallel
 from rosetrainer.performance import choose_dtype, set_threads
 from rosetrainer.precision import autocast_for
@@ -198,6 +200,9 @@ def main(argv: list[str]) -> int:
     command.model.check(tp_size, command.parallel.sequence_parallel)
     if starts:
         return launch(world_size, ["parity", *argv])
+    # The one process that every rank compares with: its position table can be a short one.
+    dense, here = replace(command.model, context_length=1), world_from_environment()[3]
+    check_fits(dense, 16, "one process's float64 weights and gradients on each rank", here)
     set_threads(0)
     meet("cpu")
     context = init_parallel(command.parallel, "cpu")

@@ -13,6 +13,7 @@ from rosetrainer.flags import parse_flags
 from rosetrainer.performance import choose_dtype
 from rosetrainer.planner import Plan, Work, plan
 
+MOST_LOGITS = 2**42  # of a micro-batch: they are counted chunk by chunk
 RING = {"all_reduce": 2.0, "all_gather": 1.0, "reduce_scatter": 1.0}
 """Ring traffic of a rank is this x (n - 1) / n of the payload."""
 
@@ -40,6 +41,14 @@ def main(argv: list[str]) -> int:
         raise ConfigError(
             f"architecture={config.model.architecture} with optimizer={config.optim.optimizer} has "
             "no closed form here; plan knows gpt2 with adamw"
+        )
+    rows = config.optim.micro_batch(parallel.dp_size)
+    logits = rows * config.model.context_length * vocabulary
+    if logits > MOST_LOGITS:
+        raise ConfigError(
+            f"{rows} sequences x context_length={config.model.context_length} x {vocabulary} ids "
+            f"are {logits:.1e} logits in a forward pass, at most {MOST_LOGITS:.1e} can be planned; "
+            f"try a smaller micro_batch_size or context_length"
         )
     dtype = choose_dtype(config.run.dtype, torch.device("cpu"))
     print(describe(config, plan_training(config, dtype), dtype))

@@ -119,19 +119,19 @@ def ledger(
     """What one step moves, evaluation and saving aside."""
     found: LedgerTable = {}
 
-    def add(axis: str, operation: str, phase: str, *payloads: int) -> None:
+    def add(axis: str, operation: str, phase: str, *payloads: int, times: int = 1) -> None:
         calls, size = found.get((axis, operation, phase), (0, 0))
         if payloads:
-            found[axis, operation, phase] = (calls + len(payloads), size + sum(payloads))
+            more = (len(payloads) * times, sum(payloads) * times)
+            found[axis, operation, phase] = (calls + more[0], size + more[1])
 
     if parallel.dp_size and parallel.dp_size > 1:
         everything = [p.elements for p in sizes]
         add("dp", "all_reduce", "backward", *buckets(everything, work.weight_bytes))
         add("dp", "all_reduce", "optimizer", 8, 8, 8)  # tokens, loss, who has a bad gradient
     if parallel.tp_size and parallel.tp_size > 1:
-        for _ in range(work.micro_batches):
-            for operation, phase, payloads in micro_batch(model, parallel, work):
-                add("tp", operation, phase, *payloads)
+        for operation, phase, payloads in micro_batch(model, parallel, work):
+            add("tp", operation, phase, *payloads, times=work.micro_batches)
         if parallel.sequence_parallel:
             partial = [p.elements for p in sizes if p.replicated]
             add("tp", "all_reduce", "backward", *buckets(partial, work.weight_bytes))

@@ -29,6 +29,7 @@ from rosetrainer.introduction import (
 )
 from rosetrainer.loop import TrainingLoop
 from rosetrainer.model import GPTModel
+from rosetrainer.model_size import check_fits
 from rosetrainer.optim import build_optimizer
 from rosetrainer.parallel_context import Axis, ParallelContext, end_parallel, init_parallel
 from rosetrainer.performance import be_deterministic, choose_dtype, matmul_peak, set_threads
@@ -47,13 +48,18 @@ from rosetrainer.watch import HangWatch
 def check_config(config: TrainConfig, world_size: int) -> tuple[TrainConfig, Corpus]:
     """The config with the corpus's vocabulary, all of it checked. Raises ConfigError."""
     config.check(world_size)
-    rank, _, local_rank, _ = world_from_environment()
+    rank, _, local_rank, local_world_size = world_from_environment()
     compiles(config, config.parallel.resolve(world_size)[0], own_device(config.run.device))
     check_profile(config.run.profile, config.run.steps)
     corpus = open_corpus(config.run.data, config.model.context_length, read_all=local_rank == 0)
     corpus.tokenizer()  # better found broken now than by whoever wants text of the trained model
     model = replace(config.model, vocab_size=corpus.meta.vocab_size)
     config = replace(config, model=model)
+    if own_device(config.run.device).type == "cpu":
+        each = 12 if config.optim.optimizer == "muon" else 16  # moments: one, or two
+        each *= 2 if config.run.dtype == "float64" else 1
+        copies = local_world_size / config.parallel.resolve(world_size)[0]
+        check_fits(model, each, "weights, gradients and moments", copies)
     if rank == 0 and (folder := find_beginning(config, corpus).folder):
         check_unlocked(folder)
     return config, corpus

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from rosetrainer.config import GPTConfig, OptimConfig, ParallelConfig, TrainConfig
-from rosetrainer.fields import ConfigError, config_from_dict
+from rosetrainer.config import GPTConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
+from rosetrainer.fields import ConfigError, check_fields, config_from_dict
 from rosetrainer.flags import parse_flags
+from rosetrainer.generate import SamplingConfig
 
 STRANGE = [0, -1, 1.5, math.nan, math.inf, "4", True, [], 2**70]
 NOT_A_SIZE = {"model": GPTConfig, "parallel": ParallelConfig, "optim": OptimConfig}
@@ -75,6 +76,51 @@ def test_a_grid_of_bad_configs_raises_nothing_but_config_error() -> None:
             raise AssertionError(f"accepted: {config} with {world_size} ranks")
         assert "\n" not in str(caught.value)
         assert "=" in str(caught.value) or "world size" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("component", "values", "message"),
+    [
+        (RunConfig, {"seed": 2**40 + 1}, "seed=1099511627777 must be from 0 to 1099511627776"),
+        (RunConfig, {"seed": -1}, "seed=-1 must be from 0 to 1099511627776"),
+        (RunConfig, {"steps": 10**400}, "steps=an integer of 401 digits must be from 1 to 109951"),
+        (RunConfig, {"steps": -(10**400)}, "steps=an integer of 401 digits must be from 1 to"),
+        (RunConfig, {"steps": 2.0}, r"steps=2\.0 must be an integer"),
+        (RunConfig, {"steps": True}, "steps=True must be an integer"),
+        (RunConfig, {"steps": None}, "steps=None must be an integer"),
+        (RunConfig, {"resume": 3}, "resume=3 must be a text"),
+        (RunConfig, {"steps": "x" * 999}, f"steps='{'x' * 79}... must be an integer"),
+        (
+            OptimConfig,
+            {"learning_rate": 1e10},
+            "learning_rate=10000000000.0 must be from 0 to 1000",
+        ),
+        (
+            OptimConfig,
+            {"learning_rate": 10**400},
+            "an integer of 401 digits must be from 0 to 1000",
+        ),
+        (OptimConfig, {"learning_rate": 1e400}, "learning_rate=inf must be a finite number"),
+        (OptimConfig, {"learning_rate": math.nan}, "learning_rate=nan must be a finite number"),
+        (OptimConfig, {"learning_rate": True}, "learning_rate=True must be a finite number"),
+        (OptimConfig, {"eps": 1e-50}, "eps=1e-50 must be from 1e-30 to 1000000000"),
+        (OptimConfig, {"beta1": 1}, "beta1=1 must be from 0 to below 1"),
+        (OptimConfig, {"global_batch_size": 2**21}, "=2097152 must be from 1 to 1048576"),
+        (
+            OptimConfig,
+            {"micro_batch_size": 0},
+            "micro_batch_size=0 must be from 1 to 1099511627776",
+        ),
+        (SamplingConfig, {"seed": 2**32}, "seed=4294967296 must be from 0 to 4294967295"),
+        (SamplingConfig, {"top_p": 1.5}, r"top_p=1\.5 must be from 0 to 1$"),
+    ],
+)
+def test_a_value_out_of_bounds_is_told_with_both_bounds(
+    component: type, values: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        check_fields(component(**values))
+    assert len(str(caught.value)) < 200
 
 
 def test_what_an_error_offers_instead_works() -> None:

@@ -50,7 +50,7 @@ def test_alone_there_is_no_process_group() -> None:
         (4, 3, None, "world size 4 is not tp_size x dp_size = 3 x 1; start 3 ranks"),
         (4, 2, 1, "world size 4 is not tp_size x dp_size = 2 x 1; start 2 ranks"),
         (1, 2, None, "world size 1 is not tp_size x dp_size = 2 x 1; start 2 ranks"),
-        (2, 0, None, "tp_size=0 must be 1 or more"),
+        (2, 0, None, "tp_size=0 must be from 1 to 1099511627776"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(

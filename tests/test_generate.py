@@ -9,7 +9,7 @@ import torch
 from oracle import dense_model, tiny_config
 from ranks import run_ranks
 
-from rosetrainer.fields import ConfigError
+from rosetrainer.fields import ConfigError, check_fields
 from rosetrainer.generate import SamplingConfig, choose, first_tokens, generate, main
 from rosetrainer.model import GPTModel
 from rosetrainer.parallel_context import Axis, init_tensor_parallel
@@ -98,10 +98,41 @@ def test_the_first_rank_s_token_is_every_rank_s() -> None:
     assert first == second
 
 
-def test_a_temperature_near_zero_does_not_overflow() -> None:
-    logits = torch.tensor([5.0, 1.0, -90.0])
-    sampling = SamplingConfig(temperature=1e-38)
-    assert int(choose(logits, sampling, torch.Generator())) == 0
+@pytest.mark.parametrize("temperature", [0.0, 5e-324, 1e-50, 1e-45, 1e-40, 1e-38, 1e-30, 1e-9])
+def test_a_temperature_near_zero_takes_the_likeliest(temperature: float) -> None:
+    sampling = SamplingConfig(temperature=temperature)
+    for logits in ([-90.0, 1.0, 5.0], [3e38, -3e38, 3.1e38], [0.0, -1e-30, 1e-6]):
+        assert int(choose(torch.tensor(logits), sampling, torch.Generator())) == 2
+
+
+def test_extreme_settings_draw_what_they_say() -> None:
+    assert set(draw(SamplingConfig(temperature=1e9))) == {0, 1, 2, 3, 4}
+    assert set(draw(SamplingConfig(temperature=1e9, top_p=1e-50), 50)) < {0, 1, 2, 3, 4}
+    assert set(draw(SamplingConfig(temperature=1.0, top_p=5e-324), 50)) == {1}
+    assert set(draw(SamplingConfig(temperature=1.0, top_k=2**40))) == {0, 1, 2, 3, 4}
+    assert set(draw(SamplingConfig(temperature=1.0, top_k=1), 50)) == {1}
+    one_id = choose(torch.zeros(1), SamplingConfig(top_k=9, top_p=0.0), torch.Generator())
+    assert int(one_id) == 0
+    prompt = torch.tensor([3])
+    assert not list(generate(GPTModel(tiny_config()), prompt, SamplingConfig(0), Axis("tp")))
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_weights_that_make_no_number_are_told(bad: float) -> None:
+    for temperature in (0.0, 0.8):
+        with pytest.raises(ConfigError, match="logits hold nan or inf: its weights are damaged"):
+            choose(torch.tensor([0.0, bad]), SamplingConfig(0, temperature), torch.Generator())
+
+
+def test_any_two_seeds_write_different_text() -> None:
+    """torch's generator for the CPU takes 32 bits of a seed, so there are no more."""
+    model = GPTModel(tiny_config())
+    load_whole(model, dense_model(tiny_config()).state_dict())
+    texts = set()
+    for seed in (0, 1, 2**31, 2**31 + 1, 2**32 - 1):
+        check_fields(sampling := SamplingConfig(tokens=30, temperature=2.0, seed=seed))
+        texts.add(tuple(generate(model, torch.tensor([3]), sampling, Axis("tp"))))
+    assert len(texts) == 5
 
 
 def test_without_a_prompt_any_corpus_can_be_gone_on_from() -> None:
@@ -120,8 +151,9 @@ def test_without_a_prompt_any_corpus_can_be_gone_on_from() -> None:
     ("flags", "message"),
     [
         (["--temperature", "-1"], "temperature=-1.0 must be"),
+        (["--seed", "4294967297"], "seed=4294967297 must be from 0 to 4294967295"),
         (["--top-p", "1.5"], "top_p=1.5 must be from 0 to 1"),
-        (["--tokens", "-3"], "tokens=-3 must be 0 or more"),
+        (["--tokens", "-3"], "tokens=-3 must be from 0 to 1099511627776"),
         (["--run", "nowhere"], "nowhere/config.json cannot be read"),
         (["--nonsense"], "unknown argument --nonsense"),
     ],

@@ -1,0 +1,56 @@
+"""How many parameters a model has, and whether this machine can hold them: before it is built."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from rosetrainer.fields import ConfigError
+
+if TYPE_CHECKING:
+    from rosetrainer.config import GPTConfig
+
+LARGEST = 2**50
+"""Parameters; a thousand times those of the largest models that are known."""
+
+
+def parameter_count(config: GPTConfig) -> int:
+    """Of the whole model, the vocabulary without its pad."""
+    D, F, width = config.d_model, config.ff_width, config.n_heads * config.head_width
+    plain = config.architecture == "gpt2"  # the other has no position table, and bare norms
+    norm = plain * D * (1 + config.bias)
+    block = 4 * D * width + 2 * D * F + 2 * norm + config.bias * (3 * width + F + 2 * D)
+    tables = config.vocab_size * D * (1 + (not config.tied)) + plain * config.context_length * D
+    return tables + config.n_layers * block + norm
+
+
+def check_exists(config: GPTConfig) -> None:
+    """Raises ConfigError for sizes that no machine of today has a place for."""
+    count = parameter_count(config)
+    if count > LARGEST:
+        names = ("n_layers", "n_heads", "d_model", "context_length", "vocab_size")
+        sizes = ", ".join(f"{name}={getattr(config, name)}" for name in names)
+        raise ConfigError(
+            f"{sizes}, d_head={config.head_width} and d_ff={config.ff_width} make {count:.1e} "
+            f"parameters; they can be {LARGEST:,} at most"
+        )
+
+
+def check_fits(config: GPTConfig, bytes_each: int, what: str, copies: float = 1.0) -> None:
+    """Raises ConfigError if `copies` of the model do not fit into this machine's memory.
+
+    bytes_each: of one parameter, with what is held beside it; `what` says what that is. copies:
+    those that the ranks of this machine hold together, below 1 where other machines' have a part.
+    """
+    count, memory = parameter_count(config), machine_memory()
+    need = count * bytes_each * copies
+    if need > memory:
+        raise ConfigError(
+            f"the model's {count:,} parameters take {need / 2**30:,.1f} GiB here, for {what}, and "
+            f"this machine has {memory / 2**30:,.1f} GiB of memory; try a smaller model"
+        )
+
+
+def machine_memory() -> int:
+    """Bytes."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
