@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 import os
-import shlex
 import stat
 import weakref
 from dataclasses import MISSING, dataclass, fields
@@ -15,13 +14,12 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 
-from rosetrainer.environment import prepare_command
+from rosetrainer.corpus_advice import another_folder, no_corpus, of_other_meta
 from rosetrainer.fields import Bounds, ConfigError, Count, Positive, config_from_dict
 from rosetrainer.tokenizer import LARGEST_VOCAB
 
 Int64s = np.ndarray[Any, np.dtype[np.int64]]
 
-SOURCES = ("python-docs", "shakespeare", "file", "markov")
 SCAN = 1 << 20  # tokens that the check of a whole file reads at once, a block
 
 
@@ -33,7 +31,7 @@ class CorpusMeta:
     """The subcommand of `prepare` that made the corpus."""
     options: dict
     """What decided its content: two corpora of one source and the same options are equal."""
-    tokenizer: Literal["bytes", "chars", "bpe", "markov"]
+    tokenizer: Literal["bytes", "chars", "bpe", "markov", "ids"]
     vocab_size: Annotated[int, Bounds(1, LARGEST_VOCAB)]
     dtype: Literal["uint16"]
     train_tokens: Count
@@ -145,38 +143,45 @@ def block_hashes(content: bytes) -> list[str]:
     return [hashlib.sha256(block).hexdigest() for block in blocks]
 
 
-def make_command(folder: Path, source: str | None = None) -> str:
-    """The command that makes the corpus in folder; its name tells the source unless given."""
-    if source not in SOURCES:
-        source = folder.name if folder.name in SOURCES else SOURCES[0]
-    command = f"{prepare_command()} {source}{' PATH' if source == 'file' else ''}"
-    return (
-        command
-        if folder == Path("data") / source
-        else f"{command} --out {shlex.quote(str(folder))}"
-    )
-
-
 def read_meta(folder: Path) -> CorpusMeta:
     """The corpus's meta.json. Raises ConfigError if it is not there or not as it should be."""
-    path, remedy = folder / "meta.json", f"`{make_command(folder)}` makes it"
-    anew = f"remove {folder}, then {remedy} anew"  # prepare replaces only what is its own
-    _check_regular(path, remedy)
+    path = folder / "meta.json"
     try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise ConfigError(f"{path} is not a file; {another_folder(folder)}")
         values = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(values, dict):
-            required = [f.name for f in fields(CorpusMeta) if f.default is MISSING]
-            if lacking := [name for name in required if name not in values]:
-                raise ConfigError(f"it lacks the keys {', '.join(lacking)}")
+    except (FileNotFoundError, NotADirectoryError):
+        raise ConfigError(no_corpus(folder)) from None
+    except OSError as error:
+        raise ConfigError(
+            f"cannot read {path}: {error.strerror}; {another_folder(folder)}"
+        ) from None
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise ConfigError(
+            f"{path} is not JSON ({error}); was it cut off? {another_folder(folder)}"
+        ) from None
+    except ValueError as error:  # a number of thousands of digits
+        raise ConfigError(f"{path}: {error}; {another_folder(folder)}") from None
+    try:
+        _check_keys(values)
         meta = config_from_dict(CorpusMeta, values, "it")
         _check_consistent(meta)
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}; {remedy}") from None
     except ConfigError as error:
-        raise ConfigError(f"{path}: {error}; {anew}") from None
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is not JSON: {error}; {anew}") from None
+        raise ConfigError(f"{path}: {error}; {of_other_meta(folder, values)}") from None
     return meta
+
+
+def _check_keys(values: Any) -> None:
+    """Raises ConfigError for a meta.json of another program."""
+    if not isinstance(values, dict):
+        return
+    required = [f.name for f in fields(CorpusMeta) if f.default is MISSING]
+    if lacking := [name for name in required if name not in values]:
+        raise ConfigError(f"it lacks the keys {', '.join(lacking)}")
+    if unknown := sorted(set(values) - {f.name for f in fields(CorpusMeta)}):
+        raise ConfigError(
+            f"it has unknown keys {', '.join(unknown)}, which a newer rosetrainer may have written"
+        )
 
 
 def _check_regular(path: Path, remedy: str) -> None:

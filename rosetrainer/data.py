@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from rosetrainer.config import IGNORED
-from rosetrainer.corpus_files import CorpusMeta, Int64s, TokenFile, make_command, read_meta
+from rosetrainer.corpus_advice import damaged
+from rosetrainer.corpus_files import CorpusMeta, Int64s, TokenFile, read_meta
 from rosetrainer.fields import ConfigError
 from rosetrainer.tokenizer import Tokenizer, load_tokenizer
 
@@ -192,7 +193,7 @@ def open_corpus(folder: Path, context_length: int, read_all: bool = True) -> Cor
     if a file is missing, damaged, or too short.
     """
     meta = read_meta(folder)
-    remedy = f"`{make_command(folder, meta.source)}` makes it anew"
+    remedy = damaged(folder, meta.source, meta.options)
     files = [TokenFile(folder / name, remedy) for name in ("train.bin", "val.bin")]
     counts = (meta.train_tokens, meta.val_tokens)
     for file, tokens in zip(files, counts, strict=True):

@@ -17,6 +17,7 @@ COMPRESSED = {
     "bzip2": re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)"),
     "xz": re.compile(rb"\xfd7zXZ\0"),
 }
+LLM_C = re.compile(rb"\x88\xd8\x34\x01|\xa1\xd9\x34\x01")  # 20240520 and 20240801
 PASS_TEXT = "pass a text file"
 JSON_LINES = 'write its texts as JSON lines, {{"text": ...}} each, with the program that made it'
 IMPORT = "import it: `{prepare} import FOLDER --tokenizer PATH`"
@@ -60,7 +61,7 @@ BINARY = {
     ),
     "a table in HDF5": (rb"\x89HDF\r\n\x1a\n", JSON_LINES),
     "a table in Avro or ORC": (rb"Obj\x01|ORC[\0-\x08]", JSON_LINES),
-    "llm.c's token ids": (rb"\x88\xd8\x34\x01|\xa1\xd9\x34\x01", IMPORT),
+    "llm.c's token ids": (LLM_C.pattern, IMPORT),
     "a program": (
         rb"\x7fELF|MZ.*\0|\xfe\xed\xfa[\xce\xcf]|[\xce\xcf]\xfa\xed\xfe|\xca\xfe\xba\xbe|\0asm",
         PASS_TEXT,

@@ -134,9 +134,9 @@ def first_tokens(prompt: str | None, tokenizer: Tokenizer) -> list[int]:
         if prompt is not None:
             raise
         return [0]  # a corpus of one line, or of no text at all
-    if not ids:
+    if not ids and prompt is not None:
         raise ConfigError("prompt='' has no token to go on from; give at least one character")
-    return [int(token) for token in ids]
+    return [int(token) for token in ids] or [0]
 
 
 @torch.no_grad()

@@ -1,10 +1,11 @@
-"""Makes a corpus: python -m rosetrainer prepare [python-docs | shakespeare | file | markov] [flags]
+"""Makes a corpus: python -m rosetrainer prepare [SOURCE] [flags]
 
   python-docs         the documentation that this Python carries, about 2 MB (the default)
   shakespeare [PATH]  tiny-shakespeare, out of a file or downloaded
   file PATH...        your own texts: a file of text, or several files, JSON lines or parquet,
                       packed by gzip, bzip2 or xz or not
   markov              a random chain whose true loss is known: the floor for any model
+  import PATH...      token ids of nanoGPT's or llm.c's: a folder, or a file of each side
 
 Each has flags of its own, see for example: python -m rosetrainer prepare file --help
 The corpus goes to data/NAME unless --out names another folder.
@@ -27,6 +28,7 @@ from rosetrainer.fields import Bounds, ConfigError, check_fields
 from rosetrainer.flags import parse_flags
 
 if TYPE_CHECKING:
+    from rosetrainer.corpus_import import Source
     from rosetrainer.documents import Texts
 
 BPE_VOCAB = 4096
@@ -117,11 +119,33 @@ class Markov:
     chain: ChainOptions = field(default_factory=ChainOptions)
 
 
+@dataclass(frozen=True)
+class ImportOptions:
+    """What the ids stand for."""
+
+    tokenizer: str = ""
+    """The path of the tokenizer.json that the ids are of; bytes; or ids, of which nothing is known:
+    then prompts and what `generate` writes are numbers."""
+    vocab_size: Annotated[int, Bounds(1, 65536)] | None = None
+    """How many ids there are; for ids."""
+
+
+@dataclass(frozen=True)
+class Import:
+    """Token ids that nanoGPT or llm.c wrote; they are copied, and stay as they are."""
+
+    paths: Positional[tuple[Path, ...]] = ()
+    """A folder with files for training and for validation, or two files, in this order."""
+    target: Target = field(default_factory=Target)
+    ids: ImportOptions = field(default_factory=ImportOptions)
+
+
 SOURCES = {
     "python-docs": PythonDocs,
     "shakespeare": Shakespeare,
     "file": Files,
     "markov": Markov,
+    "import": Import,
 }
 
 
@@ -149,17 +173,19 @@ def main(argv: list[str]) -> None:
 
 
 def _write(
-    folder: Path, source: str, options: dict[str, Any], texts: Texts | None
+    folder: Path, source: str, options: dict[str, Any], texts: Texts | Source | None
 ) -> dict[str, Any]:
     """Writes all but meta.json, and gives its keys."""
     if source == "markov":
         from rosetrainer import markov
 
         return markov.write_corpus(folder, options)
-    from rosetrainer import python_docs, shakespeare
+    from rosetrainer import corpus_import, python_docs, shakespeare
     from rosetrainer.documents import OneText
     from rosetrainer.text_corpus import write_corpus
 
+    if isinstance(texts, corpus_import.Source):
+        return corpus_import.write_corpus(folder, texts)
     if texts is None:
         docs = source == "python-docs"
         text = python_docs.python_docs() if docs else shakespeare.download()
@@ -167,8 +193,14 @@ def _write(
     return write_corpus(folder, texts, options, python_docs=source == "python-docs")
 
 
-def _options(source: str, config: Any) -> tuple[dict[str, Any], Texts | None]:
+def _options(source: str, config: Any) -> tuple[dict[str, Any], Texts | Source | None]:
     """What decides the corpus's content, and its texts if we have read them already."""
+    if source == "import":
+        from rosetrainer.corpus_import import open_source
+
+        check_fields(config.ids)
+        ids = open_source(config.paths, config.ids.tokenizer, config.ids.vocab_size)
+        return ids.options, ids
     if source == "markov":
         check_fields(config.chain)
         size = config.chain.alphabet ** (config.chain.order + 1)

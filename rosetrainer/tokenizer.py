@@ -6,9 +6,7 @@ join the pieces and read the result as UTF-8. The kinds differ in how they encod
 
 from __future__ import annotations
 
-import codecs
 import hashlib
-from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from string import ascii_lowercase
@@ -26,59 +24,7 @@ from rosetrainer.text_parts import (
     training_parts,
     utf8,
 )
-
-Ids = np.ndarray[Any, np.dtype[np.uint16]]
-
-LARGEST_VOCAB = 65536  # the ids of a corpus are stored as uint16
-
-
-class Tokenizer(ABC):
-    """pieces[id] is the string of bytes that token `id` stands for.
-
-    end_of_text is the id that ends a document, which no text encodes to; None if there is none.
-    """
-
-    def __init__(self, pieces: list[bytes], end_of_text: int | None = None):
-        self.pieces, self.end_of_text = pieces, end_of_text
-
-    @property
-    def vocab_size(self) -> int:
-        return len(self.pieces)
-
-    @abstractmethod
-    def encode(self, text: str) -> Ids:
-        """Token ids of text, (n,). Raises ConfigError for text that has none."""
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids; bytes that are not UTF-8 become U+FFFD."""
-        return b"".join(self.piece(i) for i in ids).decode("utf-8", "replace")
-
-    def stream_decoder(self) -> StreamDecoder:
-        return StreamDecoder(self)
-
-    def piece(self, token_id: int) -> bytes:
-        if not 0 <= token_id < self.vocab_size:
-            raise ConfigError(f"token id {token_id} is not from 0 to {self.vocab_size - 1}")
-        return self.pieces[token_id]
-
-
-class StreamDecoder:
-    """Decodes a text while it is being generated.
-
-    A character may be split over several tokens: its bytes are held back until it is whole.
-    """
-
-    def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer = tokenizer
-        self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def feed(self, token_id: int) -> str:
-        """The text that this token completes; may be empty."""
-        return self.utf8.decode(self._tokenizer.piece(int(token_id)))
-
-    def finish(self) -> str:
-        """U+FFFD if the text stopped inside a character, else nothing."""
-        return self.utf8.decode(b"", final=True)
+from rosetrainer.token_pieces import LARGEST_VOCAB, Ids, Tokenizer
 
 
 class BytesTokenizer(Tokenizer):
@@ -122,6 +68,23 @@ class CharsTokenizer(Tokenizer):
                 f"among the corpus's {known} characters"
             )
         return ids.astype(np.uint16)
+
+
+class IdsTokenizer(Tokenizer):
+    """For ids of which nobody says what they stand for: the text is the numbers themselves."""
+
+    def __init__(self, vocab_size: int):
+        super().__init__([f" {i}".encode() for i in range(vocab_size)])
+
+    def encode(self, text: str) -> Ids:
+        words = text.split()
+        for word in words:
+            if not (word.isascii() and word.isdigit() and int(word) < self.vocab_size):
+                raise ConfigError(
+                    f"{word[:20]!r} is no id from 0 to {self.vocab_size - 1}; the corpus was "
+                    "imported as ids alone, so a text is numbers, '12 7 9' say"
+                )
+        return np.array([int(word) for word in words], np.uint16)
 
 
 class BPETokenizer(Tokenizer):
@@ -223,9 +186,12 @@ def load_tokenizer(folder: Path, meta: Mapping[str, Any]) -> Tokenizer:
         tokenizer = CharsTokenizer(ascii_lowercase[:vocab_size])
     elif kind == "bpe":
         tokenizer = BPETokenizer.load(folder / BPETokenizer.FILE)
+    elif kind == "ids" and 0 < vocab_size <= LARGEST_VOCAB:
+        tokenizer = IdsTokenizer(vocab_size)
     else:
         raise ConfigError(
-            f"{folder}/meta.json: tokenizer={kind!r} can be 'bytes', 'chars', 'bpe' or 'markov'"
+            f"{folder}/meta.json: tokenizer={kind!r} can be 'bytes', 'chars', 'bpe', 'markov' or "
+            "'ids'"
         )
     if tokenizer.vocab_size != vocab_size:
         raise ConfigError(
