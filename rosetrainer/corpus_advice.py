@@ -11,7 +11,7 @@ from typing import Any
 
 from rosetrainer.environment import prepare_command
 from rosetrainer.file_kinds import LLM_C
-from rosetrainer.tokenizer import LARGEST_VOCAB
+from rosetrainer.token_pieces import LARGEST_VOCAB
 
 SOURCES = ("python-docs", "shakespeare", "file", "markov", "import")
 BINS = ("train.bin", "val.bin")

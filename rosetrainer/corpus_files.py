@@ -16,7 +16,7 @@ import numpy as np
 
 from rosetrainer.corpus_advice import another_folder, no_corpus, of_other_meta
 from rosetrainer.fields import Bounds, ConfigError, Count, Positive, config_from_dict
-from rosetrainer.tokenizer import LARGEST_VOCAB
+from rosetrainer.token_pieces import LARGEST_VOCAB
 
 Int64s = np.ndarray[Any, np.dtype[np.int64]]
 

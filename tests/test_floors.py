@@ -11,30 +11,26 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "rosetrainer"
 FLOORS = [
     {"fields", "cgroup"},
-    {"config", "environment", "durable_files", "interfaces", "screen", "text_parts"},
     {
-        *(
-            "parallel_context",
-            "reference",
-            "manifest",
-            "presets",
-            "loss_curve",
-            "rank",
-            "tokenizer",
-        ),
-        *("text_encoding", "file_kinds", "corpus_folder", "python_docs", "shakespeare"),
+        *("config", "environment", "durable_files", "interfaces", "screen", "text_parts"),
+        "token_pieces",
     },
     {
-        *("comm", "flags", "launch", "stop", "corpus_files", "performance", "process_group"),
-        *("failures", "reference_rotary", "text_files"),
+        *("parallel_context", "reference", "manifest", "presets", "loss_curve", "rank"),
+        *("tokenizer", "text_encoding", "file_kinds", "corpus_folder", "python_docs"),
+        "shakespeare",
+    },
+    {
+        *("comm", "flags", "launch", "stop", "performance", "process_group", "failures"),
+        *("reference_rotary", "text_files", "corpus_advice"),
     },
     {
         *("overlap", "dropout", "recompute", "precision", "watch", "checkpoint_files", "adamw"),
-        *("step_profile", "token_writer", "document_files"),
+        *("step_profile", "document_files", "corpus_files"),
     },
-    {"attention", "products", "documents"},
+    {"attention", "products", "token_writer", "documents"},
     {"tensor_parallel", "text_corpus"},
-    {"vocab_parallel"},
+    {"vocab_parallel", "corpus_import"},
     {"model"},
     {"blocks", "muon"},
     {
