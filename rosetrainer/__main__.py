@@ -1,4 +1,4 @@
-"""python -m rosetrainer prepare|train|generate|checkpoint|parity|plan|tour [flags]"""
+"""rosetrainer, or python -m rosetrainer: prepare, train and the other commands with their flags."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import sys
 from importlib import import_module
 from typing import NoReturn
 
+from rosetrainer.environment import trainer_command
 from rosetrainer.fields import ConfigError
 from rosetrainer.rank import run_rank
 from rosetrainer.stop import STOP
@@ -23,10 +24,10 @@ COMMANDS = {
 
 def main(argv: list[str]) -> int | None:
     if not argv or argv[0] in ("-h", "--help"):
-        print("usage: python -m rosetrainer COMMAND [flags]\n")
+        print(f"usage: {trainer_command()} COMMAND [flags]\n")
         for name, what in COMMANDS.items():
             print(f"  {name:10} {what}")
-        print("\npython -m rosetrainer COMMAND --help shows a command's flags")
+        print(f"\n{trainer_command()} COMMAND --help shows a command's flags")
         return 0
     if argv[0] not in COMMANDS:
         raise ConfigError(f"unknown command {argv[0]}; it can be {', '.join(COMMANDS)}")
@@ -42,5 +43,10 @@ def start(argv: list[str]) -> NoReturn:
     run_rank(lambda: main(argv))
 
 
-if __name__ == "__main__":
+def run_command() -> NoReturn:
+    """What the command `rosetrainer` and `python -m rosetrainer` run."""
     start(sys.argv[1:])
+
+
+if __name__ == "__main__":
+    run_command()

@@ -14,6 +14,7 @@ from tyro.conf import Positional
 from rosetrainer.blocks import build_model
 from rosetrainer.checkpoint import read_whole
 from rosetrainer.durable_files import room, short, write_whole
+from rosetrainer.environment import trainer_command
 from rosetrainer.fields import ConfigError
 from rosetrainer.flags import parse_flags
 from rosetrainer.manifest import (
@@ -29,8 +30,6 @@ from rosetrainer.tensor_parallel import ShardSpec, shard_spec
 
 DTYPES = {"float32": "F32", "float64": "F64"}
 """torch's names of what parameters can be, and those of safetensors."""
-
-USAGE = "python -m rosetrainer checkpoint ls|verify|export DIR"
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ def main(argv: list[str]) -> int:
         return verify(parse_flags(VerifyCommand, rest, prog))
     if name == "export":
         return export(parse_flags(ExportCommand, rest, prog))
-    raise ConfigError(f"usage: {USAGE}")
+    raise ConfigError(f"usage: {trainer_command()} checkpoint ls|verify|export DIR")
 
 
 def list_them(command: LsCommand) -> int:

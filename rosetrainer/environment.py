@@ -22,6 +22,9 @@ BY_ITSELF = "torchrun sets RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE by 
 LAUNCHED = "ROSETRAINER_LAUNCHED"
 """Environment variable that rosetrainer.launch gives its ranks: the launcher's process id."""
 
+SCRIPT = "rosetrainer"
+"""The command that `pip install` of this package makes."""
+
 ANSWER_SECONDS = 5.0
 """For `python` on PATH to say what it is; one that says nothing is not ours."""
 
@@ -235,4 +238,13 @@ def _is_this_python(path: str) -> bool:
 
 def prepare_command() -> str:
     """How a user here makes a corpus, but for the source and its flags."""
-    return f"{python_command()} -m rosetrainer prepare"
+    return f"{trainer_command()} prepare"
+
+
+def trainer_command() -> str:
+    """How a user here starts a command of ours: as this process was started."""
+    started = sys.argv[0]
+    if os.path.basename(started) != SCRIPT:
+        return f"{python_command()} -m rosetrainer"
+    on_path = shutil.which(SCRIPT)
+    return SCRIPT if on_path and os.path.samefile(on_path, started) else shlex.quote(started)

@@ -14,7 +14,7 @@ from typing import TypeVar
 import tyro
 
 from rosetrainer.config import ParallelConfig
-from rosetrainer.environment import is_rank, python_command, world_from_environment
+from rosetrainer.environment import is_rank, trainer_command, world_from_environment
 from rosetrainer.fields import ConfigError, check_fields
 from rosetrainer.rank import LAUNCHED
 
@@ -33,7 +33,7 @@ def parse_flags(cls: type[T], argv: list[str], prog: str, default: T | None = No
         with contextlib.redirect_stderr(printed):
             parsed, unknown = tyro.cli(
                 cls,
-                prog=prog,
+                prog=_shown(prog) if {"-h", "--help"} & {*argv} else prog,
                 args=argv,
                 config=(tyro.conf.OmitArgPrefixes,),
                 return_unknown_args=True,
@@ -46,9 +46,14 @@ def parse_flags(cls: type[T], argv: list[str], prog: str, default: T | None = No
     if unknown:
         known = _known_flags(cls, prog)
         close = difflib.get_close_matches(unknown[0], known, n=1, cutoff=0.75)
-        hint = f"did you mean {close[0]}?" if close else f"see {prog} --help"
+        hint = f"did you mean {close[0]}?" if close else f"see {_shown(prog)} --help"
         raise ConfigError(f"unknown argument {unknown[0]}; {hint}")
     return parsed
+
+
+def _shown(prog: str) -> str:
+    """As a user here would type it."""
+    return prog.replace("python -m rosetrainer", trainer_command())
 
 
 def _known_flags(cls: type, prog: str) -> list[str]:
@@ -89,6 +94,6 @@ def ranks_to_start(
         flags = shlex.join(["--nproc", str(math.prod(sizes)), *argv])
         raise ConfigError(
             f"{' x '.join(map(str, sizes))} ranks are asked for, and this is one; "
-            f"run: {python_command()} -m rosetrainer {command} {flags}"
+            f"run: {trainer_command()} {command} {flags}"
         )
     return nproc or 1, nproc is not None and nproc > 1

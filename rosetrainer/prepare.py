@@ -23,7 +23,7 @@ from tyro.conf import Positional
 
 # numpy and the sources are imported where they are needed: a second call finds all made, at once.
 from rosetrainer.corpus_folder import must_make, new_folder, summary
-from rosetrainer.environment import prepare_command
+from rosetrainer.environment import prepare_command, trainer_command
 from rosetrainer.fields import Bounds, ConfigError, check_fields
 from rosetrainer.flags import parse_flags
 
@@ -151,7 +151,7 @@ SOURCES = {
 
 def main(argv: list[str]) -> None:
     if argv[:1] in (["-h"], ["--help"]):
-        print(__doc__)
+        print((__doc__ or "").replace("python -m rosetrainer", trainer_command()))
         return
     source, flags = "python-docs", argv
     if argv and not argv[0].startswith("-"):

@@ -20,8 +20,8 @@ from typing import NoReturn
 
 from rosetrainer.environment import (
     LAUNCHED,
-    python_command,
     speaks_for_machine,
+    trainer_command,
     world_from_environment,
 )
 from rosetrainer.fields import ConfigError
@@ -119,7 +119,7 @@ def memory_advice() -> str:
     return (
         "training needs less with a smaller --micro-batch-size or with --recompute block, and "
         "more ranks with --tp-size share the model; the same flags after "
-        f"`{python_command()} -m rosetrainer plan` predict how much"
+        f"`{trainer_command()} plan` predict how much"
     )
 
 

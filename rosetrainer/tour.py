@@ -9,11 +9,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from rosetrainer.environment import python_command
+from rosetrainer.environment import python_command, trainer_command
 from rosetrainer.fields import Count, check_fields
 from rosetrainer.flags import parse_flags
 
-ROOT = Path(__file__).resolve().parent.parent
 STAGES = ["data", "proof", "training", "sample"]  # the first of the five is the installation
 # Wide rather than deep: there are few all-reduces, and the ranks of a CPU wait in each.
 MODEL = ["--n-layers", "2", "--n-heads", "4", "--d-model", "256", "--context-length", "64"]
@@ -34,16 +33,17 @@ def main(argv: list[str]) -> int:
     layout = ["--nproc", "2", "--tp-size", "2"]
     schedule = ["--steps", str(command.steps), "--eval-every", str(max(command.steps // 5, 1))]
     stages = [
-        ["-m", "rosetrainer", "prepare", "python-docs"],
-        ["-m", "rosetrainer", "parity", *layout, *MODEL],
-        ["-m", "rosetrainer", "train", *layout, *MODEL, *schedule],
-        ["-m", "rosetrainer", "generate", "--prompt", "The ", "--tokens", "300"],
+        ["prepare", "python-docs"],
+        ["parity", *layout, *MODEL],
+        ["train", *layout, *MODEL, *schedule],
+        ["generate", "--prompt", "The ", "--tokens", "300"],
     ]
     for number, (name, stage) in enumerate(zip(STAGES, stages, strict=True), 2):
-        print(f"[{number}/5] {name}: {python_command()} {shlex.join(stage)}\n", flush=True)
+        print(f"[{number}/5] {name}: {trainer_command()} {shlex.join(stage)}\n", flush=True)
         started = time.monotonic()
         try:
-            status = subprocess.run([sys.executable, *stage], cwd=ROOT, check=False).returncode
+            words = [sys.executable, "-m", "rosetrainer", *stage]
+            status = subprocess.run(words, check=False).returncode
         except KeyboardInterrupt:
             return 130  # the stage has had the same Ctrl-C, and has said so
         if status:
@@ -54,11 +54,12 @@ def main(argv: list[str]) -> int:
 
 
 def what_next() -> str:
-    python = python_command()
-    model = " ".join(MODEL)
+    trainer, model = trainer_command(), " ".join(MODEL)
+    is_checkout = Path("steps/README.md").exists()
+    text = "README.md GLOSSARY.md" if is_checkout else "PATH"
+    reading = "\n  how it is built      less steps/README.md" if is_checkout else ""
     return f"""What next:
-  more text            {python} -m rosetrainer generate --prompt "If " --tokens 500
-  the curves           {python} -m tensorboard.main --logdir out
-  your own text        {python} -m rosetrainer prepare file README.md GLOSSARY.md --out data/mine
-                       {python} -m rosetrainer train --nproc 2 --data data/mine {model}
-  how it is built      less steps/README.md"""
+  more text            {trainer} generate --prompt "If " --tokens 500
+  the curves           {python_command()} -m tensorboard.main --logdir out
+  your own text        {trainer} prepare file {text} --out data/mine
+                       {trainer} train --nproc 2 --data data/mine {model}{reading}"""
