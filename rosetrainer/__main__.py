@@ -12,12 +12,12 @@ from rosetrainer.rank import run_rank
 from rosetrainer.stop import STOP
 
 COMMANDS = {
-    "prepare": "make a corpus, of your own text say",
     "train": "train a GPT, on one rank or many",
     "generate": "write text with a trained model",
     "checkpoint": "list, verify or export what a training run has saved",
     "parity": "show who holds what, and prove that a layout equals one process",
     "plan": "predict what a layout moves and holds, without starting any process",
+    "prepare": "make a corpus, of your own text say",
     "tour": "data, proof, a training run of about three minutes, a sample",
 }
 
