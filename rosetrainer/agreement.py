@@ -12,12 +12,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from rosetrainer.block_compile import compiles
 from rosetrainer.comm import all_gather, all_reduce
 from rosetrainer.config import TrainConfig
 from rosetrainer.data import Corpus
-from rosetrainer.environment import world_from_environment
+from rosetrainer.environment import name_ranks, world_from_environment
 from rosetrainer.fields import ConfigError
 from rosetrainer.parallel_context import Axis
+from rosetrainer.products import takes_onednn
 
 
 def world_axis() -> Axis:
@@ -40,28 +42,78 @@ def gather_texts(text: str, world: Axis, device: torch.device) -> list[str]:
 def check_same_settings(
     config: TrainConfig, corpus: Corpus, world: Axis, device: torch.device
 ) -> None:
-    """Raises ConfigError on every rank if one was started with another config or other data.
+    """Raises ConfigError on every rank if one has another config, other data or other software.
 
-    Before the layout is built: ranks that disagree on it would wait for each other for ever.
+    And if "auto" has come to something else there. Before the layout is built: ranks that disagree
+    on it would wait for each other for ever.
     """
-    settings = json.dumps(flat_settings(config, corpus))
-    own = torch.frombuffer(bytearray(hashlib.sha256(settings.encode()).digest()), dtype=torch.int64)
-    hashes = all_gather(own[None].to(device), world, "start", dim=0)
+    own = json.dumps([given_settings(config, corpus), resolved_settings(config, world, device)])
+    digest = bytearray(hashlib.sha256(own.encode()).digest())
+    row = torch.frombuffer(digest, dtype=torch.int64)[None].to(device)
+    hashes = all_gather(row, world, "start", dim=0)
     if bool((hashes == hashes[0]).all()):
         return
-    of_ranks = [json.loads(text) for text in gather_texts(settings, world, device)]
-    rank = next(r for r, settings in enumerate(of_ranks) if settings != of_ranks[0])
-    other, first = of_ranks[rank], of_ranks[0]
+    settings = [json.loads(text) for text in gather_texts(own, world, device)]
+    given, resolved = (list(part) for part in zip(*settings, strict=True))
+    if told := difference(given)[0]:
+        raise ConfigError(f"{told}; start all ranks with the same flags")
+    if len({one["dtype"] for one in resolved}) > 1:
+        for one in resolved:
+            del one["products"]  # which follow from it
+    told, keys = difference(resolved)
+    flags = {
+        "dtype": "--dtype float32",
+        "threads": f"--threads {min(one['threads'] for one in resolved)}",
+        "compile": "--compile off",
+    }
+    remedy = f"start all ranks with {' '.join(flags[key] for key in keys if key in flags)}"
+    if {"torch", "rosetrainer"} & set(keys):
+        remedy = "install the same versions for all ranks"
+    elif "products" in keys:
+        remedy = "start all ranks on processors of one make"
+    raise ConfigError(f"{told}; {remedy}")
+
+
+def difference(of_ranks: list[dict[str, Any]]) -> tuple[str, list[str]]:
+    """What the first ranks that are not like rank 0 have instead, and the keys; "" if all are."""
+    first = of_ranks[0]
+    other = next((own for own in of_ranks if own != first), first)
+    ranks = [rank for rank, own in enumerate(of_ranks) if own == other]
     keys = [key for key in first if other.get(key) != first[key]]
     told = ", ".join(f"{key}={other.get(key)} and not {first[key]}" for key in keys[:5])
-    raise ConfigError(f"rank {rank} has {told} like rank 0; start all ranks with the same flags")
+    return f"{name_ranks(ranks)} {told} like rank 0" if keys else "", keys
 
 
-def flat_settings(config: TrainConfig, corpus: Corpus) -> dict[str, Any]:
-    """Every setting by name, and the hashes of the data."""
-    parts = {**asdict(config), "data": corpus.meta.sha256, "torch": {"torch": torch.__version__}}
+def given_settings(config: TrainConfig, corpus: Corpus) -> dict[str, Any]:
+    """Every setting by name as it was given, and the hashes of the data."""
+    parts = {**asdict(config), "data": corpus.meta.sha256}
     settings = {key: value for part in parts.values() for key, value in part.items()}
+    del settings["compute_dtype"]
     return {k: str(v) if isinstance(v, Path) else v for k, v in settings.items()}
+
+
+def resolved_settings(config: TrainConfig, world: Axis, device: torch.device) -> dict[str, Any]:
+    """What decides the bits that this rank computes, and does not follow from the flags alone."""
+    dtype = config.run.compute_dtype
+    assert dtype, "settle_dtype comes first"
+    tp_size, _ = config.parallel.resolve(world.size)
+    on_cpu = device.type == "cpu"
+    return {
+        "dtype": dtype,
+        "threads": torch.get_num_threads() if on_cpu else 0,
+        "compile": "on" if compiles(config, tp_size, device)[0] else "off",
+        "products": "oneDNN" if takes_onednn(getattr(torch, dtype), device) else "torch",
+        "torch": torch.__version__,
+        "rosetrainer": source_version(),
+    }
+
+
+def source_version() -> str:
+    """A hash of this package's source: a version number says nothing of a checkout."""
+    digest, package = hashlib.sha256(), Path(__file__).parent
+    for path in sorted(package.rglob("*.py")):
+        digest.update(f"{path.relative_to(package)}\n".encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def agree_to_stop(

@@ -107,7 +107,7 @@ class Draft:
     def name_whole(self) -> Path:
         """From now on it is a checkpoint."""
         final = self.run / folder_name(self.step)
-        if final.exists():  # a damaged one, that was passed over
+        if os.path.lexists(final):  # a damaged one, that was passed over
             remove(final)
         self.folder.rename(final)
         sync_folder(self.run)
@@ -135,7 +135,13 @@ def retain(run: Path, keep: int) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Under another name first: half a checkpoint must not look like one."""
+    """Under another name first: half a checkpoint must not look like one.
+
+    Of a link only the link goes: what lies outside of the run folder is the user's.
+    """
+    if folder.is_symlink():
+        folder.unlink()
+        return
     hidden = folder.with_name(f".{folder.name}.{os.getpid()}.old")
     folder.rename(hidden)
     shutil.rmtree(hidden)

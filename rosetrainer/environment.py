@@ -192,6 +192,12 @@ def gpu_remark(device: torch.device, wanted: str) -> str:
     return f"{'its own ' * own}GPUs: {gpus}, {idle} idle: a rank uses one" if idle > 0 else ""
 
 
+def name_ranks(ranks: list[int]) -> str:
+    """rank 1 has; ranks 1, 2 and 5 have"""
+    *first, last = map(str, ranks)
+    return f"ranks {', '.join(first)} and {last} have" if first else f"rank {last} has"
+
+
 def usable_cores() -> int:
     """Cores that this process may keep busy: by its affinity and its control group's CPU quota.
 

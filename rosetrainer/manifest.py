@@ -11,7 +11,6 @@ import json
 import math
 import re
 import stat
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -44,7 +43,8 @@ class OtherFormatError(ConfigError):
 def unreadable(path: Path, error: OSError) -> ConfigError:
     """A file that is not there is damage; one that this machine cannot read now may be whole."""
     text = f"{path}: {error.strerror}"
-    return CheckpointError(text) if isinstance(error, FileNotFoundError) else ConfigError(text)
+    is_gone = isinstance(error, (FileNotFoundError, NotADirectoryError))
+    return CheckpointError(text) if is_gone else ConfigError(text)
 
 
 @dataclass(frozen=True)
@@ -120,11 +120,17 @@ def step_of(folder: Path) -> int:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Raises CheckpointError for a manifest that is missing, damaged, or refers to the outside."""
+    """Raises CheckpointError for a manifest that is missing, damaged, or refers to the outside.
+
+    The folder itself may be a link that the user has made; the files in it are what is written.
+    """
     path = folder / MANIFEST
+    if folder.is_symlink() and not folder.exists():
+        raise ConfigError(
+            f"{folder} leads to {folder.readlink()}, which is not there now; mount that disk"
+        )
     try:
-        _check_place(folder, stat.S_ISDIR)
-        _check_place(path, stat.S_ISREG)
+        _check_file(path)
         if path.stat().st_size > LARGEST_MANIFEST:
             raise CheckpointError(f"{path} has more than {LARGEST_MANIFEST} bytes")
         return _parse_manifest(path.read_bytes(), folder)
@@ -188,7 +194,7 @@ def check_files(folder: Path, manifest: Manifest, share: int = 0, shares: int = 
         raise CheckpointError(f"{folder / min(extra)} does not belong there")
     for name, facts in sorted(manifest.files.items())[share::shares]:
         path = folder / name
-        _check_place(path, stat.S_ISREG)
+        _check_file(path)
         try:
             size = path.stat().st_size
             if size != facts.size:
@@ -207,12 +213,12 @@ def is_sound(folder: Path) -> bool:
     return True
 
 
-def _check_place(path: Path, is_right: Callable[[int], bool]) -> None:
-    """Raises CheckpointError unless path is there, of the right kind, and no link."""
+def _check_file(path: Path) -> None:
+    """Raises CheckpointError unless path is there, a file, and no link."""
     try:
         mode = path.lstat().st_mode
     except OSError as error:
         raise unreadable(path, error) from None
-    if not is_right(mode):
+    if not stat.S_ISREG(mode):
         kind = "a link" if stat.S_ISLNK(mode) else "of the wrong kind"
         raise CheckpointError(f"{path} is {kind}, and refused")

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from rosetrainer.environment import choose_device, world_from_environment
+from rosetrainer.environment import choose_device, name_ranks, world_from_environment
 from rosetrainer.fields import ConfigError
 from rosetrainer.rank import MEETING
 
@@ -27,7 +27,7 @@ def meet(device: str, timeout_seconds: float = 300.0) -> dist.Store | None:
     """Starts the default process group, where there is more than one rank and none is there yet.
 
     Gives the store in which the ranks met. Raises ConfigError if its address is not given or its
-    port is taken, and if two ranks have the same GPU.
+    port is taken, if two ranks have the same GPU, and if they are on devices of two kinds.
     """
     rank, world_size, _, _ = world_from_environment()
     if world_size == 1 or dist.is_initialized():
@@ -52,6 +52,7 @@ def meet(device: str, timeout_seconds: float = 300.0) -> dist.Store | None:
             f"port {port} is in use on this machine; choose another: torchrun's --master-port, or "
             f"MASTER_PORT where you start the ranks yourself"
         ) from None
+    check_same_device(store, rank, world_size, own.type)
     if own.type == "cuda":
         torch.cuda.set_device(own)
         uuid = str(torch.cuda.get_device_properties(own).uuid)
@@ -89,3 +90,18 @@ def check_gpus_differ(store: dist.Store, rank: int, world_size: int, uuid: str) 
                 f"ranks {first} and {other} have the same GPU, {gpu.decode()}; give each rank its "
                 f"own (torchrun does; srun with --gpus-per-task 1), or use --device cpu"
             )
+
+
+def check_same_device(store: dist.Store, rank: int, world_size: int, kind: str) -> None:
+    """Raises ConfigError on every rank if they are on different kinds of devices.
+
+    By the store, for ranks of gloo and of NCCL would wait for each other.
+    """
+    store.set(f"device {rank}", kind)
+    names = [f"device {other}" for other in range(world_size)]
+    kinds = [kind.decode() for kind in store.multi_get(names)]
+    if others := [other for other in range(world_size) if kinds[other] != kinds[0]]:
+        raise ConfigError(
+            f"{name_ranks(others)} device={kinds[others[0]]} and not {kinds[0]} like rank 0; start "
+            f"all ranks with --device cpu, or so many that each has a GPU of its own"
+        )

@@ -29,12 +29,17 @@ def fast_products(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
     For the backward pass too, in which recompute computes activations as they were computed.
     """
     before = F.linear
-    if dtype == torch.float32 and device.type == "cpu" and is_amd():
+    if takes_onednn(dtype, device):
         F.linear = linear  # type: ignore[assignment]
     try:
         yield
     finally:
         F.linear = before
+
+
+def takes_onednn(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether training in dtype on this device is one of those that oneDNN makes faster."""
+    return dtype == torch.float32 and device.type == "cpu" and is_amd()
 
 
 @cache

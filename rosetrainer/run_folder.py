@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import socket
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
@@ -138,6 +138,10 @@ def describe_run(folder: Path, config: TrainConfig, corpus: Path) -> None:
 
     Before the first step, so that no other run takes the folder for its own.
     """
+    if (
+        folder / CONFIG
+    ).exists():  # what was first asked of the dtype tells one command from another
+        config = replace(config, run=replace(config.run, dtype=read_config(folder).run.dtype))
     text = json.dumps(asdict(config), indent=2, default=str) + "\n"
     write_whole(folder / CONFIG, lambda part: part.write_text(text))
     for name in (META, TOKENIZER):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from rosetrainer.config import TrainConfig
 from rosetrainer.data import Corpus
 from rosetrainer.fields import ConfigError
 from rosetrainer.manifest import CheckpointError, Manifest, checkpoints, read_manifest, step_of
+from rosetrainer.performance import choose_dtype
 from rosetrainer.run_folder import read_config, same_place
 from rosetrainer.run_log import LOG, last_evaluation
 
@@ -26,6 +29,23 @@ DECISIVE = {
 
 Of the dtype, what it came to decides: see differences.
 """
+
+
+def settle_dtype(
+    config: TrainConfig, begun: str | None, device: torch.device
+) -> tuple[TrainConfig, str]:
+    """The config with what its dtype comes to, and a line if that is not what it would be here.
+
+    begun: the dtype of the run that is gone on with. Wherever it goes on, it keeps to that.
+    """
+    here = str(choose_dtype(config.run.dtype, device)).removeprefix("torch.")
+    dtype = begun if begun and config.run.dtype == "auto" else here
+    remark = ""
+    if dtype != here:
+        remark = f"dtype=auto is {here} here, but the run began in {dtype} and goes on in it"
+        remark += ", which may be slower here" * (dtype == "bfloat16")
+    run = replace(config.run, compute_dtype=dtype)  # type: ignore[arg-type]
+    return replace(config, run=run), remark
 
 
 def dtype_of(held: TrainConfig) -> str | None:

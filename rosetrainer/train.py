@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from rosetrainer.agreement import check_same_settings, gather_texts, world_axis
+from rosetrainer.beginning import find_beginning
 from rosetrainer.block_compile import compile_blocks, compiles
 from rosetrainer.blocks import build_model
 from rosetrainer.checkpoint import Saver, load_checkpoint
@@ -36,8 +37,9 @@ from rosetrainer.performance import be_deterministic, choose_dtype, matmul_peak,
 from rosetrainer.precision import autocast_for
 from rosetrainer.process_group import PATIENCE_SECONDS, meet, own_device
 from rosetrainer.products import fast_products
-from rosetrainer.resume import Place, begin, find_beginning
+from rosetrainer.resume import Place, begin
 from rosetrainer.run_folder import check_unlocked
+from rosetrainer.run_identity import settle_dtype
 from rosetrainer.run_log import LOG, RunLog, has_evaluation
 from rosetrainer.screen import own_screen
 from rosetrainer.step_profile import StepProfile, check_profile
@@ -74,13 +76,19 @@ def train(
     """
     if config.run.deterministic:
         be_deterministic()
+    set_threads(config.run.threads)
     store = meet(config.run.device, config.run.timeout + PATIENCE_SECONDS)
     world = world_axis()
     watch = HangWatch(store, world, config.run.timeout) if store is not None else None
     with own_screen() if world.rank == 0 else nullcontext(), told_once(store, world) as failures:
         device = own_device(config.run.device)
+        begun = find_beginning(config, corpus).dtype if world.rank == 0 else None
+        begun = gather_texts(begun or "", world, device)[0]
+        config, remark = settle_dtype(config, begun, device)
         check_same_settings(config, corpus, world, device)
         place = begin(config, corpus, world, device)
+        if remark and world.rank == 0:
+            print(remark)
         failures.folder = place.folder
         with place.lock or nullcontext():
             return run_here(config, corpus, place, watch, world, prove_first)
@@ -95,10 +103,10 @@ def run_here(
     prove_first: bool,
 ) -> tuple[GPTModel, signal.Signals | None]:
     """Sets up what the loop needs, and runs it."""
-    set_threads(config.run.threads)
     timeout = config.run.timeout + PATIENCE_SECONDS
     context = init_parallel(config.parallel, config.run.device, timeout)
-    dtype = choose_dtype(config.run.dtype, context.device)
+    assert config.run.compute_dtype
+    dtype = choose_dtype(config.run.compute_dtype, context.device)
     speaks = context.rank == 0
     if speaks:
         print(describe(context, dtype, config.run.device))

@@ -164,7 +164,7 @@ def test_a_name_that_leads_outside_is_refused(finished: Path, tmp_path: Path, na
         read_manifest(folder)
 
 
-def test_a_link_is_refused(finished: Path, tmp_path: Path) -> None:
+def test_a_file_that_is_a_link_is_refused(finished: Path, tmp_path: Path) -> None:
     folder = tmp_path / "step_000008"
     shutil.copytree(finished / "step_000008", folder)
     file = folder / "rank_00001.safetensors"
@@ -172,10 +172,6 @@ def test_a_link_is_refused(finished: Path, tmp_path: Path) -> None:
     file.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(CheckpointError, match=r"rank_00001\.safetensors is a link, and refused"):
         resume.check_files(folder, read_manifest(folder))
-    link = tmp_path / "step_000009"
-    link.symlink_to(folder)
-    with pytest.raises(CheckpointError, match="step_000009 is a link, and refused"):
-        read_manifest(link)
 
 
 LIES: dict[str, Callable[[dict], object]] = {

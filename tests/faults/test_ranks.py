@@ -7,10 +7,13 @@ import re
 import signal
 import socket
 import time
+from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from faults.harness import CHAOS, FLAGS, TRAINING, Fault, freeze, launch, run, sleep_on
 
 from rosetrainer.watch import at_fault, slow_ranks
@@ -165,6 +168,95 @@ def test_other_settings_are_found_before_the_first_step(
         f"error: rank 1 has {told} like rank 0; start all ranks with the same flags\n"
     )
     assert "step     1" not in outcome.said
+
+
+def native_bf16_on_rank_1(rank: int) -> None:
+    patch("performance", "has_native_bf16", lambda _: rank == 1)
+
+
+def more_threads_on_rank_0(rank: int) -> None:
+    patch("agreement.torch", "get_num_threads", lambda: 3 - rank)
+
+
+def other_source_on_rank_1(rank: int) -> None:
+    patch("agreement", "source_version", lambda: f"source{rank}")
+
+
+def amd_on_rank_0(rank: int) -> None:
+    patch("products", "is_amd", lambda: rank == 0)
+
+
+def compiled_on_rank_1(rank: int) -> None:
+    patch("agreement", "compiles", lambda *_: (rank == 1, ""))
+
+
+def a_gpu_on_rank_1(rank: int) -> None:
+    patch("process_group", "own_device", lambda _: torch.device(["cpu", "cuda"][rank]))
+
+
+def patch(module: str, name: str, value: object) -> None:
+    path, _, owner = module.partition(".")
+    holder = import_module(f"rosetrainer.{path}")
+    vars(getattr(holder, owner) if owner else holder)[name] = value
+
+
+CAME_TO: dict[str, tuple[Callable[[int], None], str]] = {
+    "dtype": (
+        native_bf16_on_rank_1,
+        "dtype=bfloat16 and not float32 like rank 0; start all ranks with --dtype float32",
+    ),
+    "threads": (
+        more_threads_on_rank_0,
+        "threads=2 and not 3 like rank 0; start all ranks with --threads 2",
+    ),
+    "source": (
+        other_source_on_rank_1,
+        "rosetrainer=source1 and not source0 like rank 0; install the same versions for all ranks",
+    ),
+    "products": (
+        amd_on_rank_0,
+        "products=torch and not oneDNN like rank 0; start all ranks on processors of one make",
+    ),
+    "compile": (
+        compiled_on_rank_1,
+        "compile=on and not off like rank 0; start all ranks with --compile off",
+    ),
+    "device": (
+        a_gpu_on_rank_1,
+        "device=cuda and not cpu like rank 0; start all ranks with --device cpu, or so many that "
+        "each has a GPU of its own",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", CAME_TO)
+@pytest.mark.parametrize("layout", ["--tp-size", "--dp-size"])
+def test_the_same_flags_that_come_to_something_else_are_found_before_the_first_step(
+    what: str, layout: str, markov: Path, tmp_path: Path
+) -> None:
+    prepare, told = CAME_TO[what]
+    out = tmp_path / "run"
+    dtype = "auto" if what == "dtype" else "float32"
+    flags = [layout, "2", "--dtype", dtype, "--threads", "0", "--data", str(markov)]
+    outcome = run(2, [*FLAGS, *flags, "--out", str(out)], prepare=prepare)
+    assert outcome.refused, outcome
+    assert outcome.complained == f"error: rank 1 has {told}\n"
+    assert not out.exists(), "nothing was begun"
+
+
+def test_the_advice_about_dtypes_works_and_a_run_keeps_its_own(
+    markov: Path, tmp_path: Path
+) -> None:
+    """Ranks for which auto means different things go on together with what was begun."""
+    command = [*FLAGS, "--dp-size", "2", "--data", str(markov), "--out", str(tmp_path / "run")]
+    flags = ["--dtype", "float32"]
+    stopped = run(
+        2, [*command, *flags], Fault(1, 5, "forward", boom), prepare=native_bf16_on_rank_1
+    )
+    assert "boom" in stopped.complained
+    gone_on = run(2, [*command, "--dtype", "auto"], prepare=native_bf16_on_rank_1)
+    assert gone_on.statuses == [0, 0], gone_on.complained
+    assert "going on from" in gone_on.said
 
 
 def test_other_data_are_found_before_the_first_step(markov: Path, tmp_path: Path) -> None:
