@@ -8,14 +8,23 @@ VENV_PYTHON := .venv/bin/python
 WORKS := $(VENV_PYTHON) -c 'import pip' 2>/dev/null
 REMAKE := $(shell $(WORKS) || echo remake)
 
+BEGUN := $(shell date +%s)
+
 .DEFAULT_GOAL := help
-.PHONY: help train plan test test-steps chaos lint bench speedrun bench-gpu clean remake
+.NOTPARALLEL:
+.PHONY: help train plan test test-steps chaos lint bench speedrun bench-gpu clean remake environment
 
 help:  ## List these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-train: plan .venv/.installed  ## Install, prepare data, prove, train for three minutes, sample
+train: plan environment .venv/.installed  ## Install, prepare data, prove, train for three minutes, sample
+	@echo "[1/5] took $$(($$(date +%s) - $(BEGUN))) s"
+	@echo
 	@$(VENV_PYTHON) -m rosetrainer tour
+
+environment:
+	@echo "[1/5] environment: .venv, with torch and what else requirements.txt names"
+	@echo
 
 plan:
 	@echo "Five stages:"
@@ -75,14 +84,34 @@ define make_environment
 @$(WORKS) || $(PYTHON) -m venv --clear .venv
 endef
 
-PIP_INSTALL := $(VENV_PYTHON) -m pip install --quiet --disable-pip-version-check
+PIP_INSTALL := $(VENV_PYTHON) -m pip install --disable-pip-version-check
+
+# On Linux the usual index has torch with CUDA, ten times the size. Where there is no GPU, torch for
+# CPUs is taken, unless the user has chosen an index, which is never added to, or it is out of reach.
+CPU_INDEX := https://download.pytorch.org/whl/cpu
+REACHED := $(VENV_PYTHON) -c 'import signal, sys, urllib.request; signal.alarm(10); \
+	urllib.request.urlopen(sys.argv[1] + "/torch/").close()' $(CPU_INDEX) 2>/dev/null
+define choose_torch
+case "$$(uname -s) $$(timeout 20 nvidia-smi -L 2>/dev/null)" in \
+"Linux GPU "*) echo "nvidia-smi shows a GPU: torch with CUDA, about 3 GB to download." ;; \
+"Linux "*) \
+	if $(VENV_PYTHON) -m pip config list 2>/dev/null | grep -E '(index-url|no-index)=' >/dev/null; then \
+		echo "nvidia-smi shows no GPU; torch is taken from where your pip settings say."; \
+	elif $(REACHED); then \
+		echo "nvidia-smi shows no GPU: torch for CPUs, 0.3 GB to download, from $(CPU_INDEX)"; \
+		index="--extra-index-url $(CPU_INDEX)"; \
+	else \
+		echo "nvidia-smi shows no GPU, but $(CPU_INDEX), which has torch for CPUs alone, is out"; \
+		echo "of reach: torch from pip's usual index, with CUDA, about 3 GB to download."; \
+	fi ;; \
+*) echo "torch for this system, 0.3 GB to download." ;; \
+esac
+endef
 
 .venv/.installed: requirements.txt $(REMAKE)
 	$(make_environment)
 	@echo "Installing torch and what else requirements.txt names into .venv, once: a few minutes."
-	@echo "Downloads 3 GB on Linux, where torch brings CUDA, 0.3 GB elsewhere. Linux without a GPU,"
-	@echo "0.3 GB: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make $(MAKECMDGOALS)"
-	@$(PIP_INSTALL) -r requirements.txt
+	@index=; $(choose_torch); echo; $(PIP_INSTALL) $$index -r requirements.txt
 	@touch $@
 
 .venv/.installed-dev: requirements-dev.txt .venv/.installed
