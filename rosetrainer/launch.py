@@ -38,6 +38,9 @@ GRACE_SECONDS = 3
 STOP_SECONDS = 9
 """Time that the ranks have to save and leave after a signal; docker, say, kills us after 10."""
 
+ONE_WISH_SECONDS = 1
+"""A terminal and a parent process may both send a signal; so soon again it is no impatience."""
+
 STOPPED_SECONDS = 5
 """How long a rank may be suspended (SIGSTOP) after a signal; it takes no notice of that signal."""
 
@@ -170,8 +173,7 @@ def _stop(ranks: Ranks, received: list[tuple[int, float]], folder: str) -> int:
     stopped: dict[int, float] = {}  # rank -> since when
     while running := [number for number, rank in enumerate(ranks) if rank.poll() is None]:
         now = time.monotonic()
-        # A terminal and a parent process may both send one; that is one wish, not impatience.
-        if received[-1][1] > since + 1:
+        if received[-1][1] > since + ONE_WISH_SECONDS:
             _kill(ranks)
             _say(f"{said}; all ranks were killed")
             return 128 + signum

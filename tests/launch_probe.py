@@ -6,6 +6,7 @@ It imports torch only where a mode needs a collective, so that a rank starts in 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import signal
 import sys
@@ -18,7 +19,8 @@ PIDS = Path(os.environ.get("PROBE_PIDS", "."))
 
 if "RANK" in os.environ:  # a rank that is being started and has not come to run_rank
     PIDS.with_suffix(".starting").touch()
-    time.sleep(float(os.environ.get("PROBE_IMPORT_SECONDS", "0")))
+    while "PROBE_IS_SIGNALLED_EARLY" in os.environ and not signal.sigpending():
+        time.sleep(0.005)
 
 from rosetrainer import launch  # noqa: E402
 from rosetrainer.fields import ConfigError  # noqa: E402
@@ -39,6 +41,11 @@ def stay() -> None:
         time.sleep(60)
 
 
+def hold() -> None:
+    """Holds a lock to the end of this process, however it ends; waits for a holder's end before."""
+    fcntl.flock(os.open(PIDS.with_suffix(".lock"), os.O_CREAT | os.O_RDWR), fcntl.LOCK_EX)
+
+
 def on_signals(what: Callable[[int], object]) -> None:
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, lambda received, _: what(received))
@@ -49,7 +56,9 @@ def ignore(signum: int) -> None:
 
 
 def save_and_leave(signum: int) -> None:
-    time.sleep(1)
+    """When the test says that it has saved for long enough."""
+    while not PIDS.with_suffix(".saved").exists():
+        time.sleep(0.005)
     sys.stdout.write(f"saved after {signal.Signals(signum).name}\n")
     sys.exit(0)
 
@@ -71,11 +80,13 @@ def show(words: list[str]) -> None:
 
 def crash(words: list[str]) -> None:
     """Rank 1 fails; the others sleep, or fail a little later because it did."""
+    if RANK == 1:
+        hold()
     meet()
     if RANK == 1:
         raise RuntimeError("boom")
-    time.sleep(0.02)
     if words == ["connection"]:
+        hold()  # rank 1's end breaks a connection
         raise RuntimeError("lost connection")
     stay()
 
@@ -94,7 +105,7 @@ def deaf(words: list[str]) -> None:
 
 
 def graceful(words: list[str]) -> None:
-    """Saves for a second when it is told to end."""
+    """Saves for a while when it is told to end."""
     on_signals(save_and_leave)
     meet()
     stay()
@@ -117,7 +128,8 @@ def suspended(words: list[str]) -> None:
     meet()
     if RANK == 0:
         os.kill(os.getpid(), signal.SIGSTOP)
-    time.sleep(0.2)
+    while not launch._is_stopped(int((PIDS / "0").read_text())):
+        time.sleep(0.005)
     if words == ["crash"]:
         raise RuntimeError("boom")
     stay()
@@ -160,12 +172,15 @@ def mistake(words: list[str]) -> None:
 
 def killed(words: list[str]) -> None:
     """Rank 1 is killed; rank 0 complains about that, before it is seen or after, or sleeps."""
+    if RANK == 1:
+        hold()
     meet()
     if RANK == 1:
         if words == ["seen late"]:
             until_the_end_of(0)
         os.kill(os.getpid(), signal.SIGKILL)
-    time.sleep(0.02)
+    if words == ["connection"]:
+        hold()  # rank 1's end breaks a connection
     if words != ["sleep"]:
         raise RuntimeError("lost connection")
     stay()
@@ -217,7 +232,8 @@ if __name__ == "__main__":
         signal.signal(signal.SIGINT, signal.default_int_handler)
         if "PROBE_NOHUP" in os.environ:
             signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        for name in ("LOOK_SECONDS", "GRACE_SECONDS", "STOPPED_SECONDS", "STOP_SECONDS"):
+        for name in ("LOOK", "GRACE", "STOPPED", "STOP", "ONE_WISH"):
+            name += "_SECONDS"
             setattr(launch, name, float(os.environ.get(name, getattr(launch, name))))
         threads = int(os.environ.get("PROBE_THREADS", "0"))
         handlers = [signal.getsignal(signum) for signum in launch.STOP_SIGNALS]

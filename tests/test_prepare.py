@@ -87,7 +87,9 @@ def test_a_python_without_its_sources_is_one_line(tmp_path, monkeypatch):
 
 def test_python_docs_first_and_cached(tmp_path):
     out = tmp_path / "docs"
+    started = time.perf_counter()
     made = script("--out", out)
+    making = time.perf_counter() - started
     assert made.returncode == 0, made.stderr
     corpus = open_corpus(out, 256)
     assert corpus.meta.python == f"{sys.implementation.name} {sys.version.split()[0]}"
@@ -99,7 +101,7 @@ def test_python_docs_first_and_cached(tmp_path):
     assert cached.returncode == 0, cached.stderr
     assert "whole already" in cached.stdout
     assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == files
-    assert seconds < 2  # 0.3 s on two idle cores
+    assert seconds < making / 2  # 0.3 s of 4 on two idle cores
 
 
 def test_a_checkout_is_not_needed(tmp_path):
