@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -82,3 +83,22 @@ def test_control_each_danger_is_seen() -> None:
     ):
         assert list(dangers(source)), source
     assert not list(dangers("torch.load('x', weights_only=True)"))
+
+
+def spoken(source: str) -> Iterator[str]:
+    """The texts of a module that a user may see: all but docstrings."""
+    nodes = list(ast.walk(ast.parse(source)))
+    silent = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+    for node in nodes:
+        if (
+            isinstance(node, ast.Constant)
+            and isinstance(node.value, str)
+            and id(node) not in silent
+        ):
+            yield node.value
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_message_advises_to_remove_what_a_user_may_have_made(path: Path) -> None:
+    for text in spoken(path.read_text()):
+        assert not re.search(r"\b([Rr]emove|[Dd]elete|rm|rmtree)\b", text), text
