@@ -25,14 +25,14 @@ def start(*flags: str) -> tuple[int, str, float]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=60,
+        timeout=600,
         check=False,
     )
     return done.returncode, done.stdout, time.monotonic() - started
 
 
 def main() -> None:
-    status, output, _ = start()
+    status, output, pace = start()
     assert status == 0, output
     for rank in range(2):
         assert f"rank {rank} of 2: the sum is 3.0" in output, output
@@ -42,7 +42,8 @@ def main() -> None:
     assert status != 0, output
     assert "error: rank 0 waited 5 s in an all-reduce: another rank never came to it" in output
     assert "the sum is" not in output, output
-    assert 5 <= seconds < 30, seconds
+    told = f"it took {seconds:.1f} s, and {pace:.1f} s where no rank skips"
+    assert 5 <= seconds < 5 + 10 * pace, told
     print("rank 1 skips: rank 0 says so after 5 s, and torchrun ends both")
 
 

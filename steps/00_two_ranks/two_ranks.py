@@ -27,7 +27,8 @@ def sum_over_ranks(value: float) -> float:
     """The sum of all ranks' values, on every rank. Raises Hang if a rank does not take part."""
     tensor = torch.tensor([value])
     try:
-        dist.all_reduce(tensor)  # in place: every rank ends with the same sum
+        work = dist.all_reduce(tensor, async_op=True)  # in place: every rank ends with the same sum
+        work.wait(timedelta(seconds=TIMEOUT))
     except RuntimeError as error:
         raise Hang(
             f"rank {dist.get_rank()} waited {TIMEOUT:.0f} s in an all-reduce: another rank never "
@@ -43,7 +44,7 @@ def main() -> int:
     if "RANK" not in os.environ:
         print("error: one process has nobody to talk to; start two:" + RUN, file=sys.stderr)
         return 2
-    dist.init_process_group("gloo", timeout=timedelta(seconds=TIMEOUT))
+    dist.init_process_group("gloo")
     rank, world_size = dist.get_rank(), dist.get_world_size()
     print(f"rank {rank} of {world_size}: process {os.getpid()}, holds {rank + 1.0}", flush=True)
     if rank == skips:
