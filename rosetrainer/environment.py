@@ -29,6 +29,10 @@ ANSWER_SECONDS = 5.0
 """For `python` on PATH to say what it is; one that says nothing is not ours."""
 
 
+class PlaceError(ConfigError):
+    """A launcher's variables that cannot be: told by each rank that has them, maybe one alone."""
+
+
 @dataclass(frozen=True)
 class Place:
     """A process's place among the ranks, by what its launcher set; None where that says nothing."""
@@ -43,15 +47,15 @@ def world_from_environment() -> tuple[int, int, int, int]:
     """(rank, world size, local rank, local world size) by torchrun, mpirun or srun.
 
     (0, 1, 0, 1) alone, and 0 and 1 for the last two where nothing says which ranks share a machine.
-    Raises ConfigError for variables that are no numbers, lack their partner or contradict it.
+    Raises PlaceError for variables that are no numbers, lack their partner or contradict it.
     """
     place = _of_torchrun() or _of_mpirun() or _of_srun() or Place(0, 1)
     rank, world_size = place.rank, place.world_size
     local_rank, local_world_size = _on_this_machine(place) or (0, 1)
     if rank >= world_size:
-        raise ConfigError(f"RANK={rank} must be below WORLD_SIZE={world_size}; {BY_ITSELF}")
+        raise PlaceError(f"RANK={rank} must be below WORLD_SIZE={world_size}; {BY_ITSELF}")
     if not local_rank < local_world_size <= world_size:
-        raise ConfigError(
+        raise PlaceError(
             f"LOCAL_RANK={local_rank} must be below LOCAL_WORLD_SIZE={local_world_size}, and that "
             f"at most WORLD_SIZE={world_size}; {BY_ITSELF}"
         )
@@ -74,7 +78,7 @@ def speaks_for_machine() -> bool:
 def _number(name: str) -> int | None:
     text = os.environ.get(name)
     if text is not None and not text.isdecimal():
-        raise ConfigError(f"the environment's {name}={text!r} should be a number; use torchrun")
+        raise PlaceError(f"the environment's {name}={text!r} should be a number; use torchrun")
     return None if text is None else int(text)
 
 
@@ -85,7 +89,7 @@ def _of_torchrun() -> Place | None:
         return None
     if rank is None or world_size is None:
         has, lacks = ("RANK", "WORLD_SIZE") if world_size is None else ("WORLD_SIZE", "RANK")
-        raise ConfigError(f"{has}={os.environ[has]} is set and {lacks} is not; {BY_ITSELF}")
+        raise PlaceError(f"{has}={os.environ[has]} is set and {lacks} is not; {BY_ITSELF}")
     return Place(rank, world_size)
 
 
@@ -130,7 +134,7 @@ def _on_this_machine(place: Place) -> tuple[int, int] | None:
         has, lacks = "LOCAL_RANK", "LOCAL_WORLD_SIZE"
         if local_rank is None:
             has, lacks = lacks, has
-        raise ConfigError(f"{has} is known and {lacks} is not; {BY_ITSELF}")
+        raise PlaceError(f"{has} is known and {lacks} is not; {BY_ITSELF}")
     return local_rank, local_world_size
 
 
@@ -143,7 +147,7 @@ def choose_device(wanted: str, local_rank: int, local_world_size: int) -> torch.
     import torch  # which who starts ranks does without: its seconds of importing are theirs
 
     gpus = torch.cuda.device_count() if wanted != "cpu" and torch.cuda.is_available() else 0
-    if gpus and _gpus_are_own(gpus, local_world_size):
+    if gpus and gpus_are_own(gpus, local_world_size):
         return torch.device("cuda", 0)
     place = _of_torchrun()
     if gpus > 1 and place and place.world_size > 1 and _on_this_machine(place) is None:
@@ -163,7 +167,7 @@ def choose_device(wanted: str, local_rank: int, local_world_size: int) -> torch.
     return torch.device("cpu")
 
 
-def _gpus_are_own(visible: int, local_world_size: int) -> bool:
+def gpus_are_own(visible: int, local_world_size: int) -> bool:
     """Whether the GPUs that this rank sees are for it alone, by what a scheduler has set.
 
     torchrun and our launcher give all ranks one environment, so these share what they see.
@@ -177,19 +181,6 @@ def _gpus_are_own(visible: int, local_world_size: int) -> bool:
     of_node = _number("SLURM_GPUS_ON_NODE")
     one_is_named = visible == 1 and "CUDA_VISIBLE_DEVICES" in os.environ
     return one_is_named and (of_node is None or of_node >= local_world_size)
-
-
-def gpu_remark(device: torch.device, wanted: str) -> str:
-    """Of the GPUs that this rank sees and does not use; "" if there is none."""
-    import torch
-
-    gpus, (_, _, _, local_world_size) = torch.cuda.device_count(), world_from_environment()
-    if device.type == "cpu":
-        too_few = gpus and wanted == "auto"
-        return f"GPUs: {gpus}, fewer than the {local_world_size} local ranks" if too_few else ""
-    own = _gpus_are_own(gpus, local_world_size)
-    idle = gpus - (1 if own else local_world_size)
-    return f"{'its own ' * own}GPUs: {gpus}, {idle} idle: a rank uses one" if idle > 0 else ""
 
 
 def name_ranks(ranks: list[int]) -> str:

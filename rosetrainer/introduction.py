@@ -11,7 +11,7 @@ import torch
 
 from rosetrainer.config import TrainConfig
 from rosetrainer.data import Corpus
-from rosetrainer.environment import gpu_remark
+from rosetrainer.environment import gpus_are_own, world_from_environment
 from rosetrainer.loss_curve import CURVE, NARROWEST
 from rosetrainer.manifest import Progress, folder_name
 from rosetrainer.model import GPTModel
@@ -132,3 +132,14 @@ def say_goodbye(folder: Path, steps: int, saved: int, stopped: bool, finished: b
 def shown(path: Path) -> str:
     """As a user would type it."""
     return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def gpu_remark(device: torch.device, wanted: str) -> str:
+    """Of the GPUs that this rank sees and does not use; "" if there is none."""
+    gpus, (_, _, _, local_world_size) = torch.cuda.device_count(), world_from_environment()
+    if device.type == "cpu":
+        too_few = gpus and wanted == "auto"
+        return f"GPUs: {gpus}, fewer than the {local_world_size} local ranks" if too_few else ""
+    own = gpus_are_own(gpus, local_world_size)
+    idle = gpus - (1 if own else local_world_size)
+    return f"{'its own ' * own}GPUs: {gpus}, {idle} idle: a rank uses one" if idle > 0 else ""

@@ -20,6 +20,7 @@ from typing import NoReturn
 
 from rosetrainer.environment import (
     LAUNCHED,
+    PlaceError,
     speaks_for_machine,
     trainer_command,
     world_from_environment,
@@ -74,7 +75,7 @@ def run_rank(main: Callable[[], int | None]) -> NoReturn:
     except ConfigError as error:
         if launched:
             _report_to_launcher(error, 2)
-        if speaks:
+        if speaks or isinstance(error, PlaceError):
             print(f"error: {error}", file=sys.stderr)
         elif "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun's
             signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -14,13 +14,14 @@ from rosetrainer.config import ParallelConfig
 from rosetrainer.environment import (
     LAUNCHED,
     choose_device,
-    gpu_remark,
     speaks_for_machine,
     world_from_environment,
 )
 from rosetrainer.fields import ConfigError
 from rosetrainer.flags import ranks_to_start
+from rosetrainer.introduction import gpu_remark
 from rosetrainer.process_group import check_gpus_differ, meet, own_device
+from rosetrainer.rank import run_rank
 
 RANK_3 = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "4"}
 SRUN_3 = {
@@ -114,6 +115,16 @@ def test_variables_that_contradict_each_other_are_one_line(
         world_from_environment()
     assert said in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def test_a_rank_alone_in_its_mistake_tells_of_it(
+    started_with: Start, capsys: pytest.CaptureFixture[str]
+) -> None:
+    started_with({"RANK": "5", "WORLD_SIZE": "4", "LOCAL_RANK": "2", "LOCAL_WORLD_SIZE": "4"})
+    with pytest.raises(SystemExit) as ended:
+        run_rank(lambda: world_from_environment()[0])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith("error: RANK=5 must be below WORLD_SIZE=4; torchrun")
 
 
 def test_one_visible_gpu_for_each_rank_is_that_rank_s(started_with: Start) -> None:
