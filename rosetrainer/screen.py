@@ -44,7 +44,7 @@ class Screen(io.TextIOBase):
         self._bar: str | None = None
         self._bar_stands = self._busy = self._stuck = self._closed = False
         self._dropped = 0
-        self._error: OSError | None = None
+        self._error: Exception | None = None
         threading.Thread(target=self._write_all, name="screen", daemon=True).start()
 
     @property
@@ -93,8 +93,10 @@ class Screen(io.TextIOBase):
         """Writes what is left, if somebody reads. The stream stays open."""
         with self._changed:
             if not self._closed:
-                self._closed = True
+                if self._partial:
+                    self._put(self._partial)
                 self._tell_of_dropped()
+                self._closed, self._partial = True, ""
                 self._changed.notify_all()
         self.flush()
 
@@ -136,7 +138,7 @@ class Screen(io.TextIOBase):
             try:
                 if self._error is None:
                     self._emit(text)
-            except OSError as error:
+            except (OSError, ValueError) as error:  # ValueError: somebody has closed the stream
                 self._error = error
             with self._changed:
                 self._busy = self._stuck = False
@@ -176,7 +178,11 @@ def descriptor_of(stream: TextIO) -> int | None:
 @contextlib.contextmanager
 def own_screen() -> Iterator[None]:
     """Whatever is printed in here does not wait for its reader. At the end it does, for a while."""
-    screen = Screen(sys.stdout)
+    stream: TextIO | None = sys.stdout
+    if stream is None:  # the process was started without one
+        yield
+        return
+    screen = Screen(stream)
     try:
         with contextlib.redirect_stdout(screen):
             yield

@@ -6,6 +6,7 @@ import contextlib
 import io
 import itertools
 import json
+import math
 import random
 import time
 import xml.etree.ElementTree
@@ -24,6 +25,7 @@ from rosetrainer.config import GPTConfig, OptimConfig, RunConfig, TrainConfig
 from rosetrainer.introduction import changes, schedule_notes
 from rosetrainer.loss_curve import LossCurves, Scale, thinned
 from rosetrainer.manifest import checkpoints
+from rosetrainer.prepare import main as prepare
 from rosetrainer.run_log import EVENTS, LOG, RunLog, has_evaluation, read_log
 from rosetrainer.train import check_config, train
 
@@ -210,6 +212,18 @@ def test_a_finished_run_says_so_and_computes_nothing(markov: Path, tmp_path: Pat
     out = tmp_path / "run"
     told = f"finished: 5 steps of 5 are in {out}; give more --steps to go on, or a new --out"
     assert run_ranks(1, start_again, tiny(markov, out)) == [(0, told)]
+
+
+def test_bits_per_byte_are_the_nats_of_a_token_over_its_bytes(tmp_path: Path) -> None:
+    text, corpus, run = tmp_path / "text", tmp_path / "corpus", tmp_path / "run"
+    text.write_text("the rank that waits, and the rank that it waits for\n" * 40)
+    prepare(["file", str(text), "--tokenizer", "bpe", "--vocab-size", "270", "--out", str(corpus)])
+    run_ranks(1, run_once, tiny(corpus, run))
+    told, meta = assert_told_alike(run), json.loads((corpus / "meta.json").read_text())
+    assert meta["bytes_per_token"] > 1.5
+    for step in (3, 5):
+        bits = told["val/loss", step] / math.log(2) / meta["bytes_per_token"]
+        assert told["val/bits_per_byte", step] == pytest.approx(bits, rel=1e-5)
 
 
 def test_the_schedule_says_what_it_does() -> None:

@@ -47,7 +47,7 @@ def test_lines_come_in_their_order(pipe: tuple[TextIO, TextIO]) -> None:
     with contextlib.redirect_stdout(writing), own_screen():
         for number in range(1000):
             print("line", number)
-        print("and the last", end="\n")
+        print("and the last", end="")
     writing.close()
     assert reading.read().splitlines() == [*(f"line {n}" for n in range(1000)), "and the last"]
 
@@ -97,6 +97,14 @@ def test_a_closed_pipe_is_told_by_the_next_line(pipe: tuple[TextIO, TextIO]) -> 
         print("the second")
     with pytest.raises(BrokenPipeError), contextlib.redirect_stdout(writing), own_screen():
         print("the last")
+
+
+def test_without_a_standard_output_nothing_is_said() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stdout", None)
+        with own_screen():
+            print("nobody hears")
+            assert sys.stdout is None
 
 
 def train_unread(out: Path, data: Path) -> tuple[int, list[str]]:
