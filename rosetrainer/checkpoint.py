@@ -22,6 +22,7 @@ from rosetrainer.checkpoint_files import Draft, retain
 from rosetrainer.config import RunConfig
 from rosetrainer.manifest import CheckpointError, Manifest, Progress, SavedTensor
 from rosetrainer.parallel_context import ParallelContext
+from rosetrainer.process_group import PATIENCE_SECONDS
 from rosetrainer.tensor_parallel import ShardSpec, shard_spec
 
 
@@ -65,7 +66,7 @@ class Saver:
                 # Rank 0 now waits for the others as in a collective: the hang watch counts those.
                 self._context.dp.ledger.begun += 1
             if self._context.rank == 0:
-                patience = self._config.timeout + 60  # the watch has the first word
+                patience = self._config.timeout + PATIENCE_SECONDS
                 draft.complete(self._context.world_size, progress, patience)
                 retain(self._run, self._config.keep)
             seconds = time.perf_counter() - started

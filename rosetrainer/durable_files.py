@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import mmap
 import os
 import resource
 import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+
+from rosetrainer.heartbeat import HEARTBEAT
+
+SYNC_BYTES = 2**26
+"""Written to the disk at a time; a multiple of any system's page."""
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
@@ -18,14 +25,25 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         part.unlink(missing_ok=True)
         part.touch()
         mode = part.stat().st_mode
-        write(part)
+        with HEARTBEAT.writing(part):
+            write(part)
         part.chmod(mode)  # safetensors makes a file anew, which only its owner may read
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
+        sync_file(part)
         part.replace(path)
         sync_folder(path.parent)
     finally:
         part.unlink(missing_ok=True)
+
+
+def sync_file(path: Path) -> None:
+    """Block by block, with a sign of work for each: a slow disk takes minutes for all at once."""
+    size = path.stat().st_size
+    with path.open("r+b") as file:
+        with contextlib.suppress(ValueError), mmap.mmap(file.fileno(), size) as content:
+            for start in range(0, size, SYNC_BYTES):
+                content.flush(start, min(SYNC_BYTES, size - start))
+                HEARTBEAT.beat()
+        os.fsync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:
@@ -42,6 +60,7 @@ def sha256_of(path: Path) -> str:
     with path.open("rb") as file:
         for block in iter(partial(file.read, 2**20), b""):
             digest.update(block)
+            HEARTBEAT.beat()
     return digest.hexdigest()
 
 

@@ -14,8 +14,10 @@ from rosetrainer.checkpoint import Saver
 from rosetrainer.config import TrainConfig
 from rosetrainer.data import Corpus
 from rosetrainer.evaluation import evaluate
+from rosetrainer.heartbeat import HEARTBEAT
 from rosetrainer.manifest import Progress
 from rosetrainer.model import GPTModel
+from rosetrainer.pace import Pace
 from rosetrainer.parallel_context import Axis, ParallelContext
 from rosetrainer.performance import flops_per_token
 from rosetrainer.precision import Autocast, NonFiniteGradientError
@@ -24,12 +26,11 @@ from rosetrainer.run_log import RunLog, traffic
 from rosetrainer.step_profile import StepProfile
 from rosetrainer.stop import STOP
 from rosetrainer.training_step import check_finite, check_skipped, train_step
-from rosetrainer.watch import HangWatch, Pace
 
 
 @dataclass
 class TrainingLoop:
-    """One run on this rank. `log` is rank 0's; `watch` is there if there are other ranks."""
+    """One run on this rank. `log` is rank 0's."""
 
     config: TrainConfig
     corpus: Corpus
@@ -41,7 +42,6 @@ class TrainingLoop:
     dtype: torch.dtype
     saver: Saver
     log: RunLog | None
-    watch: HangWatch | None
     peak: float
     """FLOP/s of all ranks together."""
     profile: StepProfile | None = None
@@ -121,8 +121,7 @@ class TrainingLoop:
 
     def wants_to_stop(self) -> bool:
         self.saver.check()
-        if self.watch:
-            self.watch.beat()
+        HEARTBEAT.beat()
         self.stopped = agree_to_stop(STOP.signal, self.world, self.context.device)
         STOP.wait_for_steps()
         return self.stopped is not None

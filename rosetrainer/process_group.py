@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -11,10 +12,14 @@ import torch.distributed as dist
 
 from rosetrainer.environment import choose_device, name_ranks, world_from_environment
 from rosetrainer.fields import ConfigError
-from rosetrainer.rank import MEETING
+from rosetrainer.rank import MEETING, SILENT_SECONDS, RankError
 
-PATIENCE_SECONDS = 60
-"""How much longer than the hang watch a collective waits: the watch can name the rank at fault."""
+PATIENCE_SECONDS = 24 * 3600
+"""How much longer a collective waits than the hang watch, which ends ranks that hang, with the name
+of the one at fault, and lets them wait for one that is at work."""
+
+START_SECONDS = 120
+"""So long, at least, a rank may need to import torch and come to the others."""
 
 
 def own_device(wanted: str) -> torch.device:
@@ -23,35 +28,65 @@ def own_device(wanted: str) -> torch.device:
     return choose_device(wanted, local_rank, local_world_size)
 
 
-def meet(device: str, timeout_seconds: float = 300.0) -> dist.Store | None:
-    """Starts the default process group, where there is more than one rank and none is there yet.
+def open_store(timeout_seconds: float) -> dist.Store | None:
+    """The store in which the ranks meet, where there is more than one and they have not met yet.
 
-    Gives the store in which the ranks met. Raises ConfigError if its address is not given or its
-    port is taken, if two ranks have the same GPU, and if they are on devices of two kinds.
+    It waits for nobody but its host, so that the hang watch is there before ranks wait for ranks.
+    Raises ConfigError if its address is not given or its port is taken, RankError if its host does
+    not answer.
     """
     rank, world_size, _, _ = world_from_environment()
     if world_size == 1 or dist.is_initialized():
         return None
-    own = own_device(device)
-    timeout = timedelta(seconds=timeout_seconds)
-    folder = os.environ.get(MEETING)
+    if folder := os.environ.get(MEETING):
+        return dist.FileStore(str(Path(folder) / "store"), world_size)
+    check_address(world_size)
+    seconds = max(timeout_seconds, START_SECONDS)
     try:
-        if folder:
-            store: dist.Store = dist.FileStore(str(Path(folder) / "store"), world_size)
-        else:
-            check_address(world_size)
-            kept, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=timeout))
-            # torchrun keeps one store for all its restarts: nobody may read a dead rank's address.
-            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-            store = dist.PrefixStore(f"attempt {attempt}", kept)
+        # As if for one rank: the host of a store for more waits here until all have come.
+        found = dist.rendezvous("env://", rank, 1, timeout=timedelta(seconds=seconds))
+        kept, _, _ = next(found)
     except dist.DistNetworkError as error:
-        if "EADDRINUSE" not in str(error):
-            raise
-        port = os.environ.get("MASTER_PORT", "")
-        raise ConfigError(
-            f"port {port} is in use on this machine; choose another: torchrun's --master-port, or "
-            f"MASTER_PORT where you start the ranks yourself"
+        if "EADDRINUSE" in str(error):
+            port = os.environ["MASTER_PORT"]
+            raise ConfigError(
+                f"port {port} is in use on this machine; choose another: torchrun's --master-port, "
+                f"or MASTER_PORT where you start the ranks yourself"
+            ) from None
+        if rank != 1:  # which tells it; without a store they cannot agree who does
+            time.sleep(SILENT_SECONDS)
+            raise RankError("") from None
+        raise RankError(
+            f"{store_host()} has not answered in {seconds:g} s; has it started, and can this "
+            f"machine reach it?"
         ) from None
+    # torchrun keeps one store for all its restarts: nobody may read a dead rank's address.
+    return dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", kept)
+
+
+def store_host() -> str:
+    """Who keeps the store, for a message."""
+    if folder := os.environ.get(MEETING):
+        return f"the file {Path(folder) / 'store'}, in which the ranks meet,"
+    address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return f"torchrun's process that keeps the ranks' store at {address}"
+    return f"rank 0, which keeps the ranks' store at {address},"
+
+
+def meet(device: str, timeout_seconds: float = 300.0, store: dist.Store | None = None) -> None:
+    """Starts the default process group, where there is more than one rank and none is there yet.
+
+    store: from open_store, which is otherwise called here. Raises what that does, and ConfigError
+    if two ranks have the same GPU or are on devices of two kinds.
+    """
+    store = store or open_store(timeout_seconds)
+    if store is None:
+        return
+    timeout = timedelta(seconds=timeout_seconds)
+    store.set_timeout(timeout)
+    rank, world_size, _, _ = world_from_environment()
+    own = own_device(device)
     check_same_device(store, rank, world_size, own.type)
     if own.type == "cuda":
         torch.cuda.set_device(own)
@@ -65,7 +100,6 @@ def meet(device: str, timeout_seconds: float = 300.0) -> dist.Store | None:
         timeout=timeout,
         device_id=own if own.type == "cuda" else None,
     )
-    return store
 
 
 def check_address(world_size: int) -> None:

@@ -34,7 +34,7 @@ LAST_WORDS = "last_words.txt"
 """In that folder: what rank 0 says when a signal has stopped it."""
 
 SILENT_SECONDS = 30
-"""How long a rank under torchrun that leaves a mistake to another one to tell waits to be ended."""
+"""How long a rank that leaves it to another one to tell of a mistake waits to be ended."""
 
 PIPE_CLOSED = 128 + signal.SIGPIPE
 """Exit status when the reader of our output, `head` say, has gone: there is nothing to say."""

@@ -35,7 +35,7 @@ from rosetrainer.optim import build_optimizer
 from rosetrainer.parallel_context import Axis, ParallelContext, end_parallel, init_parallel
 from rosetrainer.performance import be_deterministic, choose_dtype, matmul_peak, set_threads
 from rosetrainer.precision import autocast_for
-from rosetrainer.process_group import PATIENCE_SECONDS, meet, own_device
+from rosetrainer.process_group import PATIENCE_SECONDS, meet, open_store, own_device
 from rosetrainer.products import fast_products
 from rosetrainer.resume import Place, begin
 from rosetrainer.run_folder import check_unlocked
@@ -77,10 +77,11 @@ def train(
     if config.run.deterministic:
         be_deterministic()
     set_threads(config.run.threads)
-    store = meet(config.run.device, config.run.timeout + PATIENCE_SECONDS)
-    world = world_axis()
-    watch = HangWatch(store, world, config.run.timeout) if store is not None else None
+    timeout, world = config.run.timeout, world_axis()
+    store = open_store(timeout)
+    watch = HangWatch(store, world, timeout) if store is not None else None
     with own_screen() if world.rank == 0 else nullcontext(), told_once(store, world) as failures:
+        meet(config.run.device, timeout + PATIENCE_SECONDS, store)
         device = own_device(config.run.device)
         begun = find_beginning(config, corpus).dtype if world.rank == 0 else None
         begun = gather_texts(begun or "", world, device)[0]
@@ -105,6 +106,8 @@ def run_here(
     """Sets up what the loop needs, and runs it."""
     timeout = config.run.timeout + PATIENCE_SECONDS
     context = init_parallel(config.parallel, config.run.device, timeout)
+    if watch:
+        watch.follow(context)
     assert config.run.compute_dtype
     dtype = choose_dtype(config.run.compute_dtype, context.device)
     speaks = context.rank == 0
@@ -135,8 +138,6 @@ def run_here(
             if line:
                 print(line)
     peak = sum_over_ranks(matmul_peak(context.device, dtype), context)
-    if watch:
-        watch.follow(context.axes)
     profile = None
     if config.run.profile:
         where = Path(shown(place.folder))
@@ -153,7 +154,6 @@ def run_here(
             dtype=dtype,
             saver=Saver(place.folder, place.attempt, model, optimizer, context, config.run),
             log=log,
-            watch=watch,
             peak=peak,
             profile=profile,
             step=step,

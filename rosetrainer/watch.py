@@ -2,156 +2,191 @@
 
 from __future__ import annotations
 
-import statistics
+import json
+import sys
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
 
-import torch
 import torch.distributed as dist
 
-from rosetrainer.comm import all_gather
+from rosetrainer import comm, process_group
 from rosetrainer.failures import answer, is_first
-from rosetrainer.parallel_context import Axis
+from rosetrainer.heartbeat import HEARTBEAT, IdleClock
+from rosetrainer.parallel_context import Axis, ParallelContext
+from rosetrainer.process_group import START_SECONDS, store_host
 from rosetrainer.rank import RankError, end_rank
 
 POLL_SECONDS = 0.25
-ANSWER_SECONDS = 2.5
-"""All ranks stop making progress at nearly the same time; so long each has to say so."""
+LEAST_ANSWER_SECONDS, MOST_ANSWER_SECONDS = 4.0, 30.0
+"""How long the ranks have to answer another one: a tenth of the timeout, between these."""
+
+SILENT_SECONDS = 5.0
+"""How long a rank stays that leaves it to another one, which may come to it later, to tell."""
+
+WAITING = (str(Path(dist.__file__).parent), comm.__file__, process_group.__file__)
+"""Where a rank stands that waits for others."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """How a rank stands when another one asks."""
+
+    begun: int
+    """Collectives."""
+    idle: float
+    """Seconds without a sign of work."""
+    waits: bool
+    place: str
 
 
 class HangWatch:
-    """A thread that ends this rank if it makes no progress, and names the rank at fault.
+    """Ends this rank when no rank makes progress, and names the rank at fault.
 
-    Progress is a collective begun or a `beat`. A rank that cannot answer is stopped; else the one
-    at fault is the one that has begun the fewest collectives: the others wait in the next.
+    Progress is a collective begun, a beat, or processor time, see IdleClock. A rank without any
+    for so many seconds asks all others in the store, where a thread of each looks for such a
+    question. If one of them is at work the rank waits on: others wait for whoever saves, say.
     """
 
     def __init__(self, store: dist.Store, world: Axis, seconds: float):
-        self._store, self._world, self._seconds = store, world, seconds
+        # A connection of its own: while the main thread waits in the store it holds the other one.
+        self._store = store.clone()  # type: ignore[attr-defined]
+        self._world, self._seconds = world, seconds
+        self._patience = min(max(seconds / 10, LEAST_ANSWER_SECONDS), MOST_ANSWER_SECONDS)
         self._axes: Sequence[Axis] = (world,)
-        self._beats = 0
+        self._on_cuda = False
+        self._idle, self._answered = 0.0, 0
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="hang watch", daemon=True)
-        self._thread.start()
+        self._store.set(f"here/{world.rank}", "")
+        parts = (self._look, self._reply)
+        self._threads = [threading.Thread(target=p, name="hang watch", daemon=True) for p in parts]
+        for thread in self._threads:
+            thread.start()
 
-    def follow(self, axes: Sequence[Axis]) -> None:
-        """Counts the collectives of these as well."""
-        self._axes = (self._world, *axes)
-
-    def beat(self) -> None:
-        """Says that this rank is at work although it begins no collective."""
-        self._beats += 1
+    def follow(self, context: ParallelContext) -> None:
+        """Counts the collectives of its axes as well."""
+        self._axes = (self._world, *context.axes)
+        self._on_cuda = context.device.type == "cuda"
 
     def close(self) -> None:
         self._ended.set()
-        self._thread.join()  # one that is alive when the interpreter ends can abort the process
+        for thread in self._threads:  # one alive when the interpreter ends can abort the process
+            thread.join(self._patience)
 
-    def _watch(self) -> None:
-        last, since = (-1, -1), time.monotonic()
+    def _begun(self) -> int:
+        return sum(axis.ledger.begun for axis in self._axes)
+
+    def _look(self) -> None:
+        """Asks the others when this rank has been idle for too long."""
+        clock, ask_at = IdleClock(self._seconds, time.monotonic()), 0.0
         while not self._ended.wait(POLL_SECONDS):
-            now = (self._beats, sum(axis.ledger.begun for axis in self._axes))
-            if now != last:
-                last, since = now, time.monotonic()
-            elif time.monotonic() - since > self._seconds:
-                self._end(now[1])
+            processor = processor_seconds(self._on_cuda)
+            count = self._begun() + HEARTBEAT.count()
+            self._idle = clock.look(time.monotonic(), count, processor)
+            # A little later, for ranks that wait for the same one stopped within a moment.
+            if self._idle >= self._seconds + 2 * POLL_SECONDS and time.monotonic() >= ask_at:
+                ask_at = time.monotonic()
+                ask_at += self._ask()
 
-    def _end(self, begun: int) -> None:
-        text = answer(lambda: self._verdict(begun), ANSWER_SECONDS + 1)
-        if text is None:
-            host = "the process that keeps the ranks' store, by default of rank 0's machine,"
-            text = self._told(f"{host} does not answer") if self._world.rank == 1 else ""
-        if not text:
-            time.sleep(1.0)  # the end of this rank is not to be told as the cause
-        end_rank(RankError(text))
+    def _ask(self) -> float:
+        """Ends this process if all hang; else gives the seconds until asking again makes sense."""
+        found = answer(self._ask_all, self._patience + 2 * LEAST_ANSWER_SECONDS)
+        if found is None:
+            self._end(f"{store_host()} does not answer" if self._world.rank == 1 else "")
+        answers, here = found
+        at_work = min((one.idle for one in answers.values()), default=self._idle)
+        if at_work < self._seconds:
+            return self._seconds - at_work
+        if len(here) == self._world.size or self._idle >= START_SECONDS:
+            fault, why = at_fault(answers, here, self._world.size)
+            self._end(f"rank {fault} {why}" if is_first(self._store) else "")
+        return START_SECONDS - self._idle
 
-    def _verdict(self, begun: int) -> str:
-        """What this rank has to say of who is at fault; nothing if another one says it."""
-        key = "hang/{}".format
-        self._store.set(key(self._world.rank), str(begun))
-        deadline = time.monotonic() + ANSWER_SECONDS
-        ranks = range(self._world.size)
-        while True:
-            said = [rank for rank in ranks if self._store.check([key(rank)])]
-            answers = {rank: int(self._store.get(key(rank))) for rank in said}
-            if len(answers) == self._world.size or time.monotonic() > deadline:
-                break
-            time.sleep(0.05)
-        fault, why = at_fault(answers, self._world.size)
-        speaks = self._world.rank == min(set(answers) - {fault}, default=self._world.rank)
-        if speaks:
-            is_first(self._store)
-        return self._told(f"rank {fault} {why}") if speaks else ""
+    def _ask_all(self) -> tuple[dict[int, Answer], set[int]]:
+        """What each rank that answers says, and which ranks have ever come."""
+        number, ranks = self._answered + 1, range(self._world.size)
+        self._store.set(f"asked/{number}", "")
+        keys = [f"answer/{number}/{rank}" for rank in ranks]
+        deadline = time.monotonic() + self._patience
+        while not (complete := self._store.check(keys)) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        said = [rank for rank in ranks if complete or self._store.check([keys[rank]])]
+        texts = self._store.multi_get([keys[rank] for rank in said])
+        here = ranks if complete else [r for r in ranks if self._store.check([f"here/{r}"])]
+        return {r: Answer(**json.loads(t)) for r, t in zip(said, texts, strict=True)}, set(here)
 
-    def _told(self, who: str) -> str:
-        return (
+    def _reply(self) -> None:
+        """Answers every question that a rank has asked, until the store is gone."""
+        every = min(max(self._seconds / 10, POLL_SECONDS), LEAST_ANSWER_SECONDS / 2)
+        with suppress(RuntimeError, OSError):
+            while not self._ended.wait(every):
+                while self._store.check([f"asked/{self._answered + 1}"]):
+                    frame = sys._current_frames()[threading.main_thread().ident or 0]
+                    waits = frame.f_code.co_filename.startswith(WAITING)
+                    own = Answer(self._begun(), self._idle, waits, place_of(frame))
+                    key = f"answer/{self._answered + 1}/{self._world.rank}"
+                    self._store.set(key, json.dumps(asdict(own)))
+                    self._answered += 1
+
+    def _end(self, who: str) -> NoReturn:
+        if not who:
+            time.sleep(SILENT_SECONDS)  # its end is not to be told as the cause
+            end_rank(RankError(""))
+        text = (
             f"no progress for {self._seconds:g} s: {who}; all ranks end, and the same command goes "
             f"on from the last checkpoint; --timeout gives slower ranks more time"
         )
+        end_rank(RankError(text))
 
 
-def at_fault(begun: dict[int, int], world_size: int) -> tuple[int, str]:
-    """The rank that hangs, and how one can tell, out of the collectives that each has begun."""
-    silent = [rank for rank in range(world_size) if rank not in begun]
-    if silent:
-        return silent[0], "gives no sign of life"
-    rank = min(begun, key=lambda r: begun[r])
-    if begun[rank] == max(begun.values()):
-        return rank, "waits like all others: a connection may be lost"
-    return rank, f"has not come to collective {begun[rank] + 1}, in which others wait"
+def processor_seconds(on_cuda: bool) -> float | None:
+    """The main thread's processor time; None where a thread that waits uses it, or none is told.
 
-
-class Pace:
-    """Compares what each rank needs for a step by itself, the waiting for others taken off.
-
-    A rank that needs more than SLOW times the median of the others, in two windows of steps one
-    after the other, is slow. On CUDA the waiting is the device's, and nothing is compared.
+    Waiting for a GPU takes all of a core, so that only a compilation is told from it.
     """
-
-    WINDOW = 5
-    SLOW = 3.0
-    LEAST_SECONDS = 0.01
-
-    def __init__(self, world: Axis, axes: Sequence[Axis], device: torch.device) -> None:
-        self._world, self._axes, self._device = world, axes, device
-        self._busy: list[float] = []
-        self._suspects: set[int] = set()
-        self._told: set[int] = set()
-        self.begin()
-
-    def begin(self) -> None:
-        """Before each step."""
-        self._started, self._waited = time.perf_counter(), self._waited_so_far()
-
-    def end(self) -> str:
-        """After each step: a line about ranks newly found slow, or ""."""
-        if self._world.size == 1 or self._device.type == "cuda":
-            return ""
-        waited = self._waited_so_far() - self._waited
-        self._busy.append(time.perf_counter() - self._started - waited)
-        if len(self._busy) < self.WINDOW:
-            return ""
-        own = torch.tensor([statistics.median(self._busy)], dtype=torch.float64)
-        self._busy.clear()
-        busy = all_gather(own, self._world, "pace", dim=0).tolist()
-        suspects = slow_ranks(busy, self.SLOW, self.LEAST_SECONDS)
-        found = (suspects & self._suspects) - self._told
-        self._suspects, self._told = suspects, (self._told | found) & suspects
-        return "; ".join(
-            f"rank {rank} is slow: {busy[rank] * 1000:.0f} ms a step by itself, where the others "
-            f"need {statistics.median(busy[:rank] + busy[rank + 1 :]) * 1000:.0f}"
-            for rank in sorted(found)
-        )
-
-    def _waited_so_far(self) -> float:
-        return sum(axis.ledger.waited for axis in self._axes)
+    main = threading.main_thread().ident or 0
+    if not hasattr(time, "pthread_getcpuclockid"):
+        return None
+    if on_cuda and not _compiles(sys._current_frames().get(main)):
+        return None
+    return time.clock_gettime(time.pthread_getcpuclockid(main))
 
 
-def slow_ranks(busy: list[float], factor: float, least: float) -> set[int]:
-    """Ranks whose seconds exceed the median of the others by factor, and by `least` seconds."""
-    slow = set()
-    for rank, own in enumerate(busy):
-        others = statistics.median(busy[:rank] + busy[rank + 1 :])
-        if own > factor * others and own - others > least:
-            slow.add(rank)
-    return slow
+def _compiles(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if any(part in frame.f_code.co_filename for part in ("/_dynamo/", "/_inductor/")):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def place_of(frame: FrameType) -> str:
+    """Where a thread stands: the innermost line of this package, as "micro_batches, data.py:12"."""
+    own = Path(__file__).parent
+    found: FrameType | None = frame
+    while found is not None and Path(found.f_code.co_filename).parent != own:
+        found = found.f_back
+    found = found or frame
+    return f"{found.f_code.co_name}, {Path(found.f_code.co_filename).name}:{found.f_lineno}"
+
+
+def at_fault(answers: dict[int, Answer], here: set[int], world_size: int) -> tuple[int, str]:
+    """The rank that hangs, and how one can tell: out of the answers, and of who has ever come."""
+    if missing := [rank for rank in range(world_size) if rank not in here]:
+        return missing[0], "has not come to the others"
+    if silent := [rank for rank in range(world_size) if rank not in answers]:
+        return silent[0], "gives no sign of life"
+    # Of those that have begun equally many the one that does not wait: not all waiting is counted.
+    rank = min(answers, key=lambda r: (answers[r].begun, answers[r].waits))
+    stands = f"it stands in {answers[rank].place}"
+    if answers[rank].begun < max(one.begun for one in answers.values()):
+        begun = answers[rank].begun
+        return rank, f"has not come to collective {begun + 1}, in which others wait; {stands}"
+    if answers[rank].waits:
+        return rank, "waits like all others: a connection may be lost"
+    return rank, f"does not come to where others wait; {stands}"

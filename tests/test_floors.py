@@ -10,7 +10,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "rosetrainer"
 FLOORS = [
-    {"fields", "cgroup"},
+    {"fields", "cgroup", "heartbeat"},
     {
         *("config", "environment", "durable_files", "interfaces", "screen", "text_parts"),
         "token_pieces",
@@ -25,7 +25,8 @@ FLOORS = [
         *("reference_rotary", "text_files", "corpus_advice"),
     },
     {
-        *("overlap", "dropout", "recompute", "precision", "watch", "checkpoint_files", "adamw"),
+        *("overlap", "dropout", "recompute", "precision", "watch", "pace", "checkpoint_files"),
+        "adamw",
         *("step_profile", "document_files", "corpus_files"),
     },
     {"attention", "products", "token_writer", "documents"},

@@ -16,7 +16,8 @@ import pytest
 import torch
 from faults.harness import CHAOS, FLAGS, TRAINING, Fault, freeze, launch, run, sleep_on
 
-from rosetrainer.watch import at_fault, slow_ranks
+from rosetrainer.pace import slow_ranks
+from rosetrainer.watch import Answer, at_fault
 
 TIMEOUT = 2
 COMMAND = [*FLAGS, "--timeout", str(TIMEOUT)]
@@ -55,8 +56,7 @@ def test_a_frozen_rank_that_keeps_the_store_is_named_as_well(markov: Path, tmp_p
     outcome = run(2, command, Fault(0, 3, "forward", freeze), environment=address)
     assert outcome.after_fault < TIMEOUT + 10 * (1 + outcome.before_fault)
     assert (
-        f"no progress for {TIMEOUT} s: the process that keeps the ranks' store"
-        in outcome.complained
+        f"no progress for {TIMEOUT} s: rank 0, which keeps the ranks' store" in outcome.complained
     )
     assert outcome.complained.count("error: ") == 1
 
@@ -74,13 +74,22 @@ def test_control_without_the_watch_a_hang_lasts(markov: Path, tmp_path: Path) ->
 def watch_nothing(rank: int) -> None:
     from rosetrainer.watch import HangWatch
 
-    HangWatch._watch = lambda self: None  # type: ignore[method-assign]
+    HangWatch._look = lambda self: None  # type: ignore[method-assign]
 
 
 def test_who_is_at_fault() -> None:
-    assert at_fault({0: 7, 2: 7}, 3) == (1, "gives no sign of life")
-    assert at_fault({0: 7, 1: 8, 2: 8}, 3)[0] == 0
-    assert "waits like all others" in at_fault({0: 7, 1: 7}, 2)[1]
+    def answers(*begun: int | None, works: int | None = None) -> dict[int, Answer]:
+        found = {rank: n for rank, n in enumerate(begun) if n is not None}
+        return {rank: Answer(n, 9.0, rank != works, "here") for rank, n in found.items()}
+
+    every = {0, 1, 2}
+    assert at_fault(answers(7, None, 7), every, 3) == (1, "gives no sign of life")
+    assert at_fault(answers(7, None, 7), {0, 2}, 3) == (1, "has not come to the others")
+    assert at_fault(answers(7, 8, 8), every, 3)[0] == 0
+    assert at_fault(answers(8, 7, 7, works=2), every, 3)[0] == 2
+    assert at_fault(answers(8, 7, 8, works=2), every, 3)[0] == 1
+    assert at_fault(answers(7, 7, 7, works=1), every, 3)[0] == 1
+    assert "waits like all others" in at_fault(answers(7, 7, 7), every, 3)[1]
 
 
 def test_who_is_slow() -> None:

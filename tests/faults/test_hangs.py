@@ -1,0 +1,82 @@
+"""A rank that hangs is named, whichever it is, from its start on; one at work is waited for."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+from faults.harness import CHAOS, FLAGS, Fault, freeze, run, sleep_on
+
+TIMEOUT = 1
+COMMAND = [*FLAGS, "--timeout", str(TIMEOUT), "--global-batch-size", "12"]
+PHASES = ("import", "start", "layout", "describe")
+
+
+@contextmanager
+def meeting_place(kind: str) -> Iterator[dict[str, str]]:
+    """The environment of ranks: our launcher's folder, rank 0's own store, or torchrun's."""
+    if kind == "launcher":
+        yield {}
+        return
+    address = {"MASTER_ADDR": "127.0.0.1", "ROSETRAINER_MEETING": ""}
+    if kind == "rank 0":
+        with socket.create_server(("", 0)) as free:
+            port = free.getsockname()[1]
+        yield address | {"MASTER_PORT": str(port)}
+        return
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    agent = {"MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    yield address | agent
+
+
+def hurry(hangs: int | None, rank: int) -> None:
+    """Ranks that miss another one soon; `hangs` never comes to the others."""
+    from rosetrainer import process_group, watch
+
+    for module in (process_group, watch):
+        vars(module)["START_SECONDS"] = 3.0
+    if rank == hangs:
+        sleep_on()
+
+
+EVERY = [
+    (phase, place, rank, act)
+    for phase, place, rank, act in itertools.product(
+        PHASES, ("launcher", "rank 0", "torchrun"), range(4), (freeze, sleep_on)
+    )
+    if phase != "describe" or rank == 0
+]
+FEW = [
+    ("import", "launcher", 1, sleep_on),
+    ("import", "rank 0", 0, sleep_on),
+    ("start", "torchrun", 0, freeze),
+    ("layout", "launcher", 3, freeze),
+    ("layout", "rank 0", 0, freeze),
+    ("layout", "torchrun", 1, sleep_on),
+    ("describe", "rank 0", 0, sleep_on),
+]
+
+
+@pytest.mark.parametrize(("phase", "place", "rank", "act"), EVERY if CHAOS else FEW)
+def test_the_rank_that_hangs_before_training_is_named(
+    phase: str, place: str, rank: int, act: Any, markov: Path, tmp_path: Path
+) -> None:
+    ranks = 4 if rank == 3 else random.Random(f"{phase} {place} {rank}").choice([3, 4])
+    layout = ["--tp-size", "2", "--dp-size", "2"] if ranks == 4 else ["--dp-size", "3"]
+    command = [*COMMAND, *layout, "--data", str(markov), "--out", str(tmp_path / "run")]
+    faults = [Fault(rank, 0, phase, act)] if phase != "import" else []
+    with meeting_place(place) as environment:
+        hang = partial(hurry, rank if phase == "import" else None)
+        outcome = run(ranks, command, *faults, prepare=hang, environment=environment)
+    told = [line for line in outcome.complained.splitlines() if line.startswith("error: ")]
+    assert len(told) == 1, outcome
+    named = (f"no progress for {TIMEOUT} s: rank {rank} ", f"rank {rank}, which keeps the ")
+    assert any(name in told[0] for name in named), told
