@@ -22,7 +22,6 @@ from rosetrainer.checkpoint_files import Draft, retain
 from rosetrainer.config import RunConfig
 from rosetrainer.manifest import CheckpointError, Manifest, Progress, SavedTensor
 from rosetrainer.parallel_context import ParallelContext
-from rosetrainer.process_group import PATIENCE_SECONDS
 from rosetrainer.tensor_parallel import ShardSpec, shard_spec
 
 
@@ -66,9 +65,8 @@ class Saver:
                 # Rank 0 now waits for the others as in a collective: the hang watch counts those.
                 self._context.dp.ledger.begun += 1
             if self._context.rank == 0:
-                patience = self._config.timeout + PATIENCE_SECONDS
-                draft.complete(self._context.world_size, progress, patience)
-                retain(self._run, self._config.keep)
+                written = draft.complete(self._context.world_size, progress)
+                retain(self._run, self._config.keep, written)
             seconds = time.perf_counter() - started
             self.saved.append((progress.step, held if behind else seconds, seconds))
 

@@ -33,6 +33,27 @@ from rosetrainer.manifest import (
 )
 
 
+def mark_of(path: Path) -> tuple[int, int]:
+    """Size and time of the last change: what another program's writing would change."""
+    facts = path.stat()
+    return facts.st_size, facts.st_mtime_ns
+
+
+@dataclass(frozen=True)
+class Written:
+    """A checkpoint that was just written, and the marks of its files as they were hashed."""
+
+    folder: Path
+    marks: dict[str, tuple[int, int]]
+
+    def is_whole(self, folder: Path) -> bool:
+        """Whether `folder` is this one, and no file of it was touched since."""
+        if folder != self.folder:
+            return False
+        present = {path.name: mark_of(path) for path in folder.iterdir()}
+        return present == self.marks
+
+
 @dataclass(frozen=True)
 class Draft:
     """A checkpoint while it is being written. `attempt` tells apart what runs of a run left."""
@@ -57,7 +78,8 @@ class Draft:
         try:
             self.folder.mkdir(exist_ok=True)
             write_whole(path, lambda part: save_file(tensors, part))
-            word = {"size": path.stat().st_size, "sha256": sha256_of(path), "slices": slices}
+            size, mtime_ns = mark_of(path)
+            word = {"size": size, "mtime_ns": mtime_ns, "sha256": sha256_of(path), "slices": slices}
             self._leave(name, word)
         except (OSError, SafetensorError) as error:
             path.unlink(missing_ok=True)
@@ -77,27 +99,30 @@ class Draft:
         part.write_text(json.dumps(word))
         part.replace(self.folder / f"{name}.json")
 
-    def complete(self, world_size: int, progress: Progress, seconds: float) -> Path:
+    def complete(self, world_size: int, progress: Progress) -> Written:
         """Waits for the word of all ranks, writes the manifest, and gives the folder its name.
 
-        Raises CheckpointError, and leaves nothing, if a rank does not answer in so many seconds.
+        A rank that hangs is the hang watch's. Raises CheckpointError, and leaves nothing, if one
+        could not write.
         """
-        deadline = time.monotonic() + seconds
         files: dict[str, Any] = {}
+        marks = {}
         tensors: dict[str, Any] = {}
         try:
             for rank in range(world_size):
                 name = f"rank_{rank:05d}.safetensors"
-                word = self._word_of(name, deadline)
+                word = self._word_of(name)
                 for tensor, facts in word.pop("slices").items():
                     one = {"file": name, "start": facts.pop("start"), "stop": facts.pop("stop")}
                     tensors.setdefault(tensor, facts | {"slices": []})["slices"].append(one)
+                marks[name] = word["size"], word.pop("mtime_ns")
                 files[name] = word
             stands = json.loads(json.dumps(asdict(progress), default=str))
             values = {"format": FORMAT, "progress": stands, "files": files, "tensors": tensors}
             content = with_own_hash(values)
             write_whole(self.folder / MANIFEST, lambda part: part.write_bytes(content))
-            return self.name_whole()
+            marks[MANIFEST] = mark_of(self.folder / MANIFEST)
+            return Written(self.name_whole(), marks)
         except (OSError, CheckpointError) as error:
             shutil.rmtree(self.folder, ignore_errors=True)
             if isinstance(error, CheckpointError):
@@ -113,12 +138,10 @@ class Draft:
         sync_folder(self.run)
         return final
 
-    def _word_of(self, name: str, deadline: float) -> dict[str, Any]:
+    def _word_of(self, name: str) -> dict[str, Any]:
         path = self.folder / f"{name}.json"
         while not path.exists():
-            if time.monotonic() > deadline:
-                raise CheckpointError(f"{self.folder / name} was not written in time")
-            time.sleep(0.002)
+            time.sleep(0.005)
         word: dict[str, Any] = json.loads(path.read_text())
         path.unlink()
         if "error" in word:
@@ -126,10 +149,14 @@ class Draft:
         return word
 
 
-def retain(run: Path, keep: int) -> None:
-    """Removes checkpoints but the newest `keep`, and none if not one of those is sound."""
+def retain(run: Path, keep: int, written: Written | None = None) -> None:
+    """Removes checkpoints but the newest `keep`, and none if not one of those is sound.
+
+    written: what this process has just written, which need not be read once more.
+    """
     kept, others = checkpoints(run)[:keep], checkpoints(run)[keep:]
-    if others and any(is_sound(folder) for folder in kept):
+    known = [folder for folder in kept if written and written.is_whole(folder)]
+    if others and (known or any(map(is_sound, kept))):
         for folder in others:
             remove(folder)
 

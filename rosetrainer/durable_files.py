@@ -14,6 +14,9 @@ from pathlib import Path
 
 from rosetrainer.heartbeat import HEARTBEAT
 
+BLOCK_BYTES = 2**20
+"""Hashed at a time."""
+
 SYNC_BYTES = 2**26
 """Written to the disk at a time; a multiple of any system's page."""
 
@@ -58,7 +61,7 @@ def sync_folder(folder: Path) -> None:
 def sha256_of(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
-        for block in iter(partial(file.read, 2**20), b""):
+        for block in iter(partial(file.read, BLOCK_BYTES), b""):
             digest.update(block)
             HEARTBEAT.beat()
     return digest.hexdigest()

@@ -15,12 +15,18 @@ from ranks import run_ranks
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from rosetrainer import checkpoint_command, loop
+from rosetrainer import checkpoint_command, loop, manifest
 from rosetrainer.checkpoint import read_whole
-from rosetrainer.checkpoint_files import Draft, retain
+from rosetrainer.checkpoint_files import Draft, Written, retain
 from rosetrainer.config import GPTConfig, OptimConfig, RunConfig, TrainConfig
 from rosetrainer.fields import ConfigError
-from rosetrainer.manifest import CheckpointError, check_files, checkpoints, read_manifest
+from rosetrainer.manifest import (
+    CheckpointError,
+    Progress,
+    check_files,
+    checkpoints,
+    read_manifest,
+)
 from rosetrainer.stop import STOP
 from rosetrainer.train import check_config, train
 
@@ -210,6 +216,51 @@ def test_retention_never_removes_the_last_sound_one(config: TrainConfig, tmp_pat
     file.write_bytes(content)
     retain(run, keep=1)
     assert [folder.name for folder in checkpoints(run)] == ["step_000006"]
+
+
+def write_one(run: Path, step: int, config: TrainConfig) -> Written:
+    """A checkpoint of one rank with one tensor."""
+    slices = {"w": {"shape": [2], "dtype": "float32", "dim": 0, "start": 0, "stop": 2}}
+    draft = Draft(run, step, "one")
+    draft.write_part(0, {"w": torch.full((2,), float(step))}, slices, 8)
+    return draft.complete(1, Progress(step, step, 0, 0, "float32", {}, config))
+
+
+def test_what_was_just_written_is_not_read_again(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While rank 0 hashes whole checkpoints all others wait."""
+    write_one(tmp_path, 1, config)
+    written = write_one(tmp_path, 2, config)
+    read: list[Path] = []
+    original = manifest.sha256_of
+
+    def sha256_of(path: Path) -> str:
+        read.append(path)
+        return original(path)
+
+    monkeypatch.setattr(manifest, "sha256_of", sha256_of)
+    retain(tmp_path, 1, written)
+    assert [folder.name for folder in checkpoints(tmp_path)] == ["step_000002"]
+    assert not read
+    write_one(tmp_path, 3, config)
+    retain(tmp_path, 1, written)  # of the one before
+    assert [folder.name for folder in checkpoints(tmp_path)] == ["step_000003"]
+    assert read
+
+
+def test_what_was_touched_since_it_was_written_is_read_again(
+    config: TrainConfig, tmp_path: Path
+) -> None:
+    write_one(tmp_path, 1, config)
+    written = write_one(tmp_path, 2, config)
+    for name in ("rank_00000.safetensors", "manifest.json"):
+        path = written.folder / name
+        content = path.read_bytes()
+        path.write_bytes(content[:-2] + bytes([content[-2] ^ 1]) + content[-1:])
+        retain(tmp_path, 1, written)
+        assert len(checkpoints(tmp_path)) == 2, name
+        path.write_bytes(content)
 
 
 def refusal(config: TrainConfig, **changes: Any) -> str:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import random
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -80,3 +83,58 @@ def test_the_rank_that_hangs_before_training_is_named(
     assert len(told) == 1, outcome
     named = (f"no progress for {TIMEOUT} s: rank {rank} ", f"rank {rank}, which keeps the ")
     assert any(name in told[0] for name in named), told
+
+
+def hash_slowly(rank: int) -> None:
+    """On rank 1 the blocks of a file are small, and each takes a quarter of the timeout."""
+    if rank != 1:
+        return
+    from rosetrainer import durable_files
+
+    sha256 = hashlib.sha256
+
+    class SlowHash:
+        def __init__(self) -> None:
+            self.own = sha256()
+
+        def update(self, block: bytes) -> None:
+            time.sleep(TIMEOUT / 4)
+            self.own.update(block)
+
+        def hexdigest(self) -> str:
+            return self.own.hexdigest()
+
+    durable_files.BLOCK_BYTES = 2**11
+    vars(durable_files)["hashlib"] = SimpleNamespace(sha256=SlowHash)
+
+
+@pytest.mark.parametrize("behind", [[], ["--async-checkpoint"]], ids=["held", "behind"])
+def test_a_rank_that_hashes_for_longer_than_the_timeout_is_waited_for(
+    behind: list[str], markov: Path, tmp_path: Path
+) -> None:
+    """At each save, and where a run goes on; its file has blocks for three timeouts."""
+    out = tmp_path / "run"
+    command = [*COMMAND, *behind, "--dp-size", "2", "--data", str(markov), "--out", str(out)]
+    for steps in ("2", "4"):
+        outcome = run(2, [*command, "--steps", steps], prepare=hash_slowly)
+        assert outcome.statuses == [0, 0], outcome
+    assert "going on from" in outcome.said
+    path = out / "step_000004" / "rank_00001.safetensors"
+    assert path.stat().st_size > 11 * 2**11
+
+
+def burn(*_: object) -> None:
+    """Takes processor time, as a compilation does, for three timeouts; no count moves."""
+    end = time.thread_time() + 3 * TIMEOUT
+    while time.thread_time() < end:
+        sum(range(1000))
+
+
+@pytest.mark.parametrize("phase", ["forward", "evaluation"])
+def test_a_rank_that_computes_for_longer_than_the_timeout_is_waited_for(
+    phase: str, markov: Path, tmp_path: Path
+) -> None:
+    command = [*COMMAND, "--dp-size", "2", "--data", str(markov), "--out", str(tmp_path / "run")]
+    step = {"forward": 1, "evaluation": 4}[phase]
+    outcome = run(2, [*command, "--steps", "4"], Fault(0, step, phase, burn))
+    assert outcome.statuses == [0, 0], outcome

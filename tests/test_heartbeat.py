@@ -1,0 +1,99 @@
+"""What counts as work for the hang watch, in a time that the test makes."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import mmap
+from pathlib import Path
+from typing import cast
+
+import pytest
+
+from rosetrainer import durable_files
+from rosetrainer.durable_files import sha256_of, sync_file, write_whole
+from rosetrainer.heartbeat import HEARTBEAT, Heartbeat, IdleClock
+
+
+def idle(*looks: tuple[float, int, float | None], seconds: float = 10.0) -> list[float]:
+    """What a clock says at each look: (time, count, processor seconds)."""
+    clock = IdleClock(seconds, now=0.0)
+    return [clock.look(*look) for look in looks]
+
+
+def test_a_rank_is_idle_since_its_last_sign() -> None:
+    assert idle((1, 0, 0), (3, 0, 0), (4, 1, 0), (6, 1, 0), (9, 1, 0)) == [0, 2, 0, 2, 5]
+    assert idle((1, 0, None), (3, 0, None), (4, 1, None)) == [0, 2, 0]
+
+
+def test_processor_time_is_work_and_the_little_that_waiting_takes_is_not() -> None:
+    """As a compilation, or a batch that takes longer than the timeout."""
+    busy = idle(*((float(t), 0, 0.3 * t) for t in range(1, 60)))
+    assert max(busy) < 10
+    waiting = idle(*((float(t), 0, 0.02 * t) for t in range(1, 20)))
+    assert waiting[-1] == 18
+
+
+def test_an_endless_loop_is_no_work() -> None:
+    busy = idle(*((float(t), 0, float(t)) for t in range(1, 200)))
+    last = 10 * IdleClock.ENDLESS
+    assert max(busy[: last - 1]) < 10
+    assert busy[last + 10] > 10
+
+
+def test_a_process_that_stood_still_was_not_idle() -> None:
+    """As when a laptop sleeps, or Ctrl-Z stops all ranks for an hour."""
+    assert idle((1, 0, 0), (2, 0, 0), (3602, 0, 0), (3603, 0, 0)) == [0, 1, 1, 2]
+
+
+def test_a_file_that_grows_is_work(tmp_path: Path) -> None:
+    heart, path = Heartbeat(), tmp_path / "file"
+    seen = [heart.count()]
+    with heart.writing(path):
+        seen.append(heart.count())
+        for content in (b"a", b"abc"):
+            path.write_bytes(content)
+            seen.append(heart.count())
+            assert heart.count() == seen[-1]  # one that does not grow is not
+    seen.append(heart.count())
+    assert seen == [0, 0, 1, 3, 1]
+
+
+def test_a_library_that_writes_a_file_in_one_call_is_seen_at_work(tmp_path: Path) -> None:
+    seen: list[int] = []
+
+    def write(part: Path) -> None:
+        for size in (10, 20, 30):
+            part.write_bytes(bytes(size))
+            seen.append(HEARTBEAT.count())
+
+    write_whole(tmp_path / "file", write)
+    assert len(set(seen)) == 3
+
+
+def test_hashing_says_so_block_by_block() -> None:
+    seen: list[int] = []
+
+    class File(io.BytesIO):
+        def open(self, mode: str) -> File:
+            return self
+
+        def read(self, size: int | None = -1) -> bytes:
+            seen.append(HEARTBEAT.count())
+            return super().read(size)
+
+    content = bytes(range(256)) * 2**13  # 2 MiB
+    assert sha256_of(cast(Path, File(content))) == hashlib.sha256(content).hexdigest()
+    assert len(seen) == len(set(seen)) == 3  # the last one finds the end
+
+
+def test_syncing_says_so_block_by_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(durable_files, "SYNC_BYTES", mmap.PAGESIZE)
+    path, content = tmp_path / "file", bytes(range(256)) * 2**9
+    path.write_bytes(content)
+    before = HEARTBEAT.count()
+    sync_file(path)
+    assert HEARTBEAT.count() == before + len(content) // mmap.PAGESIZE
+    assert path.read_bytes() == content
+    path.write_bytes(b"")
+    sync_file(path)
