@@ -22,9 +22,11 @@ class Texts(ABC):
     """Decides the content, the order included."""
     size: str
     """How much it is, in words."""
-    characters: set[str]
     counts: dict[str, int] | None = None
     """Documents of each side; None for one text."""
+
+    @abstractmethod
+    def characters(self) -> set[str]: ...
 
     @abstractmethod
     def sides(self) -> Iterator[tuple[Side, str]]:
@@ -37,7 +39,10 @@ class OneText(Texts):
     def __init__(self, text: str, val_fraction: float):
         self._text, self._cut = text, int(len(text) * (1 - val_fraction))
         self.sha256 = hashlib.sha256(text.encode()).hexdigest()
-        self.size, self.characters = f"a text of {len(text)} characters", set(text)
+        self.size = f"a text of {len(text)} characters"
+
+    def characters(self) -> set[str]:
+        return set(self._text)
 
     def sides(self) -> Iterator[tuple[Side, str]]:
         yield "train", self._text[: self._cut]
@@ -53,7 +58,6 @@ class Documents(Texts):
         sizes: dict[bytes, int] = {}
         repeats: dict[bytes, int] = {}  # beyond the first of equal documents
         order = hashlib.sha256()
-        self.characters: set[str] = set()
         self.blank = 0
         for text in self.texts():
             digest = _digest(text)
@@ -61,7 +65,6 @@ class Documents(Texts):
             if digest in sizes:
                 repeats[digest] = repeats.get(digest, 0) + 1
             sizes[digest] = sizes.get(digest, 0) + len(text.encode())
-            self.characters.update(text)
         self.sha256, self.number = order.hexdigest(), len(sizes) + sum(repeats.values())
         self.size = f"{self.number} documents"
         self._val: set[bytes] = set()
@@ -69,6 +72,9 @@ class Documents(Texts):
             self._val = choose_validation(sizes, val_fraction)
         val = len(self._val) + sum(repeats.get(digest, 0) for digest in self._val)
         self.counts = {"train": self.number - val, "val": val}
+
+    def characters(self) -> set[str]:
+        return {character for text in self.texts() for character in set(text)}
 
     def texts(self) -> Iterator[str]:
         """All documents that have a text, and counts the others."""

@@ -72,7 +72,7 @@ def described(hashes: dict[str, tuple[str, list[str]]]) -> dict[str, Any]:
 def _tokenizer(texts: Texts, options: dict[str, Any]) -> Tokenizer:
     ends = texts.counts is not None
     if options["tokenizer"] == "chars":
-        return CharsTokenizer("".join(sorted(texts.characters)), ends)
+        return CharsTokenizer("".join(sorted(texts.characters())), ends)
     if options["tokenizer"] == "bpe":
         # The merges are learnt, so they must not see the validation text.
         train = (text for side, text in texts.sides() if side == "train")
