@@ -141,7 +141,7 @@ def read_texts(
     if not documents.number:
         raise ConfigError(f"{where}: no document has a text; pass files with text")
     if documents.blank:
-        print(f"{documents.blank} documents without a text left out")
+        print(f"left out, as they have no text: {documents.blank} of the documents")
     if documents.number == 1:
         print(f"{where}: one document, so it is cut at its end as a single text is")
         return OneText(next(documents.texts()), val_fraction)
@@ -152,7 +152,8 @@ def read_one(path: Path, val_fraction: float, as_text: bool = False) -> OneText:
     """A file as one text. Raises ConfigError."""
     text = recognise(path, as_text).read()
     if not text.strip():
-        raise ConfigError(f"{path} holds only white space; pass a file with text")
+        what = "holds only white space" if text else "is empty"
+        raise ConfigError(f"{path} {what}; pass a file with text")
     return OneText(text, val_fraction)
 
 

@@ -98,8 +98,6 @@ def recognise(path: Path, as_text: bool = False) -> TextFile:
         head = _head(TextFile(path, "text", packed))
         if compression(head):
             raise ConfigError(f"{path} is packed twice; unpack it once, and pass what comes out")
-    if not head:
-        raise ConfigError(f"{path} is empty; pass a file with text")
     if is_parquet(head):
         if packed:
             raise ConfigError(f"{path} is parquet inside {packed}; unpack it, and pass that")

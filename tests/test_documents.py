@@ -192,7 +192,15 @@ def test_one_document_is_cut_as_a_text_is(tmp_path: Path, capsys: Any) -> None:
     assert "documents" not in meta
     printed = capsys.readouterr().out
     assert "x.jsonl: one document, so it is cut at its end as a single text is\n" in printed
-    assert "2 documents without a text left out\n" in printed
+    assert "left out, as they have no text: 2 of the documents\n" in printed
+
+
+def test_an_empty_file_among_others_is_left_out(tmp_path: Path, capsys: Any) -> None:
+    paths = [tmp_path / name for name in ("a", "empty", "white", "b")]
+    for path, text in zip(paths, ("text a\n", "", " \n", "text b\n"), strict=True):
+        path.write_text(text)
+    assert make(tmp_path / "c", *paths)["documents"] == {"train": 1, "val": 1}
+    assert "left out, as they have no text: 2 of the documents\n" in capsys.readouterr().out
 
 
 def test_too_few_documents_for_two_sides(tmp_path: Path) -> None:

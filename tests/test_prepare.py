@@ -351,7 +351,7 @@ def test_files_that_are_no_text(tmp_path):
 @pytest.mark.parametrize(
     ("argv", "expected"),
     [
-        (["docs"], "no corpus 'docs'; it can be python-docs, shakespeare, file, markov"),
+        (["docs"], "no corpus 'docs'; it can be python-docs, shakespeare, file, markov, import"),
         (["--vocab-size", "300"], "vocab_size=300 is for --tokenizer bpe"),
         (["--tokenizer", "bpe", "--vocab-size", "256"], "vocab_size=256 must be from 257 to 65535"),
         (["--val-fraction", "1.5"], "val_fraction=1.5 must be from 0 to 1"),
@@ -370,7 +370,7 @@ def test_a_mistake_is_one_line_and_exit_status_2():
     done = script("docs")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
-        "error: no corpus 'docs'; it can be python-docs, shakespeare, file, markov\n"
+        "error: no corpus 'docs'; it can be python-docs, shakespeare, file, markov, import\n"
     )
 
 

@@ -145,7 +145,7 @@ NO_TEXT = {
     "json object": (b'{\n  "data": [1, 2]\n}\n', "is one JSON value, not JSON lines"),
     "empty": (b"", "is empty; pass a file with text"),
     "empty packed": (gzip.compress(b""), "is empty; pass a file with text"),
-    "only a mark": (b"\xef\xbb\xbf", "holds only white space"),
+    "only a mark": (b"\xef\xbb\xbf", "is empty; pass a file with text"),
     "white": (b" \n\t\r\n \n", "holds only white space; pass a file with text"),
     "NULs": (bytes(1000), "is binary data, no text: a NUL byte at offset 0; pass a text file"),
     "one NUL": (b"abc\n" * 99 + b"\0" + b"abc\n", "holds 1 NUL bytes, the first at offset 396"),
