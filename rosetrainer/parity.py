@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from rosetrainer.blocks import build_model
-from rosetrainer.comm import all_reduce
-from rosetrainer.config import IGNORED, GPTConfig, ParallelConfig
-from rosetrainer.data_parallel import accumulate_gradients
-from rosetrainer.dropout import DropoutSeed
+from rosetrainer.comparison import Column, Difference, ParityError, by_stage, not_proven, prove
+from rosetrainer.config import GPTConfig, OptimConfig, ParallelConfig
 from rosetrainer.environment import world_from_environment
 from rosetrainer.fields import Count, check_fields
 from rosetrainer.flags import parse_flags, ranks_to_start
@@ -21,29 +19,19 @@ from rosetrainer.model import GPTModel
 from rosetrainer.model_size import check_fits
 from rosetrainer.parallel_context import ParallelContext, end_parallel, init_parallel
 from rosetrainer.performance import choose_dtype, set_threads
-from rosetrainer.precision import autocast_for
 from rosetrainer.process_group import meet
-from rosetrainer.products import fast_products
-from rosetrainer.reference import ReferenceDropout
-from rosetrainer.reference_rotary import build_reference
-from rosetrainer.tensor_parallel import draw_whole, gather_whole, load_whole, shard_spec
-
-# Of the largest gradient of all. One below it may be zero in truth: BOUND of it is float64's 1e-16
-# times 316, by which a norm over nothing amplifies (1 / sqrt of its 1e-5), times 3 for the sums.
-NOISE = 1e-3
-BOUND = 1e-10  # of the dense tensor's largest value; float64 rounding stays near 1e-15
-
-
-@dataclass(frozen=True)
-class Difference:
-    """The worst |ours - dense| over all ranks, as a fraction of the dense tensor's largest."""
-
-    what: str
-    worst: float
-
-    @property
-    def is_rounding(self) -> bool:
-        return self.worst <= BOUND  # false for nan too
+from rosetrainer.proof import (
+    GRADIENTS,
+    LONGEST,
+    MICRO_BATCHES,
+    MOVES,
+    ROWS,
+    STAGES,
+    UPDATED,
+    UPDATES,
+    Proof,
+)
+from rosetrainer.tensor_parallel import shard_spec
 
 
 def who_holds_what(model: GPTModel, tp_size: int) -> str:
@@ -71,112 +59,72 @@ def who_holds_what(model: GPTModel, tp_size: int) -> str:
     )
 
 
-def prove(
+def show_proof(
     config: GPTConfig,
     context: ParallelContext,
-    dtype: torch.dtype = torch.float64,
-    seed: int = 0,
-) -> list[Difference]:
-    """The layout's logits, loss and every gradient, in dtype, against the dense oracle in float64.
-
-    Weights are random, with biases that are not zero; the batch is short, for the oracle is slow.
-    Every rank computes the oracle and compares what it holds.
-    """
-    tp, dp = context.tp, context.dp
-    short = max(32 // tp.size, 1) * tp.size  # a length that sequence parallelism can divide
-    config = replace(config, context_length=min(config.context_length, short))
-    model = build_model(config, context)
-    if dtype == torch.float64:
-        model.double()
-    autocast = autocast_for(dtype, context.device)
-    whole = {
-        name: draw_whole(replace(shard_spec(p), init_std=shard_spec(p).init_std or 0.1), seed, name)
-        for name, p in model.named_parameters()
-    }
-    load_whole(model, whole)
-    dense = build_reference(config).to(context.device).double()
-    dense.load_state_dict(whole)
-
-    generator = torch.Generator().manual_seed(seed)
-    shape = (2 * dp.size, config.context_length)
-    drawn = torch.randint(config.vocab_size, (2, *shape), generator=generator)
-    input_ids, labels = drawn.to(context.device)
-    labels[0, : shape[1] // 2] = IGNORED  # unequal token counts, so that a mean of means would show
-    own = slice(2 * dp.rank, 2 * dp.rank + 2)
-    masks = DropoutSeed(seed, step=0)
-
-    dropout = ReferenceDropout(config.dropout, seed)
-    dense_logits, dense_loss = dense(input_ids, labels=labels, dropout=dropout)
-    dense_loss.backward()
-    batch = [(input_ids[own], labels[own])]
-    with fast_products(dtype, context.device):
-        with torch.no_grad(), autocast():
-            logits, _ = model(input_ids[own], seed=replace(masks, first_row=own.start))
-        loss = accumulate_gradients(model, batch, context, autocast, masks)
-    assert logits is not None
-    gradients = gather_whole(model, tp, gradients=True)
-    pairs = {
-        "logits": (logits, dense_logits[own].detach()),
-        "loss": (torch.full_like(dense_loss, loss), dense_loss.detach()),
-    }
-    expected: dict[str, Tensor] = {}
-    for name, parameter in dense.named_parameters():
-        assert parameter.grad is not None
-        expected[name] = parameter.grad
-    pairs |= {f"gradient of {name}": (gradients[name], expected[name]) for name in gradients}
-    largest = max(float(gradient.abs().max()) for gradient in expected.values())
-    local = torch.stack([_relative(*pair, NOISE * largest) for pair in pairs.values()])
-    for axis in context.axes:
-        local = all_reduce(local, axis, "parity", torch.distributed.ReduceOp.MAX)
-    return [Difference(what, worst) for what, worst in zip(pairs, local.tolist(), strict=True)]
-
-
-def _relative(ours: Tensor, dense: Tensor, noise: float) -> Tensor:
-    """A float64 scalar; inf where ours is not finite, which a maximum would lose.
-
-    Where the true gradient is 0, both are rounding noise: nothing is held against less than
-    `noise`.
-    """
-    worst = (ours.double() - dense).abs().max() / dense.abs().max().clamp(min=noise)
-    return worst.double().nan_to_num(nan=torch.inf)
-
-
-def show_proof(config: GPTConfig, context: ParallelContext, dtype: torch.dtype) -> None:
+    dtype: torch.dtype,
+    optim: OptimConfig | None = None,
+    whole: bool = False,
+) -> None:
     """Rank 0 prints who holds what, and whether it is the same as one process.
 
-    In float64, where rounding and a mistake are far apart, and for comparison in dtype.
-    Raises ParityError, on every rank, if it is not.
+    whole: prove all of context_length, however long. Raises ParityError, on every rank, if it is
+    not the same.
     """
-    wanted = dict.fromkeys((torch.float64, dtype))  # one proof where they are the same
-    in_dtypes = {used: prove(config, context, used) for used in wanted}
-    differences = in_dtypes[torch.float64]
-    speak = print if context.rank == 0 else _keep_quiet
-    shapes_only = build_model(config, replace(context, device=torch.device("meta")))
-    speak("\nwho holds what\n\n" + who_holds_what(shapes_only, context.tp.size))
-    speak("\nsame as one process? worst difference / largest value\n")
-    names = (str(used).removeprefix("torch.") for used in in_dtypes)
-    speak(f"  {'':26} " + "  ".join(f"{name:8}" for name in names).rstrip())
-    for what, group in (
-        ("logits", slice(0, 1)),
-        ("loss", slice(1, 2)),
-        (f"gradients of {len(differences) - 2} tensors", slice(2, None)),
-    ):
-        worst = (max(d.worst for d in found[group]) for found in in_dtypes.values())
-        speak(f"  {what:26} " + "  ".join(f"{w:<8.1e}" for w in worst).rstrip())
-    if wrong := [d for d in differences if not d.is_rounding]:
-        raise ParityError(
-            f"not the same as one process: {wrong[0].what} differs by {wrong[0].worst:.1e} of its "
-            f"largest value in float64, where rounding stays under {BOUND:.0e}: a bug"
-        )
-    speak("\nyes: what is left is rounding\n")
+    tp = context.tp
+    length = config.context_length
+    if not whole and length > LONGEST:
+        length = LONGEST // tp.size * tp.size  # which sequence parallelism can divide
+    proof = Proof(replace(config, context_length=length), context, optim or OptimConfig())
+    columns = prove(proof, dtype)
+    if context.rank == 0:
+        shapes_only = build_model(config, replace(context, device=torch.device("meta")))
+        print("\nwho holds what\n\n" + who_holds_what(shapes_only, tp.size))
+        print("\nsame as one process? worst difference / largest value\n")
+        print("\n".join(table(columns, proof.optim)))
+        rows = MICRO_BATCHES * ROWS * context.dp.size
+        share = "all" if length == config.context_length else f"of the {config.context_length:,}"
+        print(f"\n{rows} sequences of {length:,} tokens, {share} of context_length")
+        if idle := not_proven(proof):
+            print(f"no gradient in truth, so not proven: {', '.join(idle)}")
+    for column in columns:
+        if wrong := column.wrong:
+            raise ParityError(verdict(column, wrong[0]))
+    if context.rank == 0:
+        print("\nyes: what is left is rounding\n")
 
 
-def _keep_quiet(text: str) -> None:
-    pass
+def table(columns: list[Column], optim: OptimConfig) -> Iterator[str]:
+    """Its lines: of each stage, what was found in each dtype and what it may be there."""
+    tensors = len([d for d in columns[0].differences if d.stage == GRADIENTS])
+    names = {stage: stage for stage in STAGES}
+    names[GRADIENTS] = f"gradients of {tensors} tensors"
+    kind = {"adamw": "AdamW", "muon": "Muon"}[optim.optimizer]
+    names[UPDATED], names[MOVES] = f"after {UPDATES - 1} {kind} updates", f"moved by {UPDATES}"
+    dtypes = list(dict.fromkeys(column.dtype for column in columns))
+    groups = {d: [column for column in columns if column.dtype == d] for d in dtypes}
+    heads = ["", ""]
+    for dtype, group in groups.items():
+        width = 11 * (len(group) + 1)
+        heads[0] += str(dtype).removeprefix("torch.").ljust(width)
+        heads[1] += "".join(f"{c.against:11}" for c in group) + f"{'allowed':11}"
+    yield from (f"  {'':27}{head}".rstrip() for head in heads)
+    for stage in STAGES:
+        line = ""
+        for group in groups.values():
+            found = [max(d.worst for d in by_stage(c.differences)[stage]) for c in group]
+            line += "".join(f"{f:<11.1e}" for f in (*found, group[0].allowed[stage]))
+        yield f"  {names[stage]:27}{line}".rstrip()
 
 
-class ParityError(RuntimeError):
-    """This layout computes something else than one process does."""
+def verdict(column: Column, worst: Difference) -> str:
+    dtype = str(column.dtype).removeprefix("torch.")
+    other = "the oracle" if column.against == "oracle" else "the same on 1 process"
+    return (
+        f"not the same as one process: {worst.what} differs by {worst.worst:.1e} of its largest "
+        f"value in {dtype} from {other}, where rounding stays under "
+        f"{column.allowed[worst.stage]:.0e}: a bug"
+    )
 
 
 @dataclass(frozen=True)
@@ -186,7 +134,11 @@ class ParityCommand:
     model: GPTConfig = field(default_factory=GPTConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
-    """What training would use; float64, which decides, is always shown."""
+    """What training would use; float64 is always shown beside it."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """Whose updates are compared, after one step of SGD."""
+    whole: bool = False
+    """Prove all of context_length; without it at most 640 tokens of it."""
     nproc: Count | None = None
     """Start this many ranks on this machine; leave it out under torchrun."""
 
@@ -202,10 +154,12 @@ def main(argv: list[str]) -> int:
         return launch(world_size, ["parity", *argv])
     # The one process that every rank compares with: its position table can be a short one.
     dense, here = replace(command.model, context_length=1), world_from_environment()[3]
-    check_fits(dense, 16, "one process's float64 weights and gradients on each rank", here)
+    check_fits(dense, 96, "one process's float64 weights and their course on each rank", here)
     set_threads(0)
     meet("cpu")
     context = init_parallel(command.parallel, "cpu")
-    show_proof(command.model, context, choose_dtype(command.dtype, context.device))
+    dtype = choose_dtype(command.dtype, context.device)
+    optim = OptimConfig(optimizer=command.optimizer)
+    show_proof(command.model, context, dtype, optim, command.whole)
     end_parallel()
     return 0

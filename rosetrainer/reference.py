@@ -127,17 +127,19 @@ class ReferenceGPT(nn.Module):
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         dropout: ReferenceDropout = ReferenceDropout(),
+        first_row: int = 0,
     ) -> tuple[Tensor, Tensor | None]:
         """(logits, loss) as GPTModel.forward defines them; logits are 0 at padding.
 
-        Dropout counts tokens where they stand, so it goes with rows that have no padding.
+        first_row: of the batch in the global batch, for dropout, which counts tokens where they
+        stand, so it goes with rows that have no padding.
         """
         assert attention_mask is None or not dropout.p
         rows, losses = [], []
         for row, ids in enumerate(input_ids):
             mask = torch.ones_like(ids) if attention_mask is None else attention_mask[row]
             real = [t for t in range(len(ids)) if mask[t]]
-            short = self.logits(ids[real][None], dropout, row)[0]  # (tokens, V)
+            short = self.logits(ids[real][None], dropout, first_row + row)[0]  # (tokens, V)
             padded = short.new_zeros(len(ids), short.shape[1])
             rows.append(padded.index_copy(0, torch.tensor(real, device=ids.device), short))
             for t, log_probability in zip(real, short.log_softmax(-1), strict=True):

@@ -116,7 +116,7 @@ def run_here(
     if prove_first:
         from rosetrainer.parity import show_proof  # which not every run has to wait for
 
-        show_proof(config.model, context, dtype)
+        show_proof(config.model, context, dtype, config.optim)
     model = build_model(config.model, context)
     if dtype == torch.float64:
         model.double()

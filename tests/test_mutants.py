@@ -56,7 +56,8 @@ def run_pytest_in(sender: Any, tree: str, test: str) -> None:
     sys.path[:] = [tree, f"{tree}/tests", f"{tree}/data", *(p for p in sys.path if p not in own)]
     failures = Failures()
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        quick = ["-p", "no:cacheprovider", "-p", "no:hypothesispytest"]
+        loaded = "ignore:Module already imported"  # by the server, for all
+        quick = ["-p", "no:cacheprovider", "-p", "no:hypothesispytest", "-W", loaded]
         pytest.main(["-q", "-x", *quick, test], plugins=[failures])
     sender.send((failures.passed, failures.texts))
 

@@ -23,7 +23,8 @@ from oracle import (
 )
 from ranks import run_ranks
 
-from rosetrainer import loop, parity, train
+from rosetrainer import loop, train
+from rosetrainer.comparison import BOUND, prove
 from rosetrainer.config import GPTConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
 from rosetrainer.data import open_corpus
 from rosetrainer.data_parallel import accumulate_gradients
@@ -35,6 +36,7 @@ from rosetrainer.optim import build_optimizer
 from rosetrainer.parallel_context import ParallelContext, init_parallel
 from rosetrainer.precision import NonFiniteGradientError, check_gradients
 from rosetrainer.prepare import main as prepare
+from rosetrainer.proof import Proof
 from rosetrainer.reference import ReferenceDropout, ReferenceGPT
 from rosetrainer.replicas import ReplicaError, check_replicas
 from rosetrainer.tensor_parallel import gather_whole, init_weights, load_whole
@@ -167,17 +169,24 @@ def test_a_replica_that_drifted_by_one_bit_is_named() -> None:
 
 
 def proof_with_a_wrong_rank() -> list[float]:
-    context = init_parallel(ParallelConfig(dp_size=2))
-    wrongly = lambda whole: {name: w + 1e-6 * context.rank for name, w in whole.items()}  # noqa: E731
+    layout, right = init_parallel(ParallelConfig(dp_size=2)), Proof.model
+
+    def wrong(self: Proof, context: ParallelContext, *which: Any) -> GPTModel:
+        model = right(self, context, *which)
+        with torch.no_grad():
+            list(model.parameters())[-1].add_(1e-6 * context.rank)
+        return model
+
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(parity, "load_whole", lambda m, whole: load_whole(m, wrongly(whole)))
-        return [difference.worst for difference in parity.prove(tiny_config(), context)]
+        monkeypatch.setattr(Proof, "model", wrong)
+        (column,) = prove(Proof(tiny_config(), layout, OptimConfig()))
+    return [difference.worst for difference in column.differences]
 
 
 def test_the_proof_asks_every_rank() -> None:
     first, second = run_ranks(2, proof_with_a_wrong_rank)
     assert first == second
-    assert first[0] > parity.BOUND  # the logits of rank 1's rows, which rank 0 has not seen
+    assert first[0] > BOUND  # the logits of rank 1's rows, which rank 0 has not seen
 
 
 def write_with_a_seed_of_its_own() -> list[int]:
