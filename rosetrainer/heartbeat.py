@@ -49,8 +49,8 @@ class IdleClock:
     takes time as well, so this counts only until ENDLESS times `seconds` after the last count.
     """
 
-    SHARE = 0.05
-    """Of `seconds`: so much processor time is work. Whoever waits and looks takes a hundredth."""
+    SHARE = 0.02
+    """Of `seconds`: so much processor time is work. Who waits and looks takes less than half of it."""
 
     ENDLESS = 10
 

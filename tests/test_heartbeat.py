@@ -30,7 +30,7 @@ def test_processor_time_is_work_and_the_little_that_waiting_takes_is_not() -> No
     """As a compilation, or a batch that takes longer than the timeout."""
     busy = idle(*((float(t), 0, 0.3 * t) for t in range(1, 60)))
     assert max(busy) < 10
-    waiting = idle(*((float(t), 0, 0.02 * t) for t in range(1, 20)))
+    waiting = idle(*((float(t), 0, 0.01 * t) for t in range(1, 20)))
     assert waiting[-1] == 18
 
 
