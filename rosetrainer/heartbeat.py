@@ -50,7 +50,7 @@ class IdleClock:
     """
 
     SHARE = 0.02
-    """Of `seconds`: so much processor time is work. Who waits and looks takes less than half of it."""
+    """Of `seconds`: so much processor time is work. Who waits and looks takes less than half."""
 
     ENDLESS = 10
 

@@ -73,8 +73,11 @@ class TrainingLoop:
             self.evaluate()  # a run that was killed may not have come to it
         while self.step < self.config.run.steps and not self.wants_to_stop():
             pace.begin()
+            STOP.time.begin_step(time.monotonic())
             self.one_step()
+            STOP.time.end_step(time.monotonic())
             self.say(pace.end())
+            self.say(STOP.time.warning())
             if self.profile:
                 self.say(self.profile.after_step())
             every = self.config.run.check_replicas
@@ -145,6 +148,7 @@ class TrainingLoop:
 
     def tell_of_saves(self) -> None:
         for saved in self.saver.saved:
+            STOP.time.save = saved[2]
             if self.log:
                 self.log.checkpoint(*saved)
         self.saver.saved.clear()

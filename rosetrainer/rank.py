@@ -33,6 +33,12 @@ MEETING = "ROSETRAINER_MEETING"
 LAST_WORDS = "last_words.txt"
 """In that folder: what rank 0 says when a signal has stopped it."""
 
+STOP_TIME = "stop_seconds.txt"
+"""In that folder: what rank 0 says it needs when a signal has come."""
+
+GRACE = 120
+"""Seconds that ranks have, if they need so long, to end their step and save after a signal."""
+
 SILENT_SECONDS = 30
 """How long a rank that leaves it to another one to tell of a mistake waits to be ended."""
 
@@ -140,6 +146,24 @@ def last_words(text: str) -> None:
         (Path(os.environ[MEETING]) / LAST_WORDS).write_text(text)
     else:
         print(f"stopped; {text}", flush=True)
+
+
+def say_how_long(seconds: float) -> None:
+    """Rank 0 tells how long it takes to stop, to our launcher, which waits so long, or the user."""
+    if os.environ.get(LAUNCHED):
+        path = Path(os.environ[MEETING]) / STOP_TIME
+        part = path.with_suffix(".part")
+        part.write_text(str(seconds))
+        part.replace(path)
+    elif seconds >= 1:
+        print(stop_line(seconds), flush=True)
+
+
+def stop_line(seconds: float) -> str:
+    return (
+        f"finishing the step under way, then saving: about {seconds:.0f} s; a second signal, or "
+        f"Ctrl-C, ends at once"
+    )
 
 
 def error_file(folder: str | Path, rank: int) -> Path:

@@ -5,16 +5,56 @@ Imports no torch, so that a signal counts from a process's first moment on.
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import threading
 import time
 from types import FrameType
 
-from rosetrainer.rank import last_words
+from rosetrainer.rank import GRACE, LAUNCHED, last_words, say_how_long
 
 ONE_WISH_SECONDS = 1.0
 """A terminal and a launcher may both send a signal; a later second one is impatience."""
+
+
+class StopTime:
+    """How long a stop takes: the step under way, then a save, each as long as the last one took."""
+
+    def __init__(self) -> None:
+        self.grace: float = GRACE
+        self.save = 0.0
+        """Seconds."""
+        self._step, self._steps, self._began = 0.0, 0, 0.0
+        self._told = False
+
+    def begin_step(self, now: float) -> None:
+        self._began = now
+
+    def end_step(self, now: float) -> None:
+        self._step, self._steps, self._began = now - self._began, self._steps + 1, 0.0
+
+    def left(self, now: float) -> float:
+        """Seconds. A step that takes longer than the last one, or the first, is half done."""
+        passed = now - self._began if self._began else 0.0
+        step = self._step - passed if self._step > passed else passed
+        return step + (self.save or max(self._step, passed))
+
+    def warning(self) -> str:
+        """Once, as soon as it is known, a line if a stop takes longer than there will be time."""
+        torchrun = "TORCHELASTIC_RUN_ID" in os.environ and LAUNCHED not in os.environ
+        given = os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30") if torchrun else self.grace
+        need = self._step + self.save
+        if self._told or self._steps < 2 or need <= float(given):  # the first step compiles
+            return ""
+        self._told = True
+        flag = "torchrun's --shutdown-timeout" if torchrun else "--grace"
+        return (
+            f"warning: a step takes {self._step:.1f} s and a save {self.save:.1f} s, and {flag} "
+            f"gives {float(given):g} s: a signal would end this run before it has saved; set "
+            f"{flag} {math.ceil(1.5 * need)}, and as much in the scheduler (Slurm: KillWait, "
+            f"Kubernetes: terminationGracePeriodSeconds, docker: --stop-timeout)"
+        )
 
 
 class StopRequest:
@@ -22,6 +62,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
+        self.time = StopTime()
         self._waits = False
         self._before: dict[signal.Signals, object] = {}
 
@@ -66,7 +107,10 @@ class StopRequest:
                 os._exit(stop_status(signum))
             if first is not None and time.monotonic() - first > ONE_WISH_SECONDS:
                 os._exit(128 + signum)
-            first = first or time.monotonic()
+            if first is None:
+                first = time.monotonic()
+                if os.environ.get("RANK", "0") == "0":
+                    say_how_long(self.time.left(first))
 
 
 def stop_status(signum: signal.Signals | None) -> int:

@@ -15,7 +15,7 @@ from rosetrainer.config import TrainConfig
 from rosetrainer.environment import world_from_environment
 from rosetrainer.fields import Count, check_fields, config_from_dict
 from rosetrainer.presets import PRESETS
-from rosetrainer.rank import LAUNCHED
+from rosetrainer.rank import GRACE, LAUNCHED
 from rosetrainer.stop import STOP, stop_status
 
 READ = "ROSETRAINER_COMMAND"
@@ -31,6 +31,9 @@ class TrainCommand:
     """Settings that belong together; further flags change single ones."""
     nproc: Count | None = None
     """Start this many ranks on this machine; leave it out under torchrun."""
+    grace: Count = GRACE
+    """Seconds that the ranks of --nproc may take, if they need them, to end a step and save after
+    a signal; spot machines give up to 120, Slurm's KillWait and Kubernetes 30 unless told."""
     prove: bool = False
     """First show who holds what, and that this layout computes what one process does."""
 
@@ -52,11 +55,12 @@ def main(argv: list[str]) -> int:
         return run_rank_of(command, world_size)
     os.environ[READ] = json.dumps(asdict(command), default=str)
     STOP.release()
-    return launch(world_size, ["train", *argv], config.run.threads)
+    return launch(world_size, ["train", *argv], config.run.threads, grace=command.grace)
 
 
 def run_rank_of(command: TrainCommand, world_size: int) -> int:
     """Trains on this rank."""
+    STOP.time.grace = command.grace
     # Importing makes a million objects and no garbage: looking for some takes a tenth of the time.
     gc.disable()
     from rosetrainer.performance import keep_freed_memory

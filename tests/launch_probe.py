@@ -22,9 +22,9 @@ if "RANK" in os.environ:  # a rank that is being started and has not come to run
     while "PROBE_IS_SIGNALLED_EARLY" in os.environ and not signal.sigpending():
         time.sleep(0.005)
 
-from rosetrainer import launch  # noqa: E402
+from rosetrainer import ending, launch, rank  # noqa: E402
 from rosetrainer.fields import ConfigError  # noqa: E402
-from rosetrainer.rank import RankError, run_rank  # noqa: E402
+from rosetrainer.rank import RankError, run_rank, say_how_long  # noqa: E402
 
 
 def meet() -> None:
@@ -111,6 +111,19 @@ def graceful(words: list[str]) -> None:
     stay()
 
 
+def slow_step(words: list[str]) -> None:
+    """Told to end, rank 0 says how many seconds that takes; both save when the test lets them."""
+
+    def finish(signum: int) -> None:
+        if RANK == 0:
+            say_how_long(float(words[0]))
+        save_and_leave(signum)
+
+    on_signals(finish)
+    meet()
+    stay()
+
+
 def save_fails(words: list[str]) -> None:
     """Rank 1 fails when it is told to end."""
 
@@ -128,7 +141,7 @@ def suspended(words: list[str]) -> None:
     meet()
     if RANK == 0:
         os.kill(os.getpid(), signal.SIGSTOP)
-    while not launch._is_stopped(int((PIDS / "0").read_text())):
+    while not ending.is_stopped(int((PIDS / "0").read_text())):
         time.sleep(0.005)
     if words == ["crash"]:
         raise RuntimeError("boom")
@@ -221,7 +234,7 @@ MODES: dict[str, Callable[[list[str]], None]] = {
     mode.__name__: mode
     for mode in [
         *(show, crash, stubborn, mistake, killed, status, sleep, collective, interrupt),
-        *(deaf, graceful, save_fails, suspended, explained, pipe, starved),
+        *(deaf, graceful, slow_step, save_fails, suspended, explained, pipe, starved),
     ]
 }
 
@@ -234,10 +247,11 @@ if __name__ == "__main__":
             signal.signal(signal.SIGHUP, signal.SIG_IGN)
         for name in ("LOOK", "GRACE", "STOPPED", "STOP", "ONE_WISH"):
             name += "_SECONDS"
-            setattr(launch, name, float(os.environ.get(name, getattr(launch, name))))
+            setattr(ending, name, float(os.environ.get(name, getattr(ending, name))))
         threads = int(os.environ.get("PROBE_THREADS", "0"))
         handlers = [signal.getsignal(signum) for signum in launch.STOP_SIGNALS]
-        ended = launch.launch(int(sys.argv[2]), sys.argv[3:], threads, module="launch_probe")
+        grace = float(os.environ.get("PROBE_GRACE", rank.GRACE))
+        ended = launch.launch(int(sys.argv[2]), sys.argv[3:], threads, "launch_probe", grace)
         assert handlers == [signal.getsignal(signum) for signum in launch.STOP_SIGNALS]
         sys.exit(ended)
     run_rank(lambda: MODES[sys.argv[1]](sys.argv[2:]))

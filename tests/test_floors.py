@@ -21,11 +21,20 @@ FLOORS = [
         "shakespeare",
     },
     {
-        *("comm", "flags", "launch", "stop", "performance", "process_group", "failures"),
+        *("comm", "flags", "ending", "stop", "performance", "process_group", "failures"),
         *("reference_rotary", "text_files", "corpus_advice"),
     },
     {
-        *("overlap", "dropout", "recompute", "precision", "watch", "pace", "checkpoint_files"),
+        *(
+            "launch",
+            "overlap",
+            "dropout",
+            "recompute",
+            "precision",
+            "watch",
+            "pace",
+            "checkpoint_files",
+        ),
         "adamw",
         *("step_profile", "document_files", "corpus_files"),
     },

@@ -16,16 +16,19 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import pytest
 from ranks import LONGEST_SECONDS
 
+from rosetrainer import ending
 from rosetrainer.environment import usable_cores
 from rosetrainer.failures import told_once
 from rosetrainer.fields import ConfigError
 from rosetrainer.launch import launch
 from rosetrainer.parallel_context import Axis
-from rosetrainer.rank import RankError, is_out_of_memory
+from rosetrainer.rank import STOP_TIME, RankError, is_out_of_memory
+from rosetrainer.stop import StopTime
 
 ROOT = Path(__file__).parent.parent
 LESS_MEMORY = {"--micro-batch-size", "--recompute", "block,", "--tp-size", "plan`"}
@@ -82,7 +85,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
         environment["PROBE_PIDS"] = str(folder)
         environment["TMPDIR"] = str(tmp_path)  # a killed launcher leaves its folder
         limits = ("GRACE_SECONDS", "STOPPED_SECONDS", "STOP_SECONDS", "ONE_WISH_SECONDS")
-        environment |= dict.fromkeys(limits, "1e6")
+        environment |= dict.fromkeys([*limits, "PROBE_GRACE"], "1e6")
         process = subprocess.Popen(
             [sys.executable, "-m", "launch_probe", *words],
             cwd=ROOT,
@@ -309,6 +312,137 @@ def test_ranks_save_before_they_leave(start: Start) -> None:
         probe.saved()
         assert probe.ended() == expected[case], case
         assert not probe.alive()
+
+
+def test_a_long_wait_for_a_step_and_a_save_is_announced(start: Start) -> None:
+    probe = start("launch", "2", "slow_step", "34", STOP_SECONDS="1", PROBE_GRACE="1e6")
+    probe.started(2)
+    probe.process.send_signal(signal.SIGINT)
+    assert probe.process.stderr is not None
+    assert probe.process.stderr.readline() == (
+        "finishing the step under way, then saving: about 34 s; a second signal, or Ctrl-C, ends "
+        "at once\n"
+    )
+    probe.saved()
+    expected = (130, "saved after SIGINT\n" * 2, "interrupted; all ranks have ended\n")
+    assert probe.ended() == expected
+
+
+@dataclass
+class VirtualRank:
+    """A rank that a signal stops in the middle of a step, in the time of a `VirtualTime`."""
+
+    time: VirtualTime
+    seconds: float
+    """From the signal until it has saved."""
+    pid: int = 0
+    signalled: float | None = None
+    returncode: int | None = None
+
+    def send_signal(self, signum: int) -> None:
+        self.signalled = self.time.now
+
+    def poll(self) -> int | None:
+        since = self.time.now if self.signalled is None else self.signalled
+        if self.returncode is None and self.time.now >= since + self.seconds:
+            self.returncode = 0
+        return self.returncode
+
+    def kill(self) -> None:
+        if self.returncode is None:
+            self.returncode = -signal.SIGKILL
+
+    def wait(self) -> None:
+        """It has ended."""
+
+
+class VirtualTime:
+    now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.mark.parametrize(
+    ("told", "takes", "grace", "status", "ends"),
+    [
+        (0.0, 8.0, 120.0, 0, "all ranks have ended"),
+        (0.0, 10.0, 120.0, 143, "all ranks have ended, ranks 0, 1 were killed"),  # not told: 9 s
+        (34.0, 50.0, 120.0, 0, "all ranks have ended"),  # half as much again
+        (34.0, 52.0, 120.0, 143, "all ranks have ended, ranks 0, 1 were killed"),
+        (2.0, 8.0, 120.0, 0, "all ranks have ended"),
+        (100.0, 119.0, 120.0, 0, "all ranks have ended"),
+        (200.0, 200.0, 250.0, 0, "all ranks have ended"),
+        (200.0, 200.0, 30.0, 143, "were killed after 30 s; --grace gives them longer"),
+        (34.0, 6.0, 5.0, 143, "were killed after 5 s; --grace gives them longer"),
+    ],
+)
+def test_ranks_are_waited_for_as_long_as_a_step_and_a_save_take(
+    told: float,
+    takes: float,
+    grace: float,
+    status: int,
+    ends: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    virtual = VirtualTime()
+    monkeypatch.setattr(ending, "time", virtual)
+    monkeypatch.setattr(ending, "is_stopped", lambda pid: False)
+    ranks = [VirtualRank(virtual, takes) for _ in range(2)]
+    if told:
+        (tmp_path / STOP_TIME).write_text(str(told))
+    received = [(int(signal.SIGTERM), 0.0)]
+    assert ending.stop(cast(ending.Ranks, ranks), received, str(tmp_path), grace) == status
+    errors = capsys.readouterr().err
+    assert errors.endswith(f"{ends}\n")
+    assert ("finishing the step under way" in errors) == (told >= 9)
+    assert status or virtual.now < takes + 0.1  # never longer than needed
+
+
+def test_how_long_a_stop_takes_follows_what_was_measured() -> None:
+    stop = StopTime()
+    assert stop.left(100.0) == 0
+    stop.begin_step(100.0)
+    assert stop.left(130.0) == 30 + 30  # the first one: as long again, and a save like a step
+    stop.end_step(140.0)
+    assert stop.left(141.0) == 40 + 40  # between two steps: the next one may begin
+    stop.save = 4.0
+    stop.begin_step(150.0)
+    assert stop.left(160.0) == 30 + 4
+    assert stop.left(200.0) == 50 + 4  # longer than the one before
+    stop.end_step(184.0)
+    stop.begin_step(200.0)
+    assert stop.left(210.0) == 24 + 4
+
+
+def test_a_step_and_a_save_beyond_the_grace_time_are_told_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def warnings(grace: float) -> list[str]:
+        stop = StopTime()
+        stop.grace, stop.save = grace, 12.0
+        told = []
+        for began in (0.0, 100.0, 200.0):
+            stop.begin_step(began)
+            stop.end_step(began + 34.0)
+            told.append(stop.warning())
+        return told
+
+    assert warnings(60) == ["", "", ""]
+    first, second, third = warnings(30)
+    assert (first, third) == ("", "")  # the first step compiles
+    assert second.startswith("warning: a step takes 34.0 s and a save 12.0 s, and --grace gives 30")
+    assert "set --grace 69" in second
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    told = warnings(120)[1]
+    assert "torchrun's --shutdown-timeout gives 30 s" in told
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "100")
+    assert warnings(120) == ["", "", ""]
 
 
 def test_signal_while_ranks_start(start: Start) -> None:
