@@ -168,19 +168,21 @@ def choose_device(wanted: str, local_rank: int, local_world_size: int) -> torch.
 
 
 def gpus_are_own(visible: int, local_world_size: int) -> bool:
-    """Whether the GPUs that this rank sees are for it alone, by what a scheduler has set.
+    """Whether GPUs fewer than local ranks are for this rank alone, by what a scheduler has set.
 
     torchrun and our launcher give all ranks one environment, so these share what they see.
     """
-    if local_world_size == 1 or {"TORCHELASTIC_RUN_ID", LAUNCHED} & set(os.environ):
+    started_alike = {"TORCHELASTIC_RUN_ID", LAUNCHED} & set(os.environ)
+    if visible >= local_world_size or started_alike:
         return False
     per_task = f"gpu:{os.environ.get('SLURM_GPUS_PER_TASK', '')},"  # "2", or "a100:2"
     per_task += os.environ.get("SLURM_TRES_PER_TASK", "")  # "cpu=4,gres/gpu=2"
     if told := re.search(r"gpu(?:[:=][^,]*)?[:=](\d+)(?:,|$)", per_task):
         return visible == int(told[1])
     of_node = _number("SLURM_GPUS_ON_NODE")
-    one_is_named = visible == 1 and "CUDA_VISIBLE_DEVICES" in os.environ
-    return one_is_named and (of_node is None or of_node >= local_world_size)
+    if of_node is not None:  # there are enough, and this task is shown a part of them
+        return of_node >= local_world_size
+    return visible == 1 and "CUDA_VISIBLE_DEVICES" in os.environ
 
 
 def name_ranks(ranks: list[int]) -> str:
@@ -192,8 +194,8 @@ def name_ranks(ranks: list[int]) -> str:
 def usable_cores() -> int:
     """Cores that this process may keep busy: by its affinity and its control group's CPU quota.
 
-    A quota is rounded down, to 1 at least: threads that wait for each other all stand still once
-    it is used up, so with 1.5 cores two are slower than one.
+    A quota is rounded down, to 1 at least: once it is used up all threads stand still until the
+    next period, and so do the ranks that wait for them.
     """
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))

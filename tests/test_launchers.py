@@ -135,6 +135,9 @@ def test_one_visible_gpu_for_each_rank_is_that_rank_s(started_with: Start) -> No
         assert choose_device("cuda", 3, 4) == torch.device("cuda", 0)
         assert choose_device("cpu", 3, 4) == torch.device("cpu")
         assert gpu_remark(torch.device("cuda", 0), "auto") == ""
+    for bound in (1, 2):  # by srun's --gpu-bind
+        started_with(RANK_3 | {"SLURM_GPUS_ON_NODE": "8"}, gpus=bound)
+        assert choose_device("auto", 3, 4) == torch.device("cuda", 0)
 
 
 def test_several_gpus_for_each_rank(started_with: Start) -> None:
