@@ -134,7 +134,7 @@ def run_here(
     finished = evaluated and step == config.run.steps
     if speaks and not finished:
         introduce(place.folder, config, corpus, model, context)
-        for line in (remark, *schedule_notes(config, reached), going_on(place.checkpoint, reached)):
+        for line in (remark, going_on(place.checkpoint, reached), *schedule_notes(config, reached)):
             if line:
                 print(line)
     peak = sum_over_ranks(matmul_peak(context.device, dtype), context)

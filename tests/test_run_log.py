@@ -130,6 +130,18 @@ def test_a_torn_line_does_not_join_the_next_one(torn: str, tmp_path: Path) -> No
     assert [step for _, step in assert_told_alike(tmp_path)] == [*TORN[torn], 4]
 
 
+def test_of_checkpoints_only_a_slow_one_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with RunLog(tmp_path, 9) as log:
+        log.checkpoint(2, held=0.25, seconds=90.0)
+        assert capsys.readouterr().out == ""
+        log.checkpoint(4, held=12.0, seconds=12.5)
+    assert capsys.readouterr().out.startswith("step     4/9  a checkpoint held training for 12 s; ")
+    told = assert_told_alike(tmp_path)
+    assert told["perf/checkpoint_held_s", 2] == 0.25 and told["perf/checkpoint_s", 4] == 12.5
+
+
 class Killed(BaseException):
     """Ends a run as a kill does: nothing is saved."""
 

@@ -135,6 +135,44 @@ def test_a_pipe_that_nobody_reads_does_not_hold_training(markov: Path, tmp_path:
     ]
 
 
+def train_on_a_terminal(out: Path, data: Path, columns: int, bar: bool) -> str:
+    """What a run of a few steps has shown on a terminal so wide, as it came."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    read: list[bytes] = []
+    reader = threading.Thread(target=read_all, args=(ours, read))
+    reader.start()
+    with pytest.MonkeyPatch.context() as patch, os.fdopen(theirs, "w", encoding="utf-8") as tty:
+        patch.setenv("TERM", "xterm" if bar else "dumb")
+        patch.setattr(sys, "stdout", tty)
+        run_once(tiny(data, out, checkpoint_every=1))
+    reader.join()
+    os.close(ours)
+    return b"".join(read).decode()
+
+
+def read_all(descriptor: int, read: list[bytes]) -> None:
+    with contextlib.suppress(OSError):  # Linux says so of a terminal that has been left
+        while more := os.read(descriptor, 4096):
+            read.append(more)
+
+
+@pytest.mark.parametrize("columns", [40, 80, 100])
+def test_a_run_on_a_terminal(columns: int, markov: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    (shown,) = run_ranks(1, train_on_a_terminal, out, markov, columns, columns != 100)
+    lines = [line.split("\r")[-1] for line in shown.replace("\x1b[K", "").split("\r\n")]
+    words = " ".join(lines).split()
+    can_be_broken = [line for line in lines if len(line.split()) > 1]
+    assert not [line for line in can_be_broken if len(line) > columns]
+    assert {"context_length=8", "checkpoint_every=1;", "loss.svg,", f"{out}/step_000005;"} <= {
+        *words
+    }
+    assert not {"grad_clip=1.0", "eval_every=50", "held"} & {*words}
+    assert "●" in shown and "loss in nats per token, by step" in " ".join(words)
+    assert ("step/s" in shown or "s/step" in shown) == (columns != 100)
+
+
 def shown_on_a_terminal(columns: int, program: str, **environment: str) -> str:
     """What the program has written to a terminal so wide, as it came."""
     ours, theirs = pty.openpty()
@@ -147,13 +185,11 @@ def shown_on_a_terminal(columns: int, program: str, **environment: str) -> str:
         stderr=theirs,
     )
     os.close(theirs)
-    read = b""
-    with contextlib.suppress(OSError):  # Linux says so of a terminal that has been left
-        while more := os.read(ours, 4096):
-            read += more
+    read: list[bytes] = []
+    read_all(ours, read)
     os.close(ours)
     assert ended.wait() == 0, read
-    return read.decode()
+    return b"".join(read).decode()
 
 
 PROGRAM = """
