@@ -35,10 +35,14 @@ plan:
 	@echo "  5  sample        text that it writes: 10 s"
 	@echo
 
+# More than cores, for a test of ranks waits more than it computes. Each takes up to 1 GB.
+WORKERS := 6
+
 # Compiled before: hundreds of processes import them, and none of those writes what it compiled.
-test: .venv/.installed-dev  ## Run all tests
+test: .venv/.installed-dev  ## Run all tests: five minutes on two cores
 	@$(VENV_PYTHON) -m compileall -q benchmarks data rosetrainer steps tests
-	$(VENV_PYTHON) -m pytest -q -n 2 --dist loadfile
+	@echo "All tests: five minutes on two idle cores, longer beside other work. Ends with the slowest."
+	$(VENV_PYTHON) -m pytest -q -n $(WORKERS) --dist worksteal --durations=15
 
 test-steps: .venv/.installed-dev  ## Run each step's tests and a short training by torchrun
 	$(VENV_PYTHON) steps/steps.py rehearse

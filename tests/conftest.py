@@ -1,5 +1,6 @@
 """Environment of the tests, set before anything imports torch, and the corpus of many of them."""
 
+import functools
 import os
 from pathlib import Path
 
@@ -9,6 +10,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 from hypothesis import HealthCheck, settings
+from once import Once, make_once
+from progress import Progress
 
 from rosetrainer.prepare import main as prepare
 
@@ -17,8 +20,23 @@ settings.register_profile("suite", deadline=None, suppress_health_check=[HealthC
 settings.load_profile("suite")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Progress(config))
+
+
 @pytest.fixture(scope="session")
-def markov(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("corpus") / "markov"
-    prepare(["markov", "--out", str(folder)])
-    return folder
+def once(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Once:
+    shared = tmp_path_factory.getbasetemp()
+    if hasattr(request.config, "workerinput"):  # then it lies in the folder of the whole run
+        shared = shared.parent
+    return functools.partial(make_once, shared)
+
+
+@pytest.fixture(scope="session")
+def markov(once: Once) -> Path:
+    def make(folder: Path) -> Path:
+        prepare(["markov", "--out", str(folder / "markov")])
+        return folder / "markov"
+
+    return Path(once("markov", make))

@@ -266,7 +266,6 @@ def compare(chosen: list[tuple[Layout, str]]) -> list[dict[str, Any]]:
     return results
 
 
-@functools.cache
 def results() -> dict[Layout, list[dict[str, Any]]]:
     """What each rank found, for each layout; ranks are started once for each number of them."""
     found: dict[Layout, list[dict[str, Any]]] = {}

@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import lattice
 import pytest
+from once import Once
 
 from rosetrainer.planner import Plan, Work, plan
 
+Results = dict[lattice.Layout, list[dict[str, Any]]]
+
+
+@pytest.fixture(scope="session")
+def results(once: Once) -> Results:
+    found: Results = once("lattice", lambda _: lattice.results())
+    return found
+
 
 @pytest.mark.parametrize("layout", lattice.layouts(), ids=str)
-def test_a_layout_computes_what_one_process_does(layout: lattice.Layout) -> None:
+def test_a_layout_computes_what_one_process_does(layout: lattice.Layout, results: Results) -> None:
     """Logits, losses, norms, gradients; weights and Adam's moments after three updates."""
-    for rank, found in enumerate(lattice.results()[layout]):
+    for rank, found in enumerate(results[layout]):
         wrong = {what: e for what, e in found["errors"].items() if not lattice.is_equal(e)}
         assert not wrong, f"rank {rank}: {wrong}"
 
@@ -26,15 +36,19 @@ def plan_of(layout: lattice.Layout) -> Plan:
 
 
 @pytest.mark.parametrize("layout", lattice.layouts(), ids=str)
-def test_the_ledger_and_the_memory_are_those_that_were_counted(layout: lattice.Layout) -> None:
+def test_the_ledger_and_the_memory_are_those_that_were_counted(
+    layout: lattice.Layout, results: Results
+) -> None:
     predicted = plan_of(layout)
-    for found in lattice.results()[layout]:
+    for found in results[layout]:
         assert dict(found["ledger"]) == predicted.ledger
         held = {**found["held"], "activations": found["kept"]}
         assert held == predicted.memory
 
 
-def test_every_pair_of_settings_is_met(capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_pair_of_settings_is_met(
+    results: Results, capsys: pytest.CaptureFixture[str]
+) -> None:
     """And the table: the worst error of each layout, over all ranks and checks."""
     names = list(lattice.FACTORS)
     for first, second in itertools.combinations(names, 2):
@@ -43,7 +57,7 @@ def test_every_pair_of_settings_is_met(capsys: pytest.CaptureFixture[str]) -> No
     with capsys.disabled():
         print("\nworst difference / largest value, in float64, after three updates")
         for layout in lattice.layouts():
-            ranks = [found["errors"] for found in lattice.results()[layout]]
+            ranks = [found["errors"] for found in results[layout]]
             worst = {what: max(errors[what] for errors in ranks) for what in ranks[0]}
             what = max(worst, key=lambda name: worst[name])
             print(f"  {worst[what]:.1e} {what:10} {layout}")

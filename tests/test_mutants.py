@@ -15,8 +15,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -76,18 +74,14 @@ def outcome(tree: Path, test: str) -> tuple[int, dict[str, str]]:
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    return copy_tree(tmp_path)
-
-
-def copy_tree(target: Path) -> Path:
     """A copy of what the tests need, compiled as far as it is, without files being written."""
     skip = shutil.ignore_patterns("python-docs", "mutants", "*.pyc.*")
     for name in PARTS:
         if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, target / name, ignore=skip)
+            shutil.copytree(ROOT / name, tmp_path / name, ignore=skip)
         else:
-            shutil.copy(ROOT / name, target / name)
-    return target
+            shutil.copy(ROOT / name, tmp_path / name)
+    return tmp_path
 
 
 def named_test(patch: Path) -> str:
@@ -96,32 +90,10 @@ def named_test(patch: Path) -> str:
     return found[1]
 
 
-def outcome_with(patch: Path, target: Path) -> tuple[int, dict[str, str]]:
-    tree = copy_tree(target)
-    subprocess.run(["git", "apply", str(patch)], cwd=tree, check=True)
-    return outcome(tree, named_test(patch))
-
-
-Outcomes = dict[Path, Future[tuple[int, dict[str, str]]]]
-
-
-@pytest.fixture(scope="session")
-def outcomes(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Outcomes]:
-    """Of all mutants that were chosen, two under way at a time: each waits as much as it works."""
-    parameters = [getattr(item, "callspec", None) for item in request.session.items]
-    chosen = [p.params["patch"] for p in parameters if p and "patch" in p.params]
-    with ThreadPoolExecutor(2) as pool:
-        yield {
-            patch: pool.submit(outcome_with, patch, tmp_path_factory.mktemp(patch.stem))
-            for patch in chosen
-        }
-
-
 @pytest.mark.parametrize("patch", MUTANTS, ids=lambda path: path.stem)
-def test_the_mistake_turns_its_test_red(patch: Path, outcomes: Outcomes) -> None:
-    passed, texts = outcomes[patch].result()
+def test_the_mistake_turns_its_test_red(patch: Path, tree: Path) -> None:
+    subprocess.run(["git", "apply", str(patch)], cwd=tree, check=True)
+    passed, texts = outcome(tree, named_test(patch))
     assert texts, f"{named_test(patch)} stays green ({passed} passed)"
     (where, text), *_ = texts.items()
     assert where.startswith("call of "), f"broken, not wrong: {where}\n{text}"

@@ -27,6 +27,7 @@ from faults.harness import (
     run,
     state,
 )
+from once import Once
 from ranks import LONGEST_SECONDS
 
 from rosetrainer.manifest import checkpoints, is_sound
@@ -39,14 +40,19 @@ AFTER_THE_NAME = ("renamed", "retention", "removal")
 
 
 @pytest.fixture(scope="session")
-def never_interrupted(markov: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Finished]:
+def never_interrupted(markov: Path, once: Once) -> list[Finished]:
     """By layout."""
-    finished = []
-    for layout in LAYOUTS:
-        out = tmp_path_factory.mktemp("finished") / "run"
-        outcome = run(2, [*FLAGS, *layout, "--data", str(markov), "--out", str(out)])
-        assert outcome.statuses == [0, 0], outcome.complained
-        finished.append(Finished.of(out))
+
+    def make(folder: Path) -> list[Finished]:
+        finished = []
+        for number, layout in enumerate(LAYOUTS):
+            out = folder / str(number) / "run"
+            outcome = run(2, [*FLAGS, *layout, "--data", str(markov), "--out", str(out)])
+            assert outcome.statuses == [0, 0], outcome.complained
+            finished.append(Finished.of(out))
+        return finished
+
+    finished: list[Finished] = once("never_interrupted", make)
     return finished
 
 
