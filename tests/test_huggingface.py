@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -46,10 +49,20 @@ def rename(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
     return ours
 
 
-def check_against_gpt2(config: GPTConfig, padding: int, seed: int) -> None:
+def batch(config: GPTConfig, padding: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(input_ids, mask, labels), each (3, T)"""
+    input_ids, labels = random_batch(config, rows=3, seed=seed)
+    mask = torch.ones_like(input_ids)
+    mask[1, :padding] = 0
+    labels[mask == 0] = -100
+    labels[:, -1] = -100  # they shift inside: their label t + 1 is ours of t, our last falls off
+    return input_ids, mask, labels
+
+
+def by_gpt2(config: GPTConfig, padding: int, seed: int) -> dict[str, Any]:
+    """What theirs computes, and its weights and gradients by our names."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    context = init_tensor_parallel()
     torch.manual_seed(seed)
     theirs = GPT2LMHeadModel(
         GPT2Config(
@@ -70,28 +83,38 @@ def check_against_gpt2(config: GPTConfig, padding: int, seed: int) -> None:
     with torch.no_grad():
         for parameter in theirs.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2)
-    model = GPTModel(config, context).double()
-    load_whole(model, rename(dict(theirs.named_parameters())))
-
-    input_ids, labels = random_batch(config, rows=3, seed=seed)
-    mask = torch.ones_like(input_ids)
-    mask[1, :padding] = 0
-    labels[mask == 0] = -100
-    # They shift inside: their label t + 1 is our label t, and our last one falls off.
-    labels[:, -1] = -100
+    input_ids, mask, labels = batch(config, padding, seed)
     their_labels = torch.cat([torch.full_like(labels[:, :1], -100), labels[:, :-1]], dim=1)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    expected = theirs(input_ids, attention_mask=mask, position_ids=positions, labels=their_labels)
+    found = theirs(input_ids, attention_mask=mask, position_ids=positions, labels=their_labels)
     # Their loss is computed in fp32 whatever the model's dtype; the exact one is of their logits.
-    exact_loss = F.cross_entropy(expected.logits.flatten(0, 1), labels.flatten())
+    exact_loss = F.cross_entropy(found.logits.flatten(0, 1), labels.flatten())
     exact_loss.backward()
+    return {
+        "weights": rename({name: p.detach() for name, p in theirs.named_parameters()}),
+        "logits": found.logits.detach(),
+        "loss": exact_loss.detach(),
+        "their loss": found.loss.item(),
+        "gradients": rename(gradients(theirs)),
+    }
+
+
+def check(config: GPTConfig, padding: int, seed: int, expected: dict[str, Any]) -> None:
+    context = init_tensor_parallel()
+    model = GPTModel(config, context).double()
+    load_whole(model, expected["weights"])
+    input_ids, mask, labels = batch(config, padding, seed)
     logits, loss = model(input_ids, mask, labels)
     loss.backward()
-    assert_equal("logits", logits[mask == 1], expected.logits[mask == 1])
-    assert_equal("loss", loss, exact_loss)
-    assert loss.item() == pytest.approx(expected.loss.item(), rel=1e-6)
-    their_gradients = gradients(theirs)
-    assert_all_equal(gather_whole(model, context.tp, gradients=True), rename(their_gradients))
+    assert_equal("logits", logits[mask == 1], expected["logits"][mask == 1])
+    assert_equal("loss", loss, expected["loss"])
+    assert loss.item() == pytest.approx(expected["their loss"], rel=1e-6)
+    assert_all_equal(gather_whole(model, context.tp, gradients=True), expected["gradients"])
+
+
+def check_with_file(config: GPTConfig, padding: int, seed: int, path: Path) -> None:
+    """On a rank, for which the import of theirs would cost more than all else."""
+    check(config, padding, seed, torch.load(path, weights_only=True))
 
 
 configs = st.builds(
@@ -111,9 +134,11 @@ configs = st.builds(
 )
 @given(config=configs, padding=st.integers(0, 1), seed=st.integers(0, 99))
 def test_one_process_equals_hugging_face(config: GPTConfig, padding: int, seed: int) -> None:
-    check_against_gpt2(config, padding, seed)
+    check(config, padding, seed, by_gpt2(config, padding, seed))
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_two_ranks_equal_hugging_face(tied: bool) -> None:
-    run_ranks(2, check_against_gpt2, GPTConfig(31, 10, 2, 4, 16, d_ff=40, tied=tied), 3, 5)
+def test_two_ranks_equal_hugging_face(tied: bool, tmp_path: Path) -> None:
+    config = GPTConfig(31, 10, 2, 4, 16, d_ff=40, tied=tied)
+    torch.save(by_gpt2(config, 3, 5), tmp_path / "theirs.pt")
+    run_ranks(2, check_with_file, config, 3, 5, tmp_path / "theirs.pt")
