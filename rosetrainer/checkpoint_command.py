@@ -148,13 +148,12 @@ def write_weights(
         start, end = end, end + math.prod(spec.dense_shape) * getattr(torch, kind).itemsize
         shape = list(spec.dense_shape)
         header[name] = {"dtype": DTYPES[kind], "shape": shape, "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
+    text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in layers:
-            tensor = read_whole(folder, manifest, name)
-            file.write(tensor.contiguous().numpy().data)
+            file.write(read_whole(folder, manifest, name).contiguous().numpy().data)
         if file.tell() != 8 + len(text) + end:
             raise CheckpointError(f"{folder} does not hold what its manifest says")
 

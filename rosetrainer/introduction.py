@@ -22,6 +22,8 @@ from rosetrainer.run_folder import CONFIG, describe_run
 from rosetrainer.run_log import RunLog
 from rosetrainer.screen import Screen
 
+SAID_ELSEWHERE = ("out", "vocab_size", "compute_dtype")
+
 
 def describe(context: ParallelContext, dtype: torch.dtype, wanted: str) -> str:
     """One line: what the ranks are and what they run on."""
@@ -60,14 +62,14 @@ def introduce(
 def changes(config: TrainConfig) -> list[str]:
     """Each setting that is not the default: "steps=300", ...
 
-    But for two that are said elsewhere: the folder, and the corpus's vocabulary.
+    But for those that other lines say: the folder, the vocabulary, what dtype came to.
     """
     default = asdict(TrainConfig())
     return [
         f"{key}={value}"
         for name, component in asdict(config).items()
         for key, value in component.items()
-        if value != default[name][key] and key not in ("out", "vocab_size")
+        if value != default[name][key] and key not in SAID_ELSEWHERE
     ]
 
 

@@ -31,5 +31,5 @@ class Peak(TorchDispatchMode):
 
 
 def storages(tree: Any) -> dict[int, torch.UntypedStorage]:
-    tensors = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+    tensors = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) and not leaf.is_meta]
     return {t.untyped_storage()._cdata: t.untyped_storage() for t in tensors}
