@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -59,7 +60,7 @@ def find_beginning(config: TrainConfig, corpus: Corpus) -> Beginning:
         check_run_folder(None)
         found = _unfinished(config, corpus) if resume == "auto" else iter(())
         return next(found, Beginning(None))
-    if resume == "never" or not (out / CONFIG).exists():
+    if resume == "never" or not os.path.lexists(out / CONFIG):
         check_run_folder(out)
         return Beginning(None)
     return _go_on(out, config, corpus)
@@ -109,7 +110,7 @@ def _from_path(path: Path, config: TrainConfig, corpus: Corpus) -> Beginning:
     is_one = bool(candidates) and candidates[0].parent != path
     run = candidates[0].parent if is_one else path
     out = config.run.out or run
-    if (out / CONFIG).exists() and began_so(out, path):
+    if os.path.lexists(out / CONFIG) and began_so(out, path):
         found = _go_on(out, config, corpus)
         more = tuple(one for one in candidates if one not in found.candidates)
         return replace(found, candidates=found.candidates + more)
@@ -125,7 +126,7 @@ def _from_path(path: Path, config: TrainConfig, corpus: Corpus) -> Beginning:
     if not same_place(out, run):
         check_run_folder(out)
         return Beginning(None, candidates, is_one, dtype)
-    if not (run / CONFIG).exists():
+    if not os.path.lexists(run / CONFIG):
         raise ConfigError(f"{run} has no {CONFIG}: it is no run folder; give a new --out")
     _go_on(run, config, corpus)
     newer = [one for one in checkpoints(run) if step_of(one) > step_of(candidates[0])]

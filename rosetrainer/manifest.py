@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
 import stat
 from dataclasses import dataclass
@@ -107,7 +108,7 @@ def checkpoints(run: Path) -> list[Path]:
 
 def found_in(path: Path) -> list[Path]:
     """The checkpoint that path is, or those of the run folder that it is, newest first."""
-    one = path if STEP.fullmatch(path.name) else path.resolve()
+    one = path if STEP.fullmatch(path.name) else Path(os.path.realpath(path))
     return [one] if STEP.fullmatch(one.name) and one.exists() else checkpoints(path)
 
 

@@ -54,7 +54,7 @@ def check_run_folder(wanted: Path | None) -> None:
     try:
         if wanted and wanted.exists() and not (wanted.is_dir() and is_empty(wanted)):
             raise ConfigError(f"out={wanted} is not empty; choose another --out, or leave it out")
-        for folder in wanted.resolve().parents if wanted else ():
+        for folder in Path(os.path.realpath(wanted)).parents if wanted else ():
             if (folder / CONFIG).is_file() and (folder / LOCK).is_file():
                 raise ConfigError(
                     f"out={wanted} lies inside the run {folder}; choose another --out"

@@ -18,7 +18,7 @@ from rosetrainer.checkpoint import Saver
 from rosetrainer.config import TrainConfig
 from rosetrainer.fields import ConfigError
 from rosetrainer.generate import load_model
-from rosetrainer.manifest import CheckpointError, Progress
+from rosetrainer.manifest import CheckpointError, Progress, found_in
 from rosetrainer.model import GPTModel
 from rosetrainer.optim import build_optimizer
 from rosetrainer.parallel_context import ParallelContext, init_tensor_parallel
@@ -180,3 +180,7 @@ def test_an_out_that_leads_nowhere_is_one_line(
         run_folder.check_run_folder(None)
     with pytest.raises(ConfigError, match="cannot make out/run-001"):
         run_folder.new_run_folder(None)
+    Path("loop").symlink_to("loop")
+    with pytest.raises(ConfigError, match="out=loop/run cannot be made in loop"):
+        run_folder.check_run_folder(Path("loop/run"))
+    assert found_in(Path("loop")) == []
