@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from rosetrainer.tensor_parallel import ColumnParallelLinear, RowParallelLinear,
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # the paper's: steep at zero, flat enough around one
 ITERATIONS = 5
+STACK_BYTES = 2**24  # of whole matrices at once: larger stacks are no faster
 
 
 class Muon(AdamW):
@@ -54,20 +55,48 @@ class Muon(AdamW):
             gradients.append(parameter.grad)
             buffers.append(state["momentum_buffer"])
         torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
-        ahead = torch._foreach_lerp(gradients, buffers, group["momentum"])  # Nesterov's
-        matrices = []
-        for parameter, local in zip(parameters, ahead, strict=True):
-            spec = shard_spec(parameter)
-            whole = spec.unshard(local, self._tp, "optimizer")
-            matrices += whole.unflatten(0, (spec.stride, -1)).unbind()
-        steps = iter(orthogonalized(matrices))
+        torch._foreach_lerp_(gradients, buffers, group["momentum"])  # Nesterov's
         if group["weight_decay"]:
             torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+        for together in stacks(parameters):
+            self._apply(together, group["lr"])
+
+    def _apply(self, parameters: Sequence[nn.Parameter], rate: float) -> None:
+        """Gathers the whole matrices of these parameters, and no others, and takes their step."""
+        matrices: list[Tensor] = []
+        for parameter in parameters:
+            assert parameter.grad is not None
+            spec = shard_spec(parameter)
+            whole = spec.unshard(parameter.grad, self._tp, "optimizer")
+            matrices += whole.unflatten(0, (spec.stride, -1)).unbind()
+            parameter.grad = None
+        steps = iter(orthogonalized(matrices))
         for parameter in parameters:
             spec = shard_spec(parameter)
             whole = torch.cat([next(steps) for _ in range(spec.stride)])
-            parameter.sub_(spec.shard(whole), alpha=group["lr"])
-            parameter.grad = None
+            parameter.sub_(spec.shard(whole), alpha=rate)
+
+
+def stacks(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """All parameters, in lists whose matrices have one shape, standing or lying, and so go through
+    the products together. A list of more than one has STACK_BYTES of whole matrices at most.
+    """
+    of_shape = defaultdict(list)
+    for parameter in parameters:
+        spec = shard_spec(parameter)
+        rows, columns = spec.dense_shape
+        of_shape[tuple(sorted((rows // spec.stride, columns)))].append(parameter)
+    for alike in of_shape.values():
+        chosen: list[nn.Parameter] = []
+        held = 0
+        for parameter in alike:
+            size = math.prod(shard_spec(parameter).dense_shape) * parameter.element_size()
+            if chosen and held + size > STACK_BYTES:
+                yield chosen
+                chosen, held = [], 0
+            chosen.append(parameter)
+            held += size
+        yield chosen
 
 
 def orthogonalized(matrices: Sequence[Tensor]) -> list[Tensor]:

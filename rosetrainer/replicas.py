@@ -10,6 +10,8 @@ from rosetrainer.comm import all_gather, all_reduce
 from rosetrainer.parallel_context import Axis, ParallelContext
 from rosetrainer.tensor_parallel import ShardSpec, shard_spec
 
+CHUNK = 2**16  # words of 16 bits
+
 
 class ReplicaError(RuntimeError):
     """Ranks that should hold the same numbers do not."""
@@ -48,10 +50,18 @@ def check_replicas(model: nn.Module, context: ParallelContext, step: int) -> Non
 
 
 def checksum(tensor: Tensor) -> Tensor:
-    """An int64 that depends on every bit of the tensor and on its place."""
-    words = tensor.detach().contiguous().flatten().view(torch.int16).long()
-    places = torch.arange(1, 2 * len(words), 2, device=words.device)  # odd, so no bit is lost
-    return (words * places).sum()
+    """An int64 that depends on every bit of the tensor and on its place.
+
+    In chunks: words and places as int64 are twelve times as large as the tensor.
+    """
+    words = tensor.detach().contiguous().flatten().view(torch.int16)
+    total = torch.zeros((), dtype=torch.int64, device=words.device)
+    for start in range(0, len(words), CHUNK):
+        chunk = words[start : start + CHUNK].long()
+        first, end = 2 * start + 1, 2 * (start + len(chunk)) + 1
+        places = torch.arange(first, end, 2, device=words.device)  # odd, so no bit is lost
+        total += chunk.mul_(places).sum()
+    return total
 
 
 def first_holder(spec: ShardSpec, axis: Axis) -> int:

@@ -21,6 +21,7 @@ from oracle import (
     saved_weights,
     tiny_config,
 )
+from peak import Peak
 from ranks import run_ranks
 
 from rosetrainer import loop, train
@@ -38,7 +39,7 @@ from rosetrainer.precision import NonFiniteGradientError, check_gradients
 from rosetrainer.prepare import main as prepare
 from rosetrainer.proof import Proof
 from rosetrainer.reference import ReferenceDropout, ReferenceGPT
-from rosetrainer.replicas import ReplicaError, check_replicas
+from rosetrainer.replicas import ReplicaError, check_replicas, checksum
 from rosetrainer.tensor_parallel import gather_whole, init_weights, load_whole
 
 SEED, STEP, ROWS = 11, 3, 4
@@ -162,6 +163,33 @@ def check_drift() -> None:
             check_replicas(model, context, step=7)
         bits[5] ^= int(context.rank == drifted)
     check_replicas(model, context, step=8)
+
+
+def check_replicas_peak() -> None:
+    context = init_parallel(ParallelConfig(dp_size=2))
+    model = GPTModel(GPTConfig(4096, 8, n_layers=1, n_heads=2, d_model=128), context)
+    init_weights(model, 0)
+    largest = max(p.numel() * p.element_size() for p in model.parameters())
+    with Peak(*model.parameters()) as peak:
+        check_replicas(model, context, step=1)
+    assert 0 < peak.bytes <= largest, peak.bytes / largest
+
+
+def test_replicas_are_compared_in_less_memory_than_one_parameter_takes() -> None:
+    run_ranks(2, check_replicas_peak)
+
+
+def test_a_checksum_is_of_every_bit_and_its_place_whatever_the_chunk() -> None:
+    generator = torch.Generator().manual_seed(0)
+    tensor = torch.randn(97, 3, generator=generator)
+    sums = []
+    for chunk in (1, 7, 2**16):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("rosetrainer.replicas.CHUNK", chunk)
+            sums.append(int(checksum(tensor)))
+            for other in (tensor.flip(0), tensor.T, torch.nextafter(tensor, tensor + 1)):
+                assert int(checksum(other)) != sums[0]
+    assert len(set(sums)) == 1
 
 
 def test_a_replica_that_drifted_by_one_bit_is_named() -> None:
