@@ -13,6 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
+import torch
 import torch.distributed as dist
 
 from rosetrainer import comm, process_group
@@ -29,7 +30,11 @@ LEAST_ANSWER_SECONDS, MOST_ANSWER_SECONDS = 4.0, 30.0
 SILENT_SECONDS = 5.0
 """How long a rank stays that leaves it to another one, which may come to it later, to tell."""
 
-WAITING = (str(Path(dist.__file__).parent), comm.__file__, process_group.__file__)
+WAITING = (
+    str(Path(torch.__file__).parent / "distributed"),
+    comm.__file__,
+    process_group.__file__,
+)
 """Where a rank stands that waits for others."""
 
 
