@@ -138,3 +138,32 @@ def test_under_the_launcher_a_signal_is_one_line_and_one_status(
     said = "interrupted" if signum == signal.SIGINT else "stopped by SIGTERM"
     assert errors.startswith(f"{said}; saved in {out}/step_"), errors
     assert errors.count("\n") == 1
+
+
+def test_a_long_step_is_ended_and_saved(markov: Path, tmp_path: Path) -> None:
+    """The launcher waits as long as rank 0 has measured; the test ends the step."""
+    out = tmp_path / "run"
+    flags = [*COMMAND, "--data", str(markov), "--out", str(out), "--grace", "100000"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "slow_train", str(tmp_path), "train", "--nproc", "2", *flags],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    end = time.monotonic() + LONGEST_SECONDS
+    while not (tmp_path / "begun").exists():
+        assert time.monotonic() < end
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    line = process.stderr.readline()
+    assert line.startswith("finishing the step under way, then saving: about 10"), line
+    (tmp_path / "end").touch()
+    _, errors = process.communicate(timeout=LONGEST_SECONDS)
+    assert process.returncode == 0
+    where = out / "step_000004"
+    assert errors == f"stopped by SIGTERM; saved in {where}; the same command goes on from there\n"
+    assert where.exists()
