@@ -91,7 +91,7 @@ class LossCurves:
         parts = [
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}">',
             f"<style>{STYLE}</style>",
-            *(x_tick(x.at(tick), f"{tick:,g}") for tick in x.ticks()),
+            *(x_tick(x.at(tick), f"{tick:,.9g}") for tick in x.ticks()),
             *(y_tick(y.at(tick), f"{tick:g}") for tick in y.ticks()),
             f'<text x="{(LEFT + WIDTH) / 2}" y="{HEIGHT - 8}" text-anchor="middle">step</text>',
             f'<text transform="rotate(-90)" x="{-HEIGHT / 2}" y="16" text-anchor="middle">'

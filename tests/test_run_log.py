@@ -282,6 +282,8 @@ def test_the_picture_shows_every_curve_with_axes_and_units() -> None:
     words = [one.text for one in picture.iter() if one.text]
     assert {"step", "loss (nats per token)", "training", "validation", "1,000", "2"} <= {*words}
     assert "prefers-color-scheme: dark" in curves.svg()
+    far = LossCurves([(step, 1.0 + step) for step in (1, 2_500_000)]).svg()
+    assert ">500,000<" in far and ">2,500,000<" in far
     for one, other in itertools.product([(1, 2.0), (1, 0.0)], [(2, 2.0), (2, 1e5)]):
         odd = LossCurves([one, other], [])  # a range of nothing, and a wide one
         assert odd.can_be_drawn and xml.etree.ElementTree.fromstring(odd.svg()) is not None
