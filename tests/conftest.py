@@ -9,20 +9,22 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
-from hypothesis import HealthCheck, settings
 from once import Once, make_once
 from progress import Progress
 
 from rosetrainer.prepare import main as prepare
 
-# A slow machine is no fault of what is tested.
-settings.register_profile("suite", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("suite")
-
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
         config.pluginmanager.register(Progress(config))
+    if config.pluginmanager.hasplugin("hypothesispytest"):  # tests/test_mutants.py goes without
+        from hypothesis import HealthCheck, settings
+
+        # A slow machine is no fault of what is tested.
+        slow = [HealthCheck.too_slow]
+        settings.register_profile("suite", deadline=None, suppress_health_check=slow)
+        settings.load_profile("suite")
 
 
 @pytest.fixture(scope="session")

@@ -32,7 +32,6 @@ PRELOAD = [
     "safetensors.torch",
     "tyro",
     "pytest",
-    "hypothesis",
 ]
 FORKSERVER = multiprocessing.get_context("forkserver")
 FORKSERVER.set_forkserver_preload(PRELOAD)
