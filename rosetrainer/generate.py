@@ -34,7 +34,7 @@ from rosetrainer.fields import (
 from rosetrainer.flags import parse_flags, ranks_to_start
 from rosetrainer.launch import launch
 from rosetrainer.model import GPTModel
-from rosetrainer.model_size import check_fits
+from rosetrainer.model_size import check_memory
 from rosetrainer.parallel_context import Axis, ParallelContext, end_parallel, init_parallel
 from rosetrainer.performance import set_threads
 from rosetrainer.process_group import meet, own_device
@@ -88,7 +88,7 @@ def main(argv: list[str]) -> int:
         return launch(world_size, ["generate", *argv])
     if own_device(command.device).type == "cpu":
         here = world_from_environment()[3]
-        check_fits(config.model, 4, "weights", here / world_size)
+        check_memory(config.model, 4, "weights", here / world_size)
     set_threads(0)
     meet(command.device)
     context = init_parallel(ParallelConfig(tp_size=world_size), command.device)

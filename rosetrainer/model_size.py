@@ -36,7 +36,7 @@ def check_exists(config: GPTConfig) -> None:
         )
 
 
-def check_fits(config: GPTConfig, bytes_each: int, what: str, copies: float = 1.0) -> None:
+def check_memory(config: GPTConfig, bytes_each: int, what: str, copies: float = 1.0) -> None:
     """Raises ConfigError if `copies` of the model do not fit into this machine's memory.
 
     bytes_each: of one parameter, with what is held beside it; `what` says what that is. copies:

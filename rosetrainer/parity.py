@@ -16,7 +16,7 @@ from rosetrainer.fields import Count, check_fields
 from rosetrainer.flags import parse_flags, ranks_to_start
 from rosetrainer.launch import launch
 from rosetrainer.model import GPTModel
-from rosetrainer.model_size import check_fits
+from rosetrainer.model_size import check_memory
 from rosetrainer.parallel_context import ParallelContext, end_parallel, init_parallel
 from rosetrainer.performance import choose_dtype, set_threads
 from rosetrainer.process_group import meet
@@ -154,7 +154,7 @@ def main(argv: list[str]) -> int:
         return launch(world_size, ["parity", *argv])
     # The one process that every rank compares with: its position table can be a short one.
     dense, here = replace(command.model, context_length=1), world_from_environment()[3]
-    check_fits(dense, 96, "one process's float64 weights and their course on each rank", here)
+    check_memory(dense, 96, "one process's float64 weights and their course on each rank", here)
     set_threads(0)
     meet("cpu")
     context = init_parallel(command.parallel, "cpu")

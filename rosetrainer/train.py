@@ -30,7 +30,7 @@ from rosetrainer.introduction import (
 )
 from rosetrainer.loop import TrainingLoop
 from rosetrainer.model import GPTModel
-from rosetrainer.model_size import check_fits
+from rosetrainer.model_size import check_memory
 from rosetrainer.optim import build_optimizer
 from rosetrainer.parallel_context import Axis, ParallelContext, end_parallel, init_parallel
 from rosetrainer.performance import be_deterministic, choose_dtype, matmul_peak, set_threads
@@ -61,7 +61,7 @@ def check_config(config: TrainConfig, world_size: int) -> tuple[TrainConfig, Cor
         each = 12 if config.optim.optimizer == "muon" else 16  # moments: one, or two
         each *= 2 if config.run.dtype == "float64" else 1
         copies = local_world_size / config.parallel.resolve(world_size)[0]
-        check_fits(model, each, "weights, gradients and moments", copies)
+        check_memory(model, each, "weights, gradients and moments", copies)
     if rank == 0 and (folder := find_beginning(config, corpus).folder):
         check_unlocked(folder)
     return config, corpus

@@ -128,6 +128,6 @@ def test_weights_that_do_not_fit_are_not_read(run: Path, monkeypatch: pytest.Mon
 
 def test_a_rank_of_many_machines_needs_its_own_part_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model_size, "machine_memory", lambda: 4 * parameter_count(SMALL))
-    model_size.check_fits(SMALL, 16, "training", 1 / 4)
+    model_size.check_memory(SMALL, 16, "training", 1 / 4)
     with pytest.raises(ConfigError):
-        model_size.check_fits(replace(SMALL, d_ff=65), 16, "training", 1 / 4)
+        model_size.check_memory(replace(SMALL, d_ff=65), 16, "training", 1 / 4)
