@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from rosetrainer.adamw import AdamW
 from rosetrainer.checkpoint_files import Draft, retain
 from rosetrainer.config import RunConfig
+from rosetrainer.heartbeat import HEARTBEAT
 from rosetrainer.manifest import CheckpointError, Manifest, Progress, SavedTensor
 from rosetrainer.parallel_context import ParallelContext
 from rosetrainer.tensor_parallel import ShardSpec, shard_spec
@@ -224,8 +225,8 @@ def read_range(folder: Path, name: str, saved: SavedTensor, start: int, stop: in
     for piece in sorted(saved.slices, key=lambda one: one.start):
         if piece.stop <= reached or piece.start >= stop or piece.start > reached:
             continue
-        path, first = folder / piece.file, reached - piece.start
-        last = min(piece.stop, stop) - piece.start
+        path, first, end = folder / piece.file, reached - piece.start, min(piece.stop, stop)
+        HEARTBEAT.beat()
         try:
             with safe_open(path, "pt") as file:
                 view = file.get_slice(name)
@@ -233,11 +234,11 @@ def read_range(folder: Path, name: str, saved: SavedTensor, start: int, stop: in
                 extent[saved.dim] = piece.stop - piece.start
                 if view.get_shape() != extent:
                     raise CheckpointError(f"{path}: {name} is {view.get_shape()}, not {extent}")
-                index = [slice(None)] * saved.dim + [slice(first, last)]
+                index = [slice(None)] * saved.dim + [slice(first, end - piece.start)]
                 pieces.append(view[tuple(index)])
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{path} cannot be read: {error}") from None
-        reached = min(piece.stop, stop)
+        reached = end
     if reached < stop:
         raise CheckpointError(f"{folder}: nothing holds {name}[{reached}:{stop}]")
     return torch.cat(pieces, saved.dim)

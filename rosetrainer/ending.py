@@ -64,7 +64,7 @@ def stop(ranks: Ranks, received: list[tuple[int, float]], folder: str, grace: fl
         if not needed and (needed := stop_seconds(folder)):
             end = since + min(max(STOP_SECONDS, MARGIN * needed), grace)
             if needed >= STOP_SECONDS:
-                say(stop_line(needed))
+                say(stop_line(needed) + f"; --grace gives {grace:g} s" * (needed > grace))
         stopped = {n: stopped.get(n, now) for n in running if is_stopped(ranks[n].pid)}
         frozen = [n for n in stopped if now >= stopped[n] + STOPPED_SECONDS]
         for number in running if now >= end else frozen:

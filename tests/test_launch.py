@@ -401,6 +401,7 @@ def test_ranks_are_waited_for_as_long_as_a_step_and_a_save_take(
     errors = capsys.readouterr().err
     assert errors.endswith(f"{ends}\n")
     assert ("finishing the step under way" in errors) == (told >= 9)
+    assert (f"ends at once; --grace gives {grace:g} s\n" in errors) == (told >= 9 and told > grace)
     assert status or virtual.now < takes + 0.1  # never longer than needed
 
 
