@@ -32,8 +32,7 @@ class TrainCommand:
     nproc: Count | None = None
     """Start this many ranks on this machine; leave it out under torchrun."""
     grace: Count = GRACE
-    """Seconds that the ranks of --nproc may take, if they need them, to end a step and save after
-    a signal; spot machines give up to 120, Slurm's KillWait and Kubernetes 30 unless told."""
+    """Most seconds for a step and a save after a signal; Slurm, Kubernetes give 30, spots 120."""
     prove: bool = False
     """First show who holds what, and that this layout computes what one process does."""
 
