@@ -40,7 +40,7 @@ def make_command(
         flags["seed"] = 1337
     for name, usual in flags.items():
         if options.get(name, usual) != usual:
-            words.append(f"--{name.replace('_', '-')} {options[name]}")
+            words.append(f"--{name.replace('_', '-')} {shlex.quote(str(options[name]))}")
     if folder != Path("data") / source:
         words.append(f"--out {shlex.quote(str(folder))}")
     return " ".join(words)

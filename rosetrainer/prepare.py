@@ -13,7 +13,9 @@ The corpus goes to data/NAME unless --out names another folder.
 
 from __future__ import annotations
 
+import io
 import json
+import sys
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -153,6 +155,8 @@ def main(argv: list[str]) -> None:
     if argv[:1] in (["-h"], ["--help"]):
         print((__doc__ or "").replace("python -m rosetrainer", trainer_command()))
         return
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a path may be no text
     source, flags = "python-docs", argv
     if argv and not argv[0].startswith("-"):
         source, flags = argv[0], argv[1:]

@@ -262,3 +262,10 @@ def test_the_command_that_makes_it_anew_says_how_it_was_made(capsys: Any) -> Non
     os.truncate("data/markov/val.bin", 6)
     follow(advice("data/markov"))
     open_corpus(Path("data/markov"), 4)
+
+
+def test_what_meta_json_says_is_quoted_for_the_shell() -> None:
+    """A corpus may come from somebody else."""
+    options = {"tokenizer": "x; touch opened", "vocab_size": "$(touch opened)"}
+    text = broken(OURS | COUNTS | {"source": "file", "options": options}, "train.bin")
+    assert "--tokenizer 'x; touch opened' --vocab-size '$(touch opened)' --out own`" in text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import subprocess
 import sys
@@ -264,6 +265,25 @@ def test_what_is_not_ours_is_not_replaced(tmp_path, text, name, force):
     assert error.startswith(f"{out} holds ")
     assert error.endswith("did not write and does not replace; give another --out")
     assert (out / name).read_text() == "{}"
+
+
+@pytest.mark.parametrize(
+    "change", [{"tokenizer": "\ud800"}, {"train_tokens": "9"}, {"documents": 3}]
+)
+def test_a_meta_json_that_is_no_longer_ours_is_not_replaced(tmp_path, text, change):
+    out = tmp_path / "c"
+    make("file", text, "--out", out)
+    meta = json.loads((out / "meta.json").read_text()) | change
+    (out / "meta.json").write_text(json.dumps(meta))
+    assert "holds files but no meta.json of ours" in message("file", text, "--out", out, "--force")
+
+
+def test_a_path_that_is_no_text_is_printed_all_the_same(tmp_path, text):
+    out = os.fsencode(tmp_path) + b"/caf\xe9"
+    done = script("file", text, "--out", os.fsdecode(out))
+    assert done.returncode == 0, done.stderr
+    assert "caf\\udce9: file, " in done.stdout
+    assert sorted(os.listdir(out)) == [b"meta.json", b"train.bin", b"val.bin"]
 
 
 def test_a_users_file_beside_ours_is_kept(tmp_path, text):
