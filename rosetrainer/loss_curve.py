@@ -44,7 +44,7 @@ class LossCurves:
         curves = cls()
         for line in log:
             for tag, points in (("train/loss", curves.train), ("val/loss", curves.val)):
-                if tag in line:
+                if math.isfinite(line.get(tag, math.nan)):  # no curve goes through nan or inf
                     points.append((line["step"], line[tag]))
         return curves
 

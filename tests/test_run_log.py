@@ -289,6 +289,10 @@ def test_the_picture_shows_every_curve_with_axes_and_units() -> None:
         assert odd.can_be_drawn and xml.etree.ElementTree.fromstring(odd.svg()) is not None
         assert odd.plot(80, "ascii")
     assert not LossCurves([(1, 2.0)], [(1, 2.5)]).can_be_drawn
+    gone = [
+        {"step": step, "train/loss": loss} for step, loss in ((1, 2.0), (2, math.nan), (3, 1.0))
+    ]
+    assert LossCurves.of(gone).train == [(1, 2.0), (3, 1.0)]
 
 
 def test_ticks_are_round_numbers_within_the_range() -> None:
