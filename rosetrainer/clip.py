@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed import ReduceOp
 
 from rosetrainer.comm import all_reduce_
 from rosetrainer.parallel_context import Axis
@@ -46,7 +46,7 @@ def global_norm(counted: list[Tensor], tp: Axis, device: torch.device) -> float:
     largest = torch.zeros((), dtype=torch.float64, device=device)
     for gradient in counted:
         largest = torch.maximum(largest, torch.linalg.vector_norm(gradient, math.inf))
-    scale = all_reduce_(largest, tp, "optimizer", ReduceOp.MAX).item()
+    scale = all_reduce_(largest, tp, "optimizer", dist.ReduceOp.MAX).item()
     if scale in (0, math.inf):
         return scale
     return scale * root_of_squares([(g.double() / scale).norm() for g in counted], tp, device)

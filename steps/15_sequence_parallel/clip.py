@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.distributed as dist
 from comm import all_reduce_
 from parallel_context import Axis
 from tensor_parallel import ShardSpec, shard_spec
 from torch import Tensor, nn
-from torch.distributed import ReduceOp
 
 
 @torch.no_grad()
@@ -45,7 +45,7 @@ def global_norm(counted: list[Tensor], tp: Axis, device: torch.device) -> float:
     largest = torch.zeros((), dtype=torch.float64, device=device)
     for gradient in counted:
         largest = torch.maximum(largest, torch.linalg.vector_norm(gradient, math.inf))
-    scale = all_reduce_(largest, tp, "optimizer", ReduceOp.MAX).item()
+    scale = all_reduce_(largest, tp, "optimizer", dist.ReduceOp.MAX).item()
     if scale in (0, math.inf):
         return scale
     return scale * root_of_squares([(g.double() / scale).norm() for g in counted], tp, device)
