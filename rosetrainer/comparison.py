@@ -83,12 +83,12 @@ def prove(proof: Proof, dtype: torch.dtype = torch.float64) -> list[Column]:
     for axis in context.axes:
         axis.ledger.clear()
     try:
-        found = differences(proof.found(context, exact), oracle, proof)
+        ours, allowed = proof.found(context, exact), dict.fromkeys(STAGES, BOUND) | NOTHING
         check_traffic(context)
-        columns = [Column(exact, "oracle", found, dict.fromkeys(STAGES, BOUND) | NOTHING)]
+        columns = [Column(exact, "oracle", differences(ours, oracle, proof), allowed)]
         if dtype == exact:
             return columns
-        allowed, ours = allowance(proof, dtype), proof.found(context, dtype)
+        allowed, ours = allowance(proof, dtype, ours), proof.found(context, dtype)
         columns.append(Column(dtype, "oracle", differences(ours, oracle, proof), allowed))
         if context.world_size > 1:
             alone = proof.found(ParallelContext(device=context.device), dtype)
@@ -105,21 +105,21 @@ def not_proven(proof: Proof) -> list[str]:
     return [what.removeprefix("gradient of ") for _, what in idle]
 
 
-def allowance(proof: Proof, dtype: torch.dtype) -> dict[str, float]:
+def allowance(proof: Proof, dtype: torch.dtype, exact: Found) -> dict[str, float]:
     """By stage, how far a right layout may be off in dtype: MARGIN times what rounding does.
 
-    That depends on a model's depth, width and weights, so it is measured: in float64, with all
-    weights off by what dtype would round away. It counts as eps at least, for a loss or a norm,
-    in which errors cancel, as an eighth; and as the error of sums in fp32, of which norms are made.
-    Where a gradient is smaller than its rounding, about an eps of all places, Adam steps either
-    way: of how weights moved that is the root of eps.
+    That depends on a model's depth, width and weights, so it is measured: beside `exact`, what
+    the layout finds in float64, with all weights off by what dtype would round away. It counts
+    as eps at least, for a loss or a norm, in which errors cancel, as an eighth; and as the error
+    of sums in fp32, of which norms are made. Where a gradient is smaller than its rounding, about
+    an eps of all places, Adam steps either way: of how weights moved that is the root of eps.
     """
     jittered = proof.found(proof.context, torch.float64, proof.jittered(dtype))
     eps, narrow = torch.finfo(dtype).eps, max(WIDE / proof.config.d_model, 1) ** 3
     sums = 32 * narrow * torch.finfo(torch.float32).eps
     least = dict.fromkeys(STAGES, eps) | dict.fromkeys((LOSS, NORM, UPDATED), eps / 8)
     least[MOVES] = math.sqrt(eps)
-    found = by_stage(differences(jittered, proof.oracle, proof))
+    found = by_stage(differences(jittered, exact, proof))
     allowed = {s: MARGIN * max(least[s], sums, *(d.worst for d in ds)) for s, ds in found.items()}
     return allowed | NOTHING
 
@@ -127,7 +127,11 @@ def allowance(proof: Proof, dtype: torch.dtype) -> dict[str, float]:
 def check_traffic(context: ParallelContext) -> None:
     """Raises ParityError, on every rank, if nothing has moved over an axis of several ranks."""
     for axis in context.axes:
-        moved = [t.payload_bytes for (_, p), t in axis.ledger.entries.items() if p != "checkpoint"]
+        moved = [
+            traffic.payload_bytes
+            for (_, phase), traffic in axis.ledger.entries.items()
+            if phase in ("forward", "backward")
+        ]
         least = torch.tensor(sum(moved), device=context.device)
         for over in context.axes:
             least = all_reduce(least, over, "checkpoint", dist.ReduceOp.MIN)

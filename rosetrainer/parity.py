@@ -100,7 +100,10 @@ def table(columns: list[Column], optim: OptimConfig) -> Iterator[str]:
     names = {stage: stage for stage in STAGES}
     names[GRADIENTS] = f"gradients of {tensors} tensors"
     kind = {"adamw": "AdamW", "muon": "Muon"}[optim.optimizer]
-    names[UPDATED], names[MOVES] = f"after {UPDATES - 1} {kind} updates", f"moved by {UPDATES}"
+    names[UPDATED], names[MOVES] = (
+        f"after {UPDATES - 1} {kind} updates",
+        f"weights moved by {UPDATES}",
+    )
     dtypes = list(dict.fromkeys(column.dtype for column in columns))
     groups = {d: [column for column in columns if column.dtype == d] for d in dtypes}
     heads = ["", ""]

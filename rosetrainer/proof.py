@@ -36,7 +36,7 @@ RATE = 1e-3  # of the optimizer's updates: with larger ones rounding soon goes i
 NOISE = 1e-3  # of the largest gradient of all: one below it may be zero in truth
 MOVED = 0.2  # of its norm: as far as the SGD step moves each weight
 
-LOGITS, AHEAD, LOSS = "logits", "seen of the future", "loss"
+LOGITS, AHEAD, LOSS = "logits", "effect on earlier tokens", "loss"
 GRADIENTS, NORM = "gradients", "gradient norm"
 AFTER_SGD, UPDATED, MOVES = "after an SGD step", "after updates", "moved by updates"
 STAGES = (LOGITS, AHEAD, LOSS, GRADIENTS, NORM, AFTER_SGD, UPDATED, MOVES)
