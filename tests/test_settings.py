@@ -152,7 +152,7 @@ def one_step(
     update = optimizer.step
 
     def step() -> None:
-        gradients.update({n: p.grad.double() for n, p in model.named_parameters()})  # type: ignore[union-attr]
+        gradients.update({n: p.grad.double().clone() for n, p in model.named_parameters()})  # type: ignore[union-attr]
         update()
 
     optimizer.step = step  # type: ignore[method-assign]
