@@ -32,7 +32,7 @@ class TrainCommand:
     nproc: Count | None = None
     """Start this many ranks on this machine; leave it out under torchrun."""
     grace: Count = GRACE
-    """Most seconds for a step and a save after a signal; Slurm, Kubernetes give 30, spots 120."""
+    """Most seconds for a step and a save after a signal; Slurm gives 30, spot machines to 120."""
     prove: bool = False
     """First show who holds what, and that this layout computes what one process does."""
 

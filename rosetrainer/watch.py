@@ -100,10 +100,12 @@ class HangWatch:
 
     def _ask(self) -> float:
         """Ends this process if all hang; else gives the seconds until asking again makes sense."""
-        found = answer(self._ask_all, self._patience + 2 * LEAST_ANSWER_SECONDS)
+        found = answer(self._ask_if_there, self._patience + 2 * LEAST_ANSWER_SECONDS)
         if found is None:
             self._end(f"{store_host()} does not answer" if self._world.rank == 1 else "")
         answers, here = found
+        if not answers:  # the store has ended, with a rank that had a reason, and told it
+            self._end("")
         at_work = min((one.idle for one in answers.values()), default=self._idle)
         if at_work < self._seconds:
             return self._seconds - at_work
@@ -111,6 +113,13 @@ class HangWatch:
             fault, why = at_fault(answers, here, self._world.size)
             self._end(f"rank {fault} {why}" if is_first(self._store) else "")
         return START_SECONDS - self._idle
+
+    def _ask_if_there(self) -> tuple[dict[int, Answer], set[int]]:
+        """No answers at all if nobody keeps the store any more."""
+        try:
+            return self._ask_all()
+        except (RuntimeError, OSError):
+            return {}, set()
 
     def _ask_all(self) -> tuple[dict[int, Answer], set[int]]:
         """What each rank that answers says, and which ranks have ever come."""

@@ -55,11 +55,12 @@ EVERY = [
     for phase, place, rank, act in itertools.product(
         PHASES, ("launcher", "rank 0", "torchrun"), range(4), (freeze, sleep_on)
     )
-    if phase != "describe" or rank == 0
+    if (phase != "describe" or rank == 0) and (phase != "import" or act is sleep_on)
 ]
 FEW = [
     ("import", "launcher", 1, sleep_on),
     ("import", "rank 0", 0, sleep_on),
+    ("import", "rank 0", 2, sleep_on),
     ("start", "torchrun", 0, freeze),
     ("layout", "launcher", 3, freeze),
     ("layout", "rank 0", 0, freeze),
