@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from oracle import assert_all_equal
-from ranks import run_ranks
+from ranks import LONGEST_SECONDS, run_ranks
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -74,7 +74,7 @@ def train_here(config: TrainConfig, world: int, stop_after: int) -> dict[int, fl
 
     def slow_save(*arguments: Any) -> None:
         """Ends after training has gone on, where it goes on."""
-        steps, end = len(found), time.monotonic() + 10
+        steps, end = len(found), time.monotonic() + LONGEST_SECONDS
         while len(found) == steps < STEPS and STOP.signal is None and time.monotonic() < end:
             time.sleep(0.01)
         save_file(*arguments)
