@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import bz2
-import gzip
 import json
-import lzma
+import shlex
 import stat
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -27,7 +26,12 @@ from rosetrainer.text_encoding import byte_order_mark, decode
 LARGEST_UNPACKED = 1 << 30  # bytes: a packed file of 1 MB can hold a thousand times as much
 LONGEST_LINE = 1 << 28
 JSON_LINES = (".jsonl", ".ndjson")
-UNPACKED: dict[str, Any] = {"gzip": gzip.open, "bzip2": bz2.open, "xz": lzma.open}
+# The module that opens each, and what unpacks it where Python was built without that module.
+UNPACKED = {
+    "gzip": ("gzip", "gunzip -k"),
+    "bzip2": ("bz2", "bunzip2 -k"),
+    "xz": ("lzma", "unxz -k"),
+}
 
 
 @dataclass(frozen=True)
@@ -73,16 +77,30 @@ class TextFile:
     @contextmanager
     def open(self) -> Iterator[IO[bytes]]:
         """Its bytes, unpacked. Raises ConfigError where they cannot be read."""
+        module = self._module()
+        damage = (EOFError, OSError, zlib.error, getattr(module, "LZMAError", EOFError))
         try:
-            with UNPACKED.get(self.packed or "", open)(self.path, "rb") as stream:
+            with (module.open if module else open)(self.path, "rb") as stream:
                 yield stream
-        except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
+        except damage as error:
             reason = getattr(error, "strerror", None)
             if reason:
                 raise ConfigError(f"cannot read {self.path}: {reason}; pass a text file") from None
             raise ConfigError(
                 f"{self.path} is {self.packed}, but damaged or cut off ({error}); was it copied "
                 "whole?"
+            ) from None
+
+    def _module(self) -> Any:
+        if self.packed is None:
+            return None
+        name, command = UNPACKED[self.packed]
+        try:
+            return import_module(name)
+        except ImportError:
+            raise ConfigError(
+                f"{self.path} is {self.packed}, and this Python was built without {name}; unpack "
+                f"it: `{command} {shlex.quote(str(self.path))}`"
             ) from None
 
 

@@ -11,6 +11,7 @@ import pickle
 import socket
 import sqlite3
 import struct
+import sys
 import tarfile
 import zipfile
 from pathlib import Path
@@ -246,6 +247,17 @@ def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path: Path) -> None:
         assert "is a pipe or a device" in refused(tmp_path / "s")
     with pytest.raises(ConfigError, match="/dev/zero is a pipe or a device"):
         recognise(Path("/dev/zero"))
+
+
+def test_a_python_without_a_module_to_unpack(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "x"
+    path.write_bytes(WRITTEN["xz"])
+    monkeypatch.setitem(sys.modules, "lzma", None)
+    assert refused(path) == (
+        f"{path} is xz, and this Python was built without lzma; unpack it: `unxz -k {path}`"
+    )
 
 
 def test_a_small_file_does_not_unpack_without_an_end(
