@@ -31,7 +31,7 @@ BOUND = 1e-10  # in float64, of the largest expected value; rounding stays near 
 MARGIN = 8  # times what rounding does; right layouts of 32 features or more need 0.1 to 3 times
 ZERO = 1e-12  # of the largest gradient of all: one below it is zero in truth
 NOTHING = {AHEAD: 0.0}
-WIDE = 32  # features; a norm over fewer subtracts what is nearly equal
+WIDE = 32  # features; over fewer, errors do not average out, and a norm subtracts near equals
 
 
 class ParityError(RankError):
@@ -115,12 +115,15 @@ def allowance(proof: Proof, dtype: torch.dtype, exact: Found) -> dict[str, float
     an eps of all places, Adam steps either way: of how weights moved that is the root of eps.
     """
     jittered = proof.found(proof.context, torch.float64, proof.jittered(dtype))
-    eps, narrow = torch.finfo(dtype).eps, max(WIDE / proof.config.d_model, 1) ** 3
-    sums = 32 * narrow * torch.finfo(torch.float32).eps
+    eps, narrow = torch.finfo(dtype).eps, max(WIDE / proof.config.d_model, 1)
+    sums = 32 * narrow**3 * torch.finfo(torch.float32).eps
     least = dict.fromkeys(STAGES, eps) | dict.fromkeys((LOSS, NORM, UPDATED), eps / 8)
     least[MOVES] = math.sqrt(eps)
     found = by_stage(differences(jittered, exact, proof))
-    allowed = {s: MARGIN * max(least[s], sums, *(d.worst for d in ds)) for s, ds in found.items()}
+    allowed = {
+        stage: MARGIN * max(narrow * least[stage], sums, *(d.worst for d in differences))
+        for stage, differences in found.items()
+    }
     return allowed | NOTHING
 
 
