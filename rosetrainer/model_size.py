@@ -1,20 +1,20 @@
-"""How many parameters a model has, and whether this machine can hold them: before it is built."""
+"""How many parameters a model has, and whether this machine can hold them: before it is built.
+
+`config` is a GPTConfig, which is not imported here: its own check asks `check_exists`.
+"""
 
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from typing import Any
 
 from rosetrainer.fields import ConfigError
-
-if TYPE_CHECKING:
-    from rosetrainer.config import GPTConfig
 
 LARGEST = 2**50
 """Parameters; a thousand times those of the largest models that are known."""
 
 
-def parameter_count(config: GPTConfig) -> int:
+def parameter_count(config: Any) -> int:
     """Of the whole model, the vocabulary without its pad."""
     D, F, width = config.d_model, config.ff_width, config.n_heads * config.head_width
     plain = config.architecture == "gpt2"  # the other has no position table, and bare norms
@@ -24,7 +24,7 @@ def parameter_count(config: GPTConfig) -> int:
     return tables + config.n_layers * block + norm
 
 
-def check_exists(config: GPTConfig) -> None:
+def check_exists(config: Any) -> None:
     """Raises ConfigError for sizes that no machine of today has a place for."""
     count = parameter_count(config)
     if count > LARGEST:
@@ -36,7 +36,7 @@ def check_exists(config: GPTConfig) -> None:
         )
 
 
-def check_memory(config: GPTConfig, bytes_each: int, what: str, copies: float = 1.0) -> None:
+def check_memory(config: Any, bytes_each: int, what: str, copies: float = 1.0) -> None:
     """Raises ConfigError if `copies` of the model do not fit into this machine's memory.
 
     bytes_each: of one parameter, with what is held beside it; `what` says what that is. copies:

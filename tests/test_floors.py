@@ -11,6 +11,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "rosetrainer"
 FLOORS = [
     {"fields", "cgroup", "heartbeat"},
+    {"model_size"},
     {
         *("config", "environment", "durable_files", "interfaces", "screen", "text_parts"),
         "token_pieces",
@@ -47,9 +48,18 @@ FLOORS = [
         *("attention_planner", "encoder_decoder", "data", "data_parallel", "replicas", "clip"),
         *("optim", "checkpoint", "run_folder", "run_log", "block_compile", "loss_planner"),
     },
-    {"proof", "evaluation", "planner", "training_step", "agreement", "markov", "introduction"},
-    {"loop", "resume", "comparison"},
-    {"parity"},
+    {
+        "proof",
+        "evaluation",
+        "planner",
+        "training_step",
+        "agreement",
+        "markov",
+        "introduction",
+        "run_identity",
+    },
+    {"loop", "beginning", "comparison"},
+    {"parity", "resume"},
     {"train", "generate", "plan", "tour", "checkpoint_command", "prepare"},
     {"train_command"},
     {"__main__"},
