@@ -247,10 +247,12 @@ def launch(
     prepare: Callable[[int], None] | None = None,
     environment: dict[str, str] | None = None,
     cwd: Path | None = None,
+    hangs: Sequence[int] = (),
 ) -> Launch:
     """Starts `python -m rosetrainer train flags...` as n_ranks ranks.
 
     of_rank: more flags of one rank. prepare(rank) runs in each rank first.
+    hangs: ranks that hang without a fault of HANGS.
     """
     folder = tempfile.TemporaryDirectory(prefix="faults_")
     processes = []
@@ -268,7 +270,7 @@ def launch(
         process = FORKSERVER.Process(target=_rank_main, args=target)
         process.start()
         processes.append(process)
-    hanging = {fault.rank for fault in faults if fault.act in HANGS}
+    hanging = {fault.rank for fault in faults if fault.act in HANGS}.union(hangs)
     return Launch(folder, processes, hanging)
 
 

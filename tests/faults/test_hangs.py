@@ -79,7 +79,7 @@ def test_the_rank_that_hangs_before_training_is_named(
     faults = [Fault(rank, 0, phase, act)] if phase != "import" else []
     with meeting_place(place) as environment:
         hang = partial(hurry, rank if phase == "import" else None)
-        outcome = run(ranks, command, *faults, prepare=hang, environment=environment)
+        outcome = run(ranks, command, *faults, prepare=hang, environment=environment, hangs=[rank])
     told = [line for line in outcome.complained.splitlines() if line.startswith("error: ")]
     assert len(told) == 1, outcome
     named = (f"no progress for {TIMEOUT} s: rank {rank} ", f"rank {rank}, which keeps the ")
