@@ -25,6 +25,9 @@ LOST = (
 )
 T = TypeVar("T")
 
+FAILURES = "failures"
+"""The store's count of them: the first one is told."""
+
 
 @dataclass
 class Failures:
@@ -54,7 +57,7 @@ def is_first(store: dist.Store | None) -> bool:
     if store is None:
         return True
     # Where whoever keeps the store is gone, this may be the only rank to speak.
-    return answer(lambda: store.add("failures", 1), 2.0) in (1, None)
+    return answer(lambda: store.add(FAILURES, 1), 2.0) in (1, None)
 
 
 def answer(question: Callable[[], T], seconds: float) -> T | None:

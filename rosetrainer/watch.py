@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from rosetrainer import comm, process_group
-from rosetrainer.failures import answer, is_first
+from rosetrainer.failures import FAILURES, answer
 from rosetrainer.heartbeat import HEARTBEAT, IdleClock
 from rosetrainer.parallel_context import Axis, ParallelContext
 from rosetrainer.process_group import START_SECONDS, store_host
@@ -111,7 +111,9 @@ class HangWatch:
             return self._seconds - at_work
         if len(here) == self._world.size or self._idle >= START_SECONDS:
             fault, why = at_fault(answers, here, self._world.size)
-            self._end(f"rank {fault} {why}" if is_first(self._store) else "")
+            # Where nobody keeps the store any more, it has ended with the rank that was first.
+            first = answer(lambda: self._store.add(FAILURES, 1), LEAST_ANSWER_SECONDS) == 1
+            self._end(f"rank {fault} {why}" if first else "")
         return START_SECONDS - self._idle
 
     def _ask_if_there(self) -> tuple[dict[int, Answer], set[int]]:
