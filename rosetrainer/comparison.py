@@ -14,6 +14,7 @@ from rosetrainer.comm import all_reduce
 from rosetrainer.parallel_context import ParallelContext
 from rosetrainer.precision import NonFiniteGradientError
 from rosetrainer.proof import (
+    AFTER_SGD,
     AHEAD,
     GRADIENTS,
     LOSS,
@@ -124,6 +125,9 @@ def allowance(proof: Proof, dtype: torch.dtype, exact: Found) -> dict[str, float
         stage: MARGIN * max(narrow * least[stage], sums, *(d.worst for d in differences))
         for stage, differences in found.items()
     }
+    if narrow > 1:  # a scalar's change can be small by chance, where its tensors' is not
+        allowed[NORM] = max(allowed[NORM], allowed[GRADIENTS])
+        allowed[UPDATED] = max(allowed[UPDATED], allowed[AFTER_SGD])
     return allowed | NOTHING
 
 
