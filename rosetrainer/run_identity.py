@@ -90,14 +90,14 @@ def check_data(where: Path, held: dict[str, Any], corpus: Corpus, instead: str) 
     for name, digest in held["sha256"].items():
         if corpus.meta.sha256.get(name) != digest:
             raise ConfigError(
-                f"{corpus.folder / name} is not what {where} was trained on; make the same corpus "
-                f"again, or {instead}"
+                f"{corpus.folder / name} is not what {where} was trained on; give the same corpus, "
+                f"or {instead}"
             )
     for key in ("tokenizer", "characters"):
         if key in held and held[key] != getattr(corpus.meta, key):
             raise ConfigError(
-                f"{corpus.folder / 'meta.json'} has another {key} than {where}; make the same "
-                f"corpus again, or {instead}"
+                f"{corpus.folder / 'meta.json'} has another {key} than {where}; give the same "
+                f"corpus, or {instead}"
             )
 
 
