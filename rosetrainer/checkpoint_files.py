@@ -139,9 +139,10 @@ class Draft:
         return final
 
     def _word_of(self, name: str) -> dict[str, Any]:
-        path = self.folder / f"{name}.json"
+        path, pause = self.folder / f"{name}.json", 0.002
         while not path.exists():
-            time.sleep(0.005)
+            time.sleep(pause)
+            pause = min(2 * pause, 0.1)  # a rank that waits must not look like one at work
         word: dict[str, Any] = json.loads(path.read_text())
         path.unlink()
         if "error" in word:

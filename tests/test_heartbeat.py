@@ -5,14 +5,20 @@ from __future__ import annotations
 import hashlib
 import io
 import mmap
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import cast
 
 import pytest
+from ranks import run_ranks
 
 from rosetrainer import durable_files
 from rosetrainer.durable_files import sha256_of, sync_file, write_whole
 from rosetrainer.heartbeat import HEARTBEAT, Heartbeat, IdleClock
+from rosetrainer.watch import processor_seconds
 
 
 def idle(*looks: tuple[float, int, float | None], seconds: float = 10.0) -> list[float]:
@@ -44,6 +50,32 @@ def test_an_endless_loop_is_no_work() -> None:
 def test_a_process_that_stood_still_was_not_idle() -> None:
     """As when a laptop sleeps, or Ctrl-Z stops all ranks for an hour."""
     assert idle((1, 0, 0), (2, 0, 0), (3602, 0, 0), (3603, 0, 0)) == [0, 1, 1, 2]
+
+
+def crowd() -> tuple[float, float]:
+    """What counts as processor time, and what the main thread ran, with a rival on its core."""
+    core = {min(os.sched_getaffinity(0))}
+    os.sched_setaffinity(0, core)
+    rival = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        os.sched_setaffinity(rival.pid, core)
+        counted, ran = processor_seconds(False), time.thread_time()
+        while time.thread_time() - ran < 0.2:
+            pass
+        now = processor_seconds(False)
+        assert counted is not None
+        assert now is not None
+        return now - counted, time.thread_time() - ran
+    finally:
+        rival.kill()
+        rival.wait()
+
+
+@pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="Linux tells of the queue")
+def test_to_stand_in_line_for_a_processor_is_work() -> None:
+    """On a crowded machine a rank at work runs little longer than one that waits."""
+    ((counted, ran),) = run_ranks(1, crowd)
+    assert counted > 1.2 * ran
 
 
 def test_a_file_that_grows_is_work(tmp_path: Path) -> None:
