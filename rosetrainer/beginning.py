@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 
 from rosetrainer.config import TrainConfig
 from rosetrainer.data import Corpus
@@ -80,8 +81,10 @@ def _unfinished(config: TrainConfig, corpus: Corpus) -> Iterator[Beginning]:
             continue  # of another version, of other data, or at work
 
 
-def _go_on(folder: Path, config: TrainConfig, corpus: Corpus) -> Beginning:
-    """With the run in the folder, which may have no checkpoint yet."""
+def _go_on(
+    folder: Path, config: TrainConfig, corpus: Corpus, more: tuple[Path, ...] = ()
+) -> Beginning:
+    """With the run in the folder, which may have no checkpoint yet, but `more` elsewhere."""
     try:
         held = read_config(folder)
     except ConfigError as error:
@@ -101,6 +104,13 @@ def _go_on(folder: Path, config: TrainConfig, corpus: Corpus) -> Beginning:
         raise ConfigError(
             f"{folder} holds a finished run and no checkpoint to go on from; choose another --out"
         )
+    origin = held.run.resume
+    if not (candidates or more or origin in ("auto", "never")):
+        raise ConfigError(
+            f"{folder} went on from {origin} and holds no checkpoint of its own; add --resume "
+            f"{quote(origin)}, or choose another --out"
+        )
+    candidates += [one for one in more if one not in candidates]
     return Beginning(folder, tuple(candidates), dtype=dtype_of(held))
 
 
@@ -110,10 +120,9 @@ def _from_path(path: Path, config: TrainConfig, corpus: Corpus) -> Beginning:
     is_one = bool(candidates) and candidates[0].parent != path
     run = candidates[0].parent if is_one else path
     out = config.run.out or run
-    if os.path.lexists(out / CONFIG) and began_so(out, path):
-        found = _go_on(out, config, corpus)
-        more = tuple(one for one in candidates if one not in found.candidates)
-        return replace(found, candidates=found.candidates + more)
+    branched = os.path.lexists(out / CONFIG) and began_so(out, path)
+    if branched and (candidates or checkpoints(out)):
+        return _go_on(out, config, corpus, candidates)
     if not candidates:
         raise ConfigError(
             f"resume={path} holds no checkpoint; give a run folder or its step_NNNNNN"

@@ -124,12 +124,13 @@ def newest_readable(candidates: list[Path]) -> tuple[Path, Manifest] | None:
 
 
 def has_ended(folder: Path, steps: int) -> bool:
-    """Whether the run came to its last step, which its log says even without a checkpoint.
+    """Whether the run came to its last step, and to that one's evaluation and checkpoint.
 
-    The evaluation of the last step comes after its checkpoint.
+    Its log says so even where all checkpoints are gone.
     """
     found = checkpoints(folder)
-    return (step_of(found[0]) if found else last_evaluation(folder / LOG)) >= steps
+    reached = step_of(found[0]) if found else steps
+    return reached >= steps and last_evaluation(folder / LOG) >= steps
 
 
 def began_so(out: Path, path: Path) -> bool:

@@ -17,6 +17,7 @@ from rosetrainer.config import GPTConfig, OptimConfig, RunConfig, TrainConfig
 from rosetrainer.fields import ConfigError
 from rosetrainer.manifest import checkpoints, read_manifest
 from rosetrainer.prepare import main as prepare
+from rosetrainer.run_log import has_evaluation
 from rosetrainer.train import check_config, train
 
 STEPS = 4
@@ -272,6 +273,39 @@ def test_a_branch_killed_before_its_first_checkpoint_goes_on_as_itself(
     start(config, **branch)
     assert "going on from run/step_000002" in capsys.readouterr().out
     assert steps_logged(tmp_path / "branch") == [3, 4]
+
+
+def test_a_branch_without_a_checkpoint_of_its_own_is_not_begun_at_step_1(
+    config: TrainConfig, tmp_path: Path
+) -> None:
+    start_and_kill(config, checkpoint_every=1, at_step=4)
+    branch = {"out": tmp_path / "branch", "resume": "run/step_000002"}
+    start_and_kill(config, at_step=4, **branch)
+    assert "went on from run/step_000002 and holds no checkpoint of its own; add --resume " in (
+        refusal(config, out=tmp_path / "branch")
+    )
+    (tmp_path / "run" / "step_000002").rename(tmp_path / "step_000002")
+    assert "resume=run/step_000002 holds no checkpoint" in refusal(config, **branch)
+    (tmp_path / "step_000002").rename(tmp_path / "run" / "step_000002")
+    start(config, **branch)
+    assert steps_logged(tmp_path / "branch") == [3, 4]
+    start(config, out=tmp_path / "branch")
+
+
+def test_a_run_killed_before_its_last_evaluation_goes_on_without_out(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = with_run(config, out=None, eval_every=0)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(loop, "evaluate", kill)
+        start(config)
+    run = tmp_path / "out" / "run-001"
+    assert not has_evaluation(run / "log.jsonl", STEPS)
+    start(config)
+    assert has_evaluation(run / "log.jsonl", STEPS)
+    assert not (tmp_path / "out" / "run-002").exists()
+    start(config)
+    assert checkpoints(tmp_path / "out" / "run-002")
 
 
 def test_a_checkpoint_handed_on_alone_does_not_make_its_folder_a_run(
