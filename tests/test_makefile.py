@@ -43,7 +43,9 @@ def write_command(folder: Path, name: str, text: str) -> None:
 
 
 def make(folder: Path, *words: str, **settings: str) -> subprocess.CompletedProcess[str]:
-    own = {k: v for k, v in os.environ.items() if not k.startswith(("PIP_", "MAKE", "MFLAGS"))}
+    """In an environment without pip's settings, and without those of a `make test` around it."""
+    others = ("PIP_", "MAKE", "MFLAGS", "PYTHON")
+    own = {k: v for k, v in os.environ.items() if not k.startswith(others)}
     own["PATH"] = f"{folder / 'bin'}{os.pathsep}{own['PATH']}"
     return subprocess.run(
         ["make", *words], cwd=folder, env=own | settings, capture_output=True, text=True
