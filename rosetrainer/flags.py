@@ -64,13 +64,18 @@ def _known_flags(cls: type, prog: str) -> list[str]:
 
 
 def _first_line(box: str) -> str:
-    """The message inside the box that tyro draws, without its frame and its help."""
+    """The message inside the box that tyro draws, without its frame and its help.
+
+    Where the terminal has ASCII only, the box is a rule above the message and one below.
+    """
     words: list[str] = []
     for line in box.splitlines()[1:]:
         line = line.strip("│ ")
-        if not line or line.startswith(("─", "╰", "Got errors")):
-            break
-        words.append(line)
+        if not line.strip("-─╰╯") or line.startswith("Got errors"):  # a rule, or the frame
+            if words:
+                break
+        else:
+            words.append(line)
     return " ".join(words) or " ".join(box.split())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import math
 from dataclasses import fields, replace
@@ -161,6 +162,16 @@ def test_flags_that_do_not_fit_are_one_line(argv: list[str], message: str) -> No
         parse_flags(TrainConfig, argv, "x")
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
+
+
+def test_a_flag_that_does_not_fit_where_the_terminal_has_ascii_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
+    with pytest.raises(ConfigError) as caught:
+        parse_flags(TrainConfig, ["--steps", "many"], "x")
+    assert str(caught.value).startswith("Error parsing --steps: invalid literal for int")
+    assert str(caught.value).endswith("'many'")
 
 
 def test_flags_reach_every_component() -> None:
