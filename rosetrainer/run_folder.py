@@ -182,8 +182,13 @@ def read_run(folder: Path) -> tuple[TrainConfig, Tokenizer]:
 def _read_json(path: Path) -> dict[str, object]:
     try:
         values = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from None
+    except OSError as error:
+        raise ConfigError(
+            f"{path} cannot be read: {error.strerror}; a run's folder, as {RUNS}/run-001, has it: "
+            "pass one, or a checkpoint in it"
+        ) from None
+    except ValueError as error:
+        raise ConfigError(f"{path} cannot be read: {error}; was it copied whole?") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path} should hold an object, not {type(values).__name__}")
     return values

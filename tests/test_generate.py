@@ -154,7 +154,11 @@ def test_without_a_prompt_any_corpus_can_be_gone_on_from() -> None:
         (["--seed", "4294967297"], "seed=4294967297 must be from 0 to 4294967295"),
         (["--top-p", "1.5"], "top_p=1.5 must be from 0 to 1"),
         (["--tokens", "-3"], "tokens=-3 must be from 0 to 1099511627776"),
-        (["--run", "nowhere"], "nowhere/config.json cannot be read"),
+        (
+            ["--run", "nowhere"],
+            "nowhere/config.json cannot be read: No such file or directory; a run's folder, as out/"
+            "run-001, has it: pass one",
+        ),
         (["--nonsense"], "unknown argument --nonsense"),
     ],
 )
