@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rosetrainer.environment import prepare_command
-from rosetrainer.file_kinds import LLM_C
+from rosetrainer.file_kinds import LLM_C, free
 from rosetrainer.token_pieces import LARGEST_VOCAB
 
 SOURCES = ("python-docs", "shakespeare", "file", "markov", "import")
@@ -54,7 +54,7 @@ def no_corpus(folder: Path) -> str:
         return f"{folder} is not there; {_of_nothing(folder)}"
     if not folder.is_dir():
         return f"{folder} is no folder, and a corpus is one; {_own_text(folder)}"
-    names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    names = sorted(os.listdir(folder))
     if not names:
         return f"{folder} is empty; {_own_text(folder, folder)}"
     return f"{folder} holds no corpus: {_of_a_folder(folder, names)}"
@@ -93,7 +93,7 @@ def _of_a_file(path: Path) -> str:
     if (path.parent / "meta.json").is_file() and path.name in (*BINS, "meta.json"):
         return f"pass that of this one: --data {path.parent}"
     if path.suffix == ".bin":
-        out = _quoted(_free(Path("data") / path.stem))
+        out = _quoted(free(Path("data") / path.stem))
         return (
             "if these are token ids, import them, with those for validation: `"
             f"{prepare_command()} import {_quoted(path)} VAL.bin --tokenizer TOKENIZER --out {out}`"
@@ -104,7 +104,7 @@ def _of_a_file(path: Path) -> str:
 def _own_text(path: Path, out: Path | None = None) -> str:
     """How a text, which lies at path unless it is yet to be named, becomes a corpus."""
     what = _quoted(path) if path.is_file() else "PATH..."
-    out = out or _free(Path("data") / path.stem)
+    out = out or free(Path("data") / path.stem)
     return (
         f"`{prepare_command()} file {what} --out {_quoted(out)}` makes one of "
         f"{'it' if path.is_file() else 'your own texts'}, for --data {out}"
@@ -117,7 +117,7 @@ def _of_nothing(folder: Path) -> str:
     corpora = _corpora(folder.parent)
     if close := difflib.get_close_matches(folder.name, corpora, n=1):
         return f"did you mean {folder.parent / close[0]}?"
-    there = f"; corpora there: {', '.join(corpora)}" if corpora else ""
+    there = f"; corpora there: {_some(corpora)}" if corpora else ""
     return _own_text(folder, folder) + there
 
 
@@ -126,15 +126,16 @@ def _of_a_folder(folder: Path, names: list[str]) -> str:
     if bins := [name for name in names if name.endswith(".bin")]:
         return _of_bins(folder, names, bins)
     if corpora := _corpora(folder):
-        return f"those in it are {', '.join(str(folder / name) for name in corpora[:5])}"
+        return f"those in it are {_some([str(folder / name) for name in corpora])}"
     if {"config.json", "log.jsonl"} <= set(names):
         return f"it is a run's folder, which goes on with --resume {_quoted(folder)}"
     if ".arrow" in suffixes or {"dataset_dict.json", "dataset_info.json"} & set(names):
         split = "['train']" if "dataset_dict.json" in names else ""
+        lines = free("texts.jsonl")
         return (
             "it is a data set of Hugging Face's; write it as JSON lines, in Python "
-            f"`datasets.load_from_disk({str(folder)!r}){split}.to_json('texts.jsonl')`, then "
-            f"`{prepare_command()} file texts.jsonl --out {_quoted(_target(folder))}`"
+            f"`datasets.load_from_disk({str(folder)!r}){split}.to_json('{lines}')`, then "
+            f"`{prepare_command()} file {lines} --out {_quoted(_target(folder))}`"
         )
     for suffix in TEXTS:
         if suffix in suffixes:
@@ -142,8 +143,7 @@ def _of_a_folder(folder: Path, names: list[str]) -> str:
                 f"it holds texts; `{prepare_command()} file {_quoted(folder)}/*{suffix} --out "
                 f"{_quoted(_target(folder))}` makes one of them"
             )
-    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-    return f"{shown}; {_own_text(folder, _target(folder))}"
+    return f"{_some(names)}; {_own_text(folder, _target(folder))}"
 
 
 def _of_bins(folder: Path, names: list[str], bins: list[str]) -> str:
@@ -187,18 +187,13 @@ def _corpora(folder: Path) -> list[str]:
         return []
 
 
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
 def _target(folder: Path) -> Path:
     """Where a corpus made of what is in folder could go."""
-    return _free(Path("data") / (folder.resolve().name or "mine"))
-
-
-def _free(folder: Path) -> Path:
-    """folder, or if that is taken folder-2, folder-3, …"""
-    number, free = 1, folder
-    while os.path.lexists(free):
-        number += 1
-        free = folder.with_name(f"{folder.name}-{number}")
-    return free
+    return free(Path("data") / (folder.resolve().name or "mine"))
 
 
 def _quoted(path: Path) -> str:

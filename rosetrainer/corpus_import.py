@@ -13,7 +13,7 @@ import numpy as np
 from rosetrainer.corpus_advice import TOKENIZERS
 from rosetrainer.corpus_files import SCAN
 from rosetrainer.fields import ConfigError
-from rosetrainer.file_kinds import compression
+from rosetrainer.file_kinds import compression, free
 from rosetrainer.text_corpus import described
 from rosetrainer.token_pieces import LARGEST_VOCAB, Ids, Tokenizer
 from rosetrainer.token_writer import TokenWriter
@@ -53,10 +53,17 @@ class IdFile:
 
     def _check(self, ids: np.ndarray[Any, Any], first: int, vocab_size: int) -> None:
         bare = self.dtype == "<u2" and not self.offset
-        if bare and first == 0 and ids[:16].any() and len(ids) > 15 and not ids[1::2].any():
+        if bare and first == 0 and _are_uint32(ids):
+            largest = int(ids[: len(ids) // 2 * 2].view("<u4").max())
             raise ConfigError(
-                f"{self.path}: every second id is 0, as in a file of uint32; write its ids as "
-                "uint16, for example numpy.fromfile(PATH, 'uint32').astype('uint16')"
+                f"{self.path} holds uint32, not uint16, ids up to {largest}; "
+                + (
+                    f"write them as uint16, in Python `numpy.fromfile({str(self.path)!r}, 'uint32')"
+                    f".astype('uint16').tofile({str(free(self.path))!r})`"
+                    if largest < LARGEST_VOCAB
+                    else f"a tokenizer can have {LARGEST_VOCAB} at most: encode the texts with one "
+                    "that has, for example --tokenizer bpe --vocab-size 32768"
+                )
             )
         if ids.max(initial=0) >= vocab_size:
             where = int(np.argmax(ids >= vocab_size))
@@ -140,6 +147,12 @@ def write_corpus(folder: Path, source: Source) -> dict[str, Any]:
     return meta | described(hashes)
 
 
+def _are_uint32(ids: np.ndarray[Any, Any]) -> bool:
+    """Whether every second one is the upper half of a number, as of a vocabulary below 2^18."""
+    low, high = ids[0::2], ids[1::2]
+    return len(ids) > 15 and bool((high < 4).all() and (low > 3).any())
+
+
 def _find(paths: tuple[Path, ...]) -> dict[str, list[Path]]:
     """The files of each side, in the order of their names."""
     if len(paths) == 2:
@@ -176,7 +189,7 @@ def _open(path: Path) -> IdFile:
     if head.startswith(b"\x93NUMPY"):
         raise ConfigError(
             f"{path} is a numpy array; write its ids alone, for example "
-            "numpy.load(PATH).astype('uint16').tofile('train.bin')"
+            f"numpy.load({str(path)!r}).astype('uint16').tofile({str(free('ids.bin'))!r})"
         )
     numbers = np.frombuffer(head[: len(head) // 4 * 4], "<i4")
     if len(numbers) and int(numbers[0]) in LLM_C:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from pathlib import Path
@@ -20,34 +21,35 @@ COMPRESSED = {
 LLM_C = re.compile(rb"\x88\xd8\x34\x01|\xa1\xd9\x34\x01")  # 20240520 and 20240801
 PASS_TEXT = "pass a text file"
 JSON_LINES = 'write its texts as JSON lines, {{"text": ...}} each, with the program that made it'
-IMPORT = "import it: `{prepare} import FOLDER --tokenizer PATH`"
-# What it is, how it begins, and the way to a text; {path} is quoted for a shell.
+IMPORT = "`{prepare} import FOLDER --tokenizer TOKENIZER`"
+# What it is, how it begins, and the way to a text; {path} is quoted for a shell. {text} and {lines}
+# are files that are not there yet: a command that we print must not write over one.
 BINARY = {
     "compressed by zstd": (rb"\x28\xb5\x2f\xfd", "unpack it: `unzstd -k {path}`"),
     "compressed by lz4": (rb"\x04\x22\x4d\x18", "unpack it: `unlz4 -k {path}`"),
-    "compressed by compress": (rb"\x1f\x9d", "unpack it: `gunzip -c {path} > text.txt`"),
+    "compressed by compress": (rb"\x1f\x9d", "unpack it: `gunzip -c {path} > {text}`"),
     "a 7z archive": (rb"7z\xbc\xaf\x27\x1c", "unpack it: `7z x {path}`; pass its texts"),
     "a RAR archive": (rb"Rar!\x1a\x07", "unpack it: `unrar x {path}`; pass its texts"),
     "a document in a zip archive, as .docx, .odt and .epub are": (
         rb"PK\x03\x04.{0,400}(\[Content_Types\]|mimetypeapplication/|word/|_rels/)",
-        "write its text: `pandoc -t plain -o text.txt {path}`",
+        "write its text: `pandoc -t plain -o {text} {path}`",
     ),
     "a model of torch's": (rb"PK\x03\x04.{0,400}data\.pkl", PASS_TEXT),
     "a zip archive": (rb"PK(\x03\x04|\x05\x06)", "unpack it: `unzip {path}`; pass its texts"),
-    "a tar archive": (rb".{257}ustar", "unpack it: `tar -xf {path}`; pass its texts"),
-    "a PDF document": (rb"%PDF-", "write its text: `pdftotext -layout {path} text.txt`"),
+    "a tar archive": (rb".{257}ustar", "unpack it: `tar -xkf {path}`; pass its texts"),
+    "a PDF document": (rb"%PDF-", "write its text: `pdftotext -layout {path} {text}`"),
     "an old Office document": (
         rb"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1",
-        "write its text: `soffice --headless --convert-to txt:Text {path}`",
+        "write its text: `soffice --headless --cat {path} > {text}`",
     ),
     "an SQLite database": (
         rb"SQLite format 3\0",
         "write its texts as JSON lines, for example `sqlite3 {path} \"select json_object('text', "
-        'COLUMN) from TABLE" > texts.jsonl`',
+        'COLUMN) from TABLE" > {lines}`',
     ),
     "a numpy array": (
         rb"\x93NUMPY",
-        "token ids go as bare uint16 into train.bin and val.bin, then `{prepare} import FOLDER`",
+        f"token ids go as bare uint16 into train.bin and val.bin, then {IMPORT}",
     ),
     "a pickle, which can run code and is never opened": (
         rb"\x80[\x02-\x05][\x95\x8a\x8c\]}(cNKX]",
@@ -61,14 +63,14 @@ BINARY = {
     ),
     "a table in HDF5": (rb"\x89HDF\r\n\x1a\n", JSON_LINES),
     "a table in Avro or ORC": (rb"Obj\x01|ORC[\0-\x08]", JSON_LINES),
-    "llm.c's token ids": (LLM_C.pattern, IMPORT),
+    "llm.c's token ids": (LLM_C.pattern, f"import it: {IMPORT}"),
     "a program": (
         rb"\x7fELF|MZ.*\0|\xfe\xed\xfa[\xce\xcf]|[\xce\xcf]\xfa\xed\xfe|\xca\xfe\xba\xbe|\0asm",
         PASS_TEXT,
     ),
     "a picture": (
         rb"\x89PNG\r\n|\xff\xd8\xff|GIF8[79]a.*\0|RIFF.{4}WEBP|BM.{4}\0{4}|II\*\0|MM\0\*",
-        "if it shows a text, write that: `tesseract {path} text`",
+        "if it shows a text, write that: `tesseract {path} stdout > {text}`",
     ),
     "sound or film": (
         rb"ID3[\x02-\x04]|\xff[\xfb\xf3\xf2]|fLaC\0|OggS\0|"
@@ -84,14 +86,19 @@ MARKUP = {
     ),
     "an HTML page": (
         rb"\s*(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)*<(!doctype\s+html|html)\b",
-        "write its text: `pandoc -f html -t plain -o text.txt {path}`",
+        "write its text: `pandoc -f html -t plain -o {text} {path}`",
     ),
-    "RTF": (rb"\{\\rtf\d", "write its text: `pandoc -f rtf -t plain -o text.txt {path}`"),
+    "RTF": (rb"\{\\rtf\d", "write its text: `pandoc -f rtf -t plain -o {text} {path}`"),
 }
 _BINARY = {what: re.compile(magic, re.DOTALL) for what, (magic, _) in BINARY.items()}
 _MARKUP = {what: re.compile(magic, re.DOTALL | re.I) for what, (magic, _) in MARKUP.items()}
-# A list of objects or texts, or an object over several lines: JSON lines were asked for before.
-_JSON_START = re.compile(rb'\s*(\[\s*[{"]|\{\s*"(?:[^"\\]|\\.)*"\s*:)')
+# An object over several lines, a list of objects or of texts, each with jq's way to JSON lines,
+# which were asked for before.
+_JSON = {
+    ".": re.compile(rb'\s*\{\s*"(?:[^"\\]|\\.)*"\s*:'),
+    ".[]": re.compile(rb"\s*\[\s*\{"),
+    ".[] | {text: .}": re.compile(rb'\s*\[\s*"'),
+}
 
 
 def compression(head: bytes) -> str | None:
@@ -117,13 +124,28 @@ def refuse_markup(path: Path, head: bytes) -> None:
         if magic.match(head):
             way = f"{_way(MARKUP[what][1], path)}, or take it as it is: --as-text"
             raise ConfigError(f"{path} is {what}; {way}")
-    if _JSON_START.match(head):
+    if program := next((jq for jq, magic in _JSON.items() if magic.match(head)), None):
+        command = f"jq -c {shlex.quote(program)} {shlex.quote(str(path))} > {free('texts.jsonl')}"
         raise ConfigError(
             f"{path} is one JSON value, not JSON lines; write each text as a line of its own, for "
-            f"example `jq -c '.[]' {shlex.quote(str(path))} > texts.jsonl`, or take it as it is: "
-            "--as-text"
+            f"example `{command}`, or take it as it is: --as-text"
         )
 
 
+def free(path: str | Path) -> Path:
+    """path, or if that is taken text-2.txt, text-3.txt, … for text.txt."""
+    free = path = Path(path)
+    number = 1
+    while os.path.lexists(free):
+        number += 1
+        free = path.with_name(f"{path.stem}-{number}{path.suffix}")
+    return free
+
+
 def _way(template: str, path: Path) -> str:
-    return template.format(path=shlex.quote(str(path)), prepare=prepare_command())
+    return template.format(
+        path=shlex.quote(str(path)),
+        text=free("text.txt"),
+        lines=free("texts.jsonl"),
+        prepare=prepare_command(),
+    )

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from rosetrainer.environment import prepare_command
 from rosetrainer.fields import ConfigError
+from rosetrainer.file_kinds import free
 
 SAMPLE = 1 << 16  # bytes that a guess looks at
 # The longer marks first: UTF-32's begins as UTF-16's does.
@@ -107,7 +108,7 @@ def _check_bytes(data: bytes, path: Path, offset: int) -> None:
         raise ConfigError(
             f"{path} holds {data.count(0)} NUL bytes, the first at offset {offset + nul}, and no "
             "text does; was it copied whole? "
-            f"`tr -d '\\000' < {shlex.quote(str(path))} > text.txt` leaves them out"
+            f"`tr -d '\\000' < {shlex.quote(str(path))} > {free('text.txt')}` leaves them out"
         )
     ids = f"; if these are token ids: `{prepare_command()} import --help`"
     raise ConfigError(
@@ -143,7 +144,7 @@ def _not_utf8(data: bytes, path: Path, offset: int, error: UnicodeDecodeError) -
     if error.reason == "unexpected end of data":
         return ConfigError(
             f"{path} ends in the middle of a UTF-8 character, at offset {where}; was it copied "
-            f"whole? If so, `head -c {where} {name} > text.txt` leaves the piece out"
+            f"whole? If so, `head -c {where} {name} > {free('text.txt')}` leaves the piece out"
         )
     start = f"{path} is not UTF-8: byte {error.object[error.start]:#04x} at offset {where}"
     beyond = [c for c in data.decode("utf-8", "replace") if not c.isascii()]
@@ -151,9 +152,10 @@ def _not_utf8(data: bytes, path: Path, offset: int, error: UnicodeDecodeError) -
     if len(beyond) - bad > 4 * bad:
         return ConfigError(
             f"{start}, though the rest is, but for {bad} places; was it damaged, or put together "
-            f"out of several files? `iconv -c -f UTF-8 -t UTF-8 {name} > text.txt` leaves them out"
+            f"out of several files? `iconv -c -f UTF-8 -t UTF-8 {name} > {free('text.txt')}` "
+            "leaves them out"
         )
-    likely = likely_encoding(data)
+    likely = likely_encoding(data[max(error.start - SAMPLE // 2, 0) :])
     if likely is None:
         return ConfigError(
             f"{start}, nor any encoding that is known here; if it is text, write it as UTF-8 with "

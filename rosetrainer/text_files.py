@@ -17,6 +17,7 @@ from rosetrainer.fields import ConfigError
 from rosetrainer.file_kinds import (
     HEAD,
     compression,
+    free,
     is_parquet,
     refuse_markup,
     refuse_no_text,
@@ -26,12 +27,7 @@ from rosetrainer.text_encoding import byte_order_mark, decode
 LARGEST_UNPACKED = 1 << 30  # bytes: a packed file of 1 MB can hold a thousand times as much
 LONGEST_LINE = 1 << 28
 JSON_LINES = (".jsonl", ".ndjson")
-# The module that opens each, and what unpacks it where Python was built without that module.
-UNPACKED = {
-    "gzip": ("gzip", "gunzip -k"),
-    "bzip2": ("bz2", "bunzip2 -k"),
-    "xz": ("lzma", "unxz -k"),
-}
+MODULES = {"gzip": "gzip", "bzip2": "bz2", "xz": "lzma"}  # that open each
 
 
 @dataclass(frozen=True)
@@ -49,9 +45,9 @@ class TextFile:
         if self.packed and len(data) > LARGEST_UNPACKED:
             raise ConfigError(
                 f"{self.path} unpacks to more than {LARGEST_UNPACKED >> 20} MiB; if it should, "
-                "unpack it, and pass what comes out"
+                f"{_unpacking(self.path, self.packed)}"
             )
-        return decode(data, self.path)
+        return self._decode(data)
 
     def lines(self) -> Iterator[tuple[int, str]]:
         """Its lines that are not blank, and their numbers from 1 on. Raises ConfigError."""
@@ -71,8 +67,12 @@ class TextFile:
                     f"{self.path} has a line of more than {LONGEST_LINE >> 20} MiB, at offset "
                     f"{offset}; a line of JSON can hold that much at most"
                 )
-            yield decode(line, self.path, offset)
+            yield self._decode(line, offset)
             offset += len(line)
+
+    def _decode(self, data: bytes, offset: int = 0) -> str:
+        with _of_unpacked(self.path, self.packed):
+            return decode(data, self.path, offset)
 
     @contextmanager
     def open(self) -> Iterator[IO[bytes]]:
@@ -94,13 +94,13 @@ class TextFile:
     def _module(self) -> Any:
         if self.packed is None:
             return None
-        name, command = UNPACKED[self.packed]
+        name = MODULES[self.packed]
         try:
             return import_module(name)
         except ImportError:
             raise ConfigError(
-                f"{self.path} is {self.packed}, and this Python was built without {name}; unpack "
-                f"it: `{command} {shlex.quote(str(self.path))}`"
+                f"{self.path} is {self.packed}, and this Python was built without {name}; "
+                f"{_unpacking(self.path, self.packed)}"
             ) from None
 
 
@@ -115,19 +115,38 @@ def recognise(path: Path, as_text: bool = False) -> TextFile:
     if packed:
         head = _head(TextFile(path, "text", packed))
         if compression(head):
-            raise ConfigError(f"{path} is packed twice; unpack it once, and pass what comes out")
+            raise ConfigError(f"{path} is packed twice; {_unpacking(path, packed)}")
     if is_parquet(head):
         if packed:
-            raise ConfigError(f"{path} is parquet inside {packed}; unpack it, and pass that")
+            raise ConfigError(f"{path} is parquet inside {packed}; {_unpacking(path, packed)}")
         return TextFile(path, "parquet", None)
-    refuse_no_text(path, head)
+    with _of_unpacked(path, packed):
+        refuse_no_text(path, head)
     file = TextFile(path, "text", packed)
     if as_text:
         return file
     if _holds_json_lines(file, head):
         return TextFile(path, "lines", packed)
-    refuse_markup(path, _as_utf8(head))
+    with _of_unpacked(path, packed):
+        refuse_markup(path, _as_utf8(head))
     return file
+
+
+def _unpacking(path: Path, packed: str) -> str:
+    unpacked = free("unpacked")
+    return f"`{packed} -dc < {shlex.quote(str(path))} > {unpacked}`, and pass {unpacked}"
+
+
+@contextmanager
+def _of_unpacked(path: Path, packed: str | None) -> Iterator[None]:
+    """What helps for the content of a packed file helps once it is unpacked, which comes first."""
+    try:
+        yield
+    except ConfigError as error:
+        if packed is None:
+            raise
+        what = str(error).partition("; ")[0]
+        raise ConfigError(f"{what}, inside {packed}; {_unpacking(path, packed)}") from None
 
 
 def _numbered(lines: Iterable[str]) -> Iterator[tuple[int, str]]:

@@ -186,8 +186,24 @@ def test_other_folders() -> None:
     assert advice("data") == "data holds no corpus: those in it are data/mine"
     bins("run", "config.json", "log.jsonl")
     assert advice("run").endswith("it is a run's folder, which goes on with --resume run")
-    bins("photos", "a.jpg", "b.jpg", "c.jpg", "d.jpg")
-    assert "photos holds no corpus: a.jpg, b.jpg, c.jpg and 1 more; `" in advice("photos")
+    bins("photos", *(f"{letter}.jpg" for letter in "abcdef"))
+    assert "photos holds no corpus: a.jpg, b.jpg, c.jpg, d.jpg, e.jpg and 1 more; `" in (
+        advice("photos")
+    )
+
+
+def test_a_folder_with_hidden_files_is_not_empty() -> None:
+    bins("hidden", ".git")
+    Path("book.txt").write_text(TEXT)
+    follow(advice("hidden"), **{"PATH...": "book.txt"})
+
+
+def test_of_many_corpora_some_are_named() -> None:
+    for i in range(9):
+        (Path("data") / f"corpus{i}").mkdir(parents=True)
+        (Path("data") / f"corpus{i}" / "meta.json").touch()
+    names = ", ".join(f"corpus{i}" for i in range(5))
+    assert advice("data/x").endswith(f"corpora there: {names} and 4 more")
 
 
 def broken(content: str | dict[str, Any], *names: str) -> str:

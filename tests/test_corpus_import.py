@@ -137,7 +137,12 @@ def test_files_that_are_not_ids(tmp_path: Path) -> None:
         (
             "wide",
             np.arange(99, dtype="<u4").tobytes(),
-            "every second id is 0, as in a file of uint32",
+            "holds uint32, not uint16, ids up to 98; write them as uint16, in Python `numpy.fro",
+        ),
+        (
+            "wider",
+            np.arange(0, 99_000, 1000, dtype="<u4").tobytes(),
+            "ids up to 98000; a tokenizer can have 65536 at most: encode the texts with one",
         ),
         ("gz", b"\x1f\x8b\x08\0abcd", "is gzip; unpack it, and pass what comes out"),
         ("npy", b"\x93NUMPY\1\0", "is a numpy array; write its ids alone"),

@@ -8,6 +8,7 @@ import io
 import lzma
 import os
 import pickle
+import re
 import socket
 import sqlite3
 import struct
@@ -103,8 +104,13 @@ NO_TEXT = {
     "zip": (archive("zip"), "is a zip archive; unpack it: `unzip {path}`"),
     "docx": (archive("docx"), "is a document in a zip archive"),
     "torch": (archive("pt"), "is a model of torch's; pass a text file"),
-    "tar": (archive("tar"), "is a tar archive; unpack it: `tar -xf {path}`"),
-    "tar.gz": (gzip.compress(archive("tar")), "is a tar archive"),
+    "tar": (archive("tar"), "is a tar archive; unpack it: `tar -xkf {path}`"),
+    "tar.gz": (
+        gzip.compress(archive("tar")),
+        "is a tar archive, inside gzip; `gzip -dc < {path} > unpacked`, and pass unpacked",
+    ),
+    "gzip of latin-1": (gzip.compress("né à l'été\n".encode("latin-1")), "; `gzip -dc < {path} > "),
+    "xz of html": (lzma.compress(b"<html>\n"), "inside xz; `xz -dc < {path} > unpacked`, and"),
     "7z": (b"7z\xbc\xaf\x27\x1c\0\4", "`7z x {path}`"),
     "pdf": (
         b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n1 0 obj\n",
@@ -141,9 +147,9 @@ NO_TEXT = {
     "xhtml": (b"<?xml version='1.0'?>\n<!-- a -->\n<HTML>\n", "is an HTML page"),
     "html in utf-16": ("<html>\n<p>".encode("utf-16"), "is an HTML page"),
     "rtf": (b"{\\rtf1\\ansi Hello}", "is RTF; write its text"),
-    "json list": (b'[{"text": "a"},\n {"text": "b"}]', "is one JSON value, not JSON lines; "),
-    "json texts": (b'["a",\n"b"]', "`jq -c '.[]' {path} > texts.jsonl`"),
-    "json object": (b'{\n  "data": [1, 2]\n}\n', "is one JSON value, not JSON lines"),
+    "json list": (b'[{"text": "a"},\n {"text": "b"}]', "`jq -c '.[]' {path} > texts.jsonl`"),
+    "json texts": (b'["a",\n"b"]', "`jq -c '.[] | {{text: .}}' {path} > texts.jsonl`"),
+    "json object": (b'{\n  "data": [1, 2]\n}\n', "`jq -c . {path} > texts.jsonl`"),
     "empty": (b"", "is empty; pass a file with text"),
     "empty packed": (gzip.compress(b""), "is empty; pass a file with text"),
     "only a mark": (b"\xef\xbb\xbf", "is empty; pass a file with text"),
@@ -173,6 +179,7 @@ NO_TEXT = {
         "Das Café ist für Müßige geöffnet.\n".encode("latin-1"),
         "may be WINDOWS-1252: if `ic",
     ),
+    "latin-1, late": (b"plain text\n" * 9999 + b"caf\xe9 \xe0 la\n", "may be WINDOWS-1252"),
     "windows-1252": ("“It’s the café” – he said…\n".encode("cp1252"), "WINDOWS-1252"),
     "gb18030": ("这是我们的中国，他们在这里说的话。\n".encode("gb18030"), "may be GB18030"),
     "shift_jis": ("これはひらがなとカタカナです。\n".encode("shift_jis"), "may be SHIFT_JIS"),
@@ -205,6 +212,21 @@ def test_each_kind_is_refused_with_what_helps_for_it(tmp_path: Path, name: str) 
     assert str(path) in message
     assert expected.format(path=path) in message
     assert os.listdir(tmp_path) == ["input.txt"]
+
+
+@pytest.mark.parametrize(
+    "name", ["cut off", "a bad byte", "one NUL", "html", "pdf", "json list", "tar.gz"]
+)
+def test_no_command_that_is_printed_writes_over_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """`head -c 7 text.txt > text.txt` leaves nothing of what a user made."""
+    monkeypatch.chdir(tmp_path)
+    for name_taken in ("text.txt", "texts.jsonl", "unpacked"):
+        Path(name_taken).write_bytes(NO_TEXT[name][0] or b"")
+    command = refused(Path("text.txt")).partition("`")[2].partition("`")[0]
+    assert re.search(r"(text-2\.txt|texts-2\.jsonl|unpacked-2)$|-o text-2\.txt", command), command
+    assert not re.search(r"(> |-o )(text\.txt|texts\.jsonl|unpacked$)", command), command
 
 
 @pytest.mark.parametrize("name", ["html", "json list", "rtf", "json object"])
@@ -256,7 +278,8 @@ def test_a_python_without_a_module_to_unpack(
     path.write_bytes(WRITTEN["xz"])
     monkeypatch.setitem(sys.modules, "lzma", None)
     assert refused(path) == (
-        f"{path} is xz, and this Python was built without lzma; unpack it: `unxz -k {path}`"
+        f"{path} is xz, and this Python was built without lzma; `xz -dc < {path} > unpacked`, and "
+        "pass unpacked"
     )
 
 
@@ -266,7 +289,7 @@ def test_a_small_file_does_not_unpack_without_an_end(
     monkeypatch.setattr(text_files, "LARGEST_UNPACKED", 1 << 20)
     path = tmp_path / "bomb"
     path.write_bytes(gzip.compress(b"a line\n" * (1 << 18)))
-    assert "unpacks to more than 1 MiB; if it should, unpack it" in refused(path)
+    assert "unpacks to more than 1 MiB; if it should, `gzip -dc <" in refused(path)
     path.write_bytes(b"a line\n" * (1 << 18))  # what lies on the disk is taken
     corpus_of(path)
 
