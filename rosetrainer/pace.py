@@ -35,7 +35,7 @@ class Pace:
         self._started, self._waited = time.perf_counter(), self._waited_so_far()
 
     def end(self) -> str:
-        """After each step: a line about ranks newly found slow, or ""."""
+        """After each step: a line about ranks that are slow, once for each in a run, or ""."""
         if self._world.size == 1 or self._device.type == "cuda":
             return ""
         waited = self._waited_so_far() - self._waited
@@ -47,7 +47,7 @@ class Pace:
         busy = all_gather(own, self._world, "pace", dim=0).tolist()
         suspects = slow_ranks(busy, self.SLOW, self.LEAST_SECONDS)
         found = (suspects & self._suspects) - self._told
-        self._suspects, self._told = suspects, (self._told | found) & suspects
+        self._suspects, self._told = suspects, self._told | found
         return "; ".join(
             f"rank {rank} is slow: {busy[rank] * 1000:.0f} ms a step by itself, where the others "
             f"need {statistics.median(busy[:rank] + busy[rank + 1 :]) * 1000:.0f}"

@@ -16,7 +16,8 @@ import pytest
 import torch
 from faults.harness import CHAOS, FLAGS, TRAINING, Fault, freeze, launch, run, sleep_on
 
-from rosetrainer.pace import slow_ranks
+from rosetrainer.pace import Pace, slow_ranks
+from rosetrainer.parallel_context import Axis
 from rosetrainer.watch import Answer, at_fault
 
 TIMEOUT = 2
@@ -131,6 +132,21 @@ def test_a_slow_rank_is_named_within_20_steps(layout: str, markov: Path, tmp_pat
     steps = re.findall(r"^step +(\d+)/", outcome.said[: found.start()], re.MULTILINE)
     assert int(steps[-1]) <= 6 + 20
     assert "rank 0 is slow" not in outcome.said
+
+
+def test_a_slow_rank_is_told_once_in_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However often it recovers: on a machine that others use as well that is often."""
+    windows = iter([[0.1, 0.9], [0.1, 0.9], [0.1, 0.1], [0.1, 0.9], [0.1, 0.9], [0.9, 0.1]] * 2)
+    gathered = lambda *_, **__: torch.tensor(next(windows))  # noqa: E731
+    monkeypatch.setattr("rosetrainer.pace.all_gather", gathered)
+    pace = Pace(Axis("world", size=2), [], torch.device("cpu"))
+    said = []
+    for _ in range(12 * Pace.WINDOW):
+        pace.begin()
+        said.append(pace.end())
+    assert [line for line in said if line] == [
+        "rank 1 is slow: 900 ms a step by itself, where the others need 100"
+    ]
 
 
 @pytest.mark.parametrize("number", range(CLEAN))
