@@ -223,7 +223,7 @@ class RunConfig:
     """Steps between two comparisons of what several ranks hold alike; 0 never compares."""
     profile: CountOrZero = 0
     """Steps that torch.profiler records, after five that are not: a trace and a table."""
-    threads: CountOrZero = 0
+    threads: Annotated[int, Bounds(0, 1024)] = 0
     """CPU threads of a rank; 0 shares the cores among the local ranks."""
 
 

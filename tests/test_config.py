@@ -174,6 +174,11 @@ def test_a_flag_that_does_not_fit_where_the_terminal_has_ascii_only(
     assert str(caught.value).endswith("'many'")
 
 
+def test_threads_are_no_more_than_a_machine_can_start() -> None:
+    with pytest.raises(ConfigError, match="^threads=100000 must be from 0 to 1024$"):
+        TrainConfig(run=RunConfig(threads=100_000)).check(1)
+
+
 def test_flags_reach_every_component() -> None:
     argv = ["--d-model", "64", "--tp-size", "2", "--eps", "1e-6", "--steps", "9", "--no-tied"]
     config = parse_flags(TrainConfig, argv, "x")
