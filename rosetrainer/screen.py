@@ -205,6 +205,8 @@ class ProgressBar:
             disable=not self.shows,
             leave=False,
             dynamic_ncols=True,
+            # Without steps/s, which tokens/s tells: on 60 columns all of it is seen.
+            bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
             file=self,
         )
 
