@@ -30,7 +30,12 @@ def new_run_folder(wanted: Path | None) -> Path:
     """
     if wanted is not None:
         check_run_folder(wanted)
-        wanted.mkdir(parents=True, exist_ok=True)
+        try:
+            wanted.mkdir(parents=True, exist_ok=True)
+        except (FileNotFoundError, FileExistsError, NotADirectoryError) as error:
+            raise ConfigError(
+                f"out={wanted} cannot be made: {error.strerror}; choose another --out"
+            ) from None
         return wanted
     number = 1
     while True:

@@ -124,6 +124,8 @@ def test_run_folders_are_numbered_and_never_taken_twice(
         run_folder.check_run_folder(Path("deep/er/note"))
     with pytest.raises(ConfigError, match="deep/er/note/x cannot be made"):
         run_folder.check_run_folder(Path("deep/er/note/x"))
+    with pytest.raises(ConfigError, match="out=none/../deep/er/note/x cannot be made: "):
+        run_folder.new_run_folder(Path("none/../deep/er/note/x"))
 
 
 def test_the_latest_run_is_the_one_written_last(
