@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tyro.conf import Positional
@@ -61,14 +63,22 @@ class ExportCommand:
 def main(argv: list[str]) -> int:
     """The command. Raises ConfigError for a user's mistake, CheckpointError for a damaged one."""
     name, rest = (argv[0], argv[1:]) if argv else ("", [])
-    prog = f"python -m rosetrainer checkpoint {name}"
-    if name == "ls":
-        return list_them(parse_flags(LsCommand, rest, prog))
-    if name == "verify":
-        return verify(parse_flags(VerifyCommand, rest, prog))
-    if name == "export":
-        return export(parse_flags(ExportCommand, rest, prog))
-    raise ConfigError(f"usage: {trainer_command()} checkpoint ls|verify|export DIR")
+    commands: dict[str, tuple[type[Any], Callable[[Any], int]]] = {
+        "ls": (LsCommand, list_them),
+        "verify": (VerifyCommand, verify),
+        "export": (ExportCommand, export),
+    }
+    if name in commands:
+        command, act = commands[name]
+        return act(parse_flags(command, rest, f"python -m rosetrainer checkpoint {name}"))
+    usage = f"usage: {trainer_command()} checkpoint {'|'.join(commands)} DIR"
+    if name not in ("-h", "--help"):
+        raise ConfigError(usage)
+    print(f"{usage}\n")
+    for name, (command, _) in commands.items():
+        print(f"  {name:7} {command.__doc__}")
+    print(f"\n{trainer_command()} checkpoint export --help shows the flags of export")
+    return 0
 
 
 def list_them(command: LsCommand) -> int:

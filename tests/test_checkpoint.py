@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -339,6 +340,8 @@ def test_the_command_lists_verifies_and_exports(
         checkpoint_command.main(["ls", str(tmp_path)])
     with pytest.raises(ConfigError, match=r"usage: .* checkpoint ls\|verify\|export DIR"):
         checkpoint_command.main(["remove", str(run)])
+    assert checkpoint_command.main(["--help"]) == 0
+    assert re.search(r"^  export  Writes the weights", capsys.readouterr().out, re.MULTILINE)
     file = run / "step_000006" / "rank_00001.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
     assert checkpoint_command.main(["verify", str(run)]) == 1
