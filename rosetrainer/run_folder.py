@@ -192,7 +192,7 @@ def _read_json(path: Path) -> dict[str, object]:
             f"{path} cannot be read: {error.strerror}; a run's folder, as {RUNS}/run-001, has it: "
             "pass one, or a checkpoint in it"
         ) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # the latter for brackets without an end
         raise ConfigError(f"{path} cannot be read: {error}; was it copied whole?") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path} should hold an object, not {type(values).__name__}")

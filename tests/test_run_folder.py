@@ -96,9 +96,10 @@ def test_broken_files_are_named(run: Path) -> None:
     (run / "config.json").write_text(json.dumps(values))
     with pytest.raises(ConfigError, match=r"config\.json: model has unknown keys n_head"):
         run_folder.read_run(run)
-    (run / "config.json").write_text("{")
-    with pytest.raises(ConfigError, match=r"config\.json cannot be read"):
-        run_folder.read_run(run)
+    for broken in ("{", "[" * 100_000):
+        (run / "config.json").write_text(broken)
+        with pytest.raises(ConfigError, match=r"config\.json cannot be read: .* copied whole"):
+            run_folder.read_run(run)
     (run / "config.json").write_text('{"run": {}}')
     with pytest.raises(ConfigError, match=r"config\.json lacks model, parallel, optim: it is of"):
         run_folder.read_run(run)
