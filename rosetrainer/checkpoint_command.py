@@ -82,8 +82,9 @@ def main(argv: list[str]) -> int:
 
 
 def list_them(command: LsCommand) -> int:
+    found = checkpoints_in(command.folder)
     print(f"{'checkpoint':16} {'tokens':>15} {'ranks':>6} {'bytes':>17}  of")
-    for folder in reversed(checkpoints_in(command.folder)):
+    for folder in reversed(found):
         try:
             manifest = read_manifest(folder)
         except CheckpointError as error:

@@ -338,6 +338,7 @@ def test_the_command_lists_verifies_and_exports(
         checkpoint_command.main(["export", str(run), "--out", str(out)])
     with pytest.raises(ConfigError, match="holds no checkpoint"):
         checkpoint_command.main(["ls", str(tmp_path)])
+    assert not capsys.readouterr().out
     with pytest.raises(ConfigError, match=r"usage: .* checkpoint ls\|verify\|export DIR"):
         checkpoint_command.main(["remove", str(run)])
     assert checkpoint_command.main(["--help"]) == 0
