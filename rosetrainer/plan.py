@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 
 from rosetrainer.config import TrainConfig
 from rosetrainer.data import open_corpus
 from rosetrainer.fields import ConfigError, Count, check_fields
-from rosetrainer.flags import parse_flags
 from rosetrainer.performance import choose_dtype
 from rosetrainer.planner import Plan, Work, plan
+from rosetrainer.train_command import TrainCommand, parse_train_flags
 
 MOST_LOGITS = 2**42  # of a micro-batch: they are counted chunk by chunk
 RING = {"all_reduce": 2.0, "all_gather": 1.0, "reduce_scatter": 1.0}
@@ -19,30 +19,31 @@ RING = {"all_reduce": 2.0, "all_gather": 1.0, "reduce_scatter": 1.0}
 
 
 @dataclass(frozen=True)
-class PlanCommand:
-    """Predicts a step's communication and a rank's memory; starts no process."""
+class PlanCommand(TrainCommand):
+    """Predicts a step's communication and a rank's memory, by train's flags; starts no process."""
 
-    config: TrainConfig = field(default_factory=TrainConfig)
     vocabulary: Count | None = None
     """Number of token ids; the corpus's unless given."""
 
 
 def main(argv: list[str]) -> int:
     """The command. Raises ConfigError for a user's mistake."""
-    command = parse_flags(PlanCommand, argv, "python -m rosetrainer plan")
+    command = parse_train_flags(PlanCommand, argv, "plan")
     check_fields(command)
     config, parallel = command.config, command.config.parallel
-    parallel = replace(parallel, tp_size=parallel.tp_size or 1, dp_size=parallel.dp_size or 1)
-    assert parallel.tp_size and parallel.dp_size
+    tp_size, dp_size = parallel.tp_size or 1, parallel.dp_size or 1
+    if command.nproc:
+        tp_size, dp_size = parallel.resolve(command.nproc)
+    parallel = replace(parallel, tp_size=tp_size, dp_size=dp_size)
     vocabulary = command.vocabulary or corpus_vocabulary(config)
     config = replace(config, model=replace(config.model, vocab_size=vocabulary), parallel=parallel)
-    config.check(parallel.tp_size * parallel.dp_size)
+    config.check(tp_size * dp_size)
     if config.model.architecture != "gpt2" or config.optim.optimizer != "adamw":
         raise ConfigError(
             f"architecture={config.model.architecture} with optimizer={config.optim.optimizer} has "
             "no closed form here; plan knows gpt2 with adamw"
         )
-    rows = config.optim.micro_batch(parallel.dp_size)
+    rows = config.optim.micro_batch(dp_size)
     logits = rows * config.model.context_length * vocabulary
     if logits > MOST_LOGITS:
         raise ConfigError(

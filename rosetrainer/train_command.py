@@ -9,7 +9,7 @@ import gc
 import json
 import os
 from dataclasses import asdict, dataclass, field
-from typing import Literal
+from typing import Literal, TypeVar
 
 from rosetrainer.config import TrainConfig
 from rosetrainer.environment import world_from_environment
@@ -35,6 +35,9 @@ class TrainCommand:
     """Most seconds for a step and a save after a signal; Slurm gives 30, spot machines to 120."""
     prove: bool = False
     """First show who holds what, and that this layout computes what one process does."""
+
+
+T = TypeVar("T", bound=TrainCommand)
 
 
 def main(argv: list[str]) -> int:
@@ -74,11 +77,16 @@ def run_rank_of(command: TrainCommand, world_size: int) -> int:
 
 def parse_command(argv: list[str]) -> TrainCommand:
     """The preset that argv names, changed by its other flags. Raises ConfigError."""
+    return parse_train_flags(TrainCommand, argv, "train")
+
+
+def parse_train_flags(cls: type[T], argv: list[str], name: str) -> T:
+    """As parse_command, for a command that has flags of its own beside those of train."""
     from rosetrainer.flags import parse_flags
 
-    prog = "python -m rosetrainer train"
-    command = parse_flags(TrainCommand, argv, prog)
+    prog = f"python -m rosetrainer {name}"
+    command = parse_flags(cls, argv, prog)
     if command.preset == "default":
         return command
-    chosen = TrainCommand(PRESETS[command.preset], command.preset)
-    return parse_flags(TrainCommand, argv, prog, chosen)
+    chosen = cls(PRESETS[command.preset], command.preset)
+    return parse_flags(cls, argv, prog, chosen)

@@ -13,6 +13,7 @@ from ranks import run_ranks
 from rosetrainer.config import GPTConfig, ParallelConfig, TrainConfig
 from rosetrainer.data_parallel import buckets
 from rosetrainer.dropout import DropoutSeed
+from rosetrainer.fields import ConfigError
 from rosetrainer.model import GPTModel
 from rosetrainer.parallel_context import init_parallel
 from rosetrainer.plan import main as plan_command
@@ -77,3 +78,12 @@ def test_the_command_prints_both_tables(capsys: pytest.CaptureFixture[str]) -> N
         assert line.split()[3:5] == [f"{calls:,}", f"{payload:,}"]
     assert f"{predicted.memory['activations']:,}" in shown
     assert not torch.distributed.is_initialized()
+
+
+def test_the_command_takes_all_flags_of_train(capsys: pytest.CaptureFixture[str]) -> None:
+    """As a run that is out of memory advises."""
+    flags = ["--nproc", "4", "--dp-size", "2", "--grace", "9", "--prove", "--preset", "default"]
+    assert plan_command([*flags, "--vocabulary", "99"]) == 0
+    assert "2 tensor-parallel x 2 data-parallel ranks, V 99" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="world size 4 is not tp_size x dp_size = 3 x 1"):
+        plan_command(["--nproc", "4", "--tp-size", "3", "--vocabulary", "99"])
