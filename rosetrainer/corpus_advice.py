@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rosetrainer.durable_files import free
 from rosetrainer.environment import prepare_command
-from rosetrainer.file_kinds import LLM_C, free
+from rosetrainer.file_kinds import LLM_C
 from rosetrainer.token_pieces import LARGEST_VOCAB
 
 SOURCES = ("python-docs", "shakespeare", "file", "markov", "import")

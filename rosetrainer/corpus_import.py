@@ -12,8 +12,9 @@ import numpy as np
 
 from rosetrainer.corpus_advice import TOKENIZERS
 from rosetrainer.corpus_files import SCAN
+from rosetrainer.durable_files import free
 from rosetrainer.fields import ConfigError
-from rosetrainer.file_kinds import compression, free
+from rosetrainer.file_kinds import compression
 from rosetrainer.text_corpus import described
 from rosetrainer.token_pieces import LARGEST_VOCAB, Ids, Tokenizer
 from rosetrainer.token_writer import TokenWriter

@@ -67,6 +67,16 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
+def free(path: str | Path) -> Path:
+    """path, or if that is taken text-2.txt, text-3.txt, … for text.txt."""
+    free = path = Path(path)
+    number = 1
+    while os.path.lexists(free):
+        number += 1
+        free = path.with_name(f"{path.stem}-{number}{path.suffix}")
+    return free
+
+
 def room(folder: Path) -> str:
     """How much may be written: the disk's free bytes, or the limit on a file's size if less."""
     free = shutil.disk_usage(folder).free

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 from pathlib import Path
 
+from rosetrainer.durable_files import free
 from rosetrainer.environment import prepare_command
 from rosetrainer.fields import ConfigError
 
@@ -130,16 +130,6 @@ def refuse_markup(path: Path, head: bytes) -> None:
             f"{path} is one JSON value, not JSON lines; write each text as a line of its own, for "
             f"example `{command}`, or take it as it is: --as-text"
         )
-
-
-def free(path: str | Path) -> Path:
-    """path, or if that is taken text-2.txt, text-3.txt, … for text.txt."""
-    free = path = Path(path)
-    number = 1
-    while os.path.lexists(free):
-        number += 1
-        free = path.with_name(f"{path.stem}-{number}{path.suffix}")
-    return free
 
 
 def _way(template: str, path: Path) -> str:

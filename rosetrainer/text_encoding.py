@@ -9,9 +9,9 @@ import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 
+from rosetrainer.durable_files import free
 from rosetrainer.environment import prepare_command
 from rosetrainer.fields import ConfigError
-from rosetrainer.file_kinds import free
 
 SAMPLE = 1 << 16  # bytes that a guess looks at
 # The longer marks first: UTF-32's begins as UTF-16's does.

@@ -13,11 +13,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import IO, Any, Literal
 
+from rosetrainer.durable_files import free
 from rosetrainer.fields import ConfigError
 from rosetrainer.file_kinds import (
     HEAD,
     compression,
-    free,
     is_parquet,
     refuse_markup,
     refuse_no_text,

@@ -60,8 +60,9 @@ FLOORS = [
     },
     {"loop", "beginning", "comparison"},
     {"parity", "resume"},
-    {"train", "generate", "plan", "tour", "checkpoint_command", "prepare"},
+    {"train", "generate", "tour", "checkpoint_command", "prepare"},
     {"train_command"},
+    {"plan"},
     {"__main__"},
 ]
 
