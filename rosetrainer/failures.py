@@ -22,6 +22,7 @@ from rosetrainer.rank import RankError, explain_out_of_memory, is_out_of_memory
 LOST = (
     *("Connection closed by peer", "Connection reset by peer", "Broken pipe"),
     *("remote process exited", "NCCL communicator was aborted"),
+    "Connection was likely closed",  # to whoever keeps the store
 )
 T = TypeVar("T")
 
@@ -37,8 +38,14 @@ class Failures:
 
 
 @contextlib.contextmanager
-def told_once(store: dist.Store | None, world: Axis) -> Iterator[Failures]:
-    """Makes an error in here a RankError: with a text on the first rank, else empty."""
+def told_once(
+    store: dist.Store | None, world: Axis, was_asked: Callable[[], bool] = lambda: False
+) -> Iterator[Failures]:
+    """Makes an error in here a RankError: with a text on the first rank, else empty.
+
+    was_asked: whether another rank has just looked for one that hangs; if the store is gone since,
+    that one has ended all, and told it.
+    """
     failures = Failures()
     try:
         yield failures
@@ -48,16 +55,17 @@ def told_once(store: dist.Store | None, world: Axis) -> Iterator[Failures]:
         if store is None and isinstance(error, ConfigError):
             raise  # nobody else could speak
         status = 2 if isinstance(error, ConfigError) or is_of_the_disk(error) else 1
-        text = explain(error, world, failures.folder) if is_first(store) else ""
+        text = explain(error, world, failures.folder) if is_first(store, was_asked) else ""
         raise RankError(text, status) from error
 
 
-def is_first(store: dist.Store | None) -> bool:
+def is_first(store: dist.Store | None, was_asked: Callable[[], bool]) -> bool:
     """Whether no other rank has failed before; the store counts."""
     if store is None:
         return True
+    before = answer(lambda: store.add(FAILURES, 1), 2.0)
     # Where whoever keeps the store is gone, this may be the only rank to speak.
-    return answer(lambda: store.add(FAILURES, 1), 2.0) in (1, None)
+    return before == 1 or (before is None and not was_asked())
 
 
 def answer(question: Callable[[], T], seconds: float) -> T | None:

@@ -80,7 +80,8 @@ def train(
     timeout, world = config.run.timeout, world_axis()
     store = open_store(timeout)
     watch = HangWatch(store, world, timeout) if store is not None else None
-    with own_screen() if world.rank == 0 else nullcontext(), told_once(store, world) as failures:
+    once = told_once(store, world, watch.was_asked) if watch else told_once(store, world)
+    with own_screen() if world.rank == 0 else nullcontext(), once as failures:
         meet(config.run.device, timeout + PATIENCE_SECONDS, store)
         device = own_device(config.run.device)
         begun = find_beginning(config, corpus).dtype if world.rank == 0 else None

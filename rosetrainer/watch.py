@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import threading
 import time
@@ -65,7 +66,7 @@ class HangWatch:
         self._patience = min(max(seconds / 10, LEAST_ANSWER_SECONDS), MOST_ANSWER_SECONDS)
         self._axes: Sequence[Axis] = (world,)
         self._on_cuda = False
-        self._idle, self._answered = 0.0, 0
+        self._idle, self._answered, self._asked_at = 0.0, 0, -math.inf
         self._ended = threading.Event()
         self._store.set(f"here/{world.rank}", "")
         parts = (self._look, self._reply)
@@ -147,7 +148,11 @@ class HangWatch:
                     own = Answer(self._begun(), self._idle, waits, place_of(frame))
                     key = f"answer/{self._answered + 1}/{self._world.rank}"
                     self._store.set(key, json.dumps(asdict(own)))
-                    self._answered += 1
+                    self._answered, self._asked_at = self._answered + 1, time.monotonic()
+
+    def was_asked(self) -> bool:
+        """Whether another rank has asked, so lately that it may have ended all since."""
+        return time.monotonic() - self._asked_at < 2 * MOST_ANSWER_SECONDS
 
     def _end(self, who: str) -> NoReturn:
         if not who:

@@ -15,10 +15,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import cast
 
 import pytest
+import torch.distributed as dist
 from ranks import LONGEST_SECONDS
 
 from rosetrainer import ending
@@ -221,6 +223,29 @@ def test_every_kind_of_want_of_memory_is_known() -> None:
         assert told.value.status == 1
     assert not is_out_of_memory(RuntimeError("boom"))
     assert not is_out_of_memory(OSError(errno.ENOENT, "No such file"))
+
+
+def test_where_the_rank_that_kept_the_store_has_ended_all_the_others_are_silent() -> None:
+    """It asked them first. Where nobody asked, as where it was killed, they say what they saw."""
+
+    class Gone:
+        def add(self, *_: object) -> int:
+            raise dist.DistNetworkError(text)
+
+    text = "Failed to recv, got 0 bytes. Connection was likely closed."
+    told = []
+    for asked in (False, True):
+        with (
+            pytest.raises(RankError) as caught,
+            told_once(Gone(), Axis("world", 4, 3), partial(bool, asked)),  # type: ignore[arg-type]
+        ):
+            raise dist.DistNetworkError(text)
+        told.append(str(caught.value))
+    assert told == [
+        "rank 3 has lost its connection to another rank, which has ended; the same command goes on "
+        "from the last checkpoint",
+        "",
+    ]
 
 
 def test_status_of_a_rank_is_kept(start: Start) -> None:
