@@ -48,6 +48,7 @@ def shown(value: Any) -> str:
 
 Count = Annotated[int, Bounds(1, HUGE)]
 CountOrZero = Annotated[int, Bounds(0, HUGE)]
+LocalRanks = Annotated[int, Bounds(1, 1024)]  # processes that one machine is asked to start
 Fraction = Annotated[float, Bounds(0, 1)]
 BelowOne = Annotated[float, Bounds(0, 1, open=True)]
 Positive = Annotated[float, Bounds(1e-30, 1e9)]

@@ -25,9 +25,9 @@ from rosetrainer.environment import world_from_environment
 from rosetrainer.fields import (
     Bounds,
     ConfigError,
-    Count,
     CountOrZero,
     Fraction,
+    LocalRanks,
     PositiveOrZero,
     check_fields,
 )
@@ -71,7 +71,7 @@ class GenerateCommand:
     """The text that is continued; unless given, a new document, or after a line break, begins."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes CUDA when each local rank has a GPU of its own."""
-    nproc: Count | None = None
+    nproc: LocalRanks | None = None
     """Start this many tensor-parallel ranks on this machine; leave it out under torchrun."""
 
 

@@ -12,7 +12,7 @@ from rosetrainer.blocks import build_model
 from rosetrainer.comparison import Column, Difference, ParityError, by_stage, not_proven, prove
 from rosetrainer.config import GPTConfig, OptimConfig, ParallelConfig
 from rosetrainer.environment import world_from_environment
-from rosetrainer.fields import Count, check_fields
+from rosetrainer.fields import LocalRanks, check_fields
 from rosetrainer.flags import parse_flags, ranks_to_start
 from rosetrainer.launch import launch
 from rosetrainer.model import GPTModel
@@ -142,7 +142,7 @@ class ParityCommand:
     """Whose updates are compared, after one step of SGD."""
     whole: bool = False
     """Prove all of context_length; without it at most 640 tokens of it."""
-    nproc: Count | None = None
+    nproc: LocalRanks | None = None
     """Start this many ranks on this machine; leave it out under torchrun."""
 
 

@@ -13,7 +13,7 @@ from typing import Literal, TypeVar
 
 from rosetrainer.config import TrainConfig
 from rosetrainer.environment import world_from_environment
-from rosetrainer.fields import Count, check_fields, config_from_dict
+from rosetrainer.fields import Count, LocalRanks, check_fields, config_from_dict
 from rosetrainer.presets import PRESETS
 from rosetrainer.rank import GRACE, LAUNCHED
 from rosetrainer.stop import STOP, stop_status
@@ -29,7 +29,7 @@ class TrainCommand:
     config: TrainConfig = field(default_factory=TrainConfig)
     preset: Literal["default", "speedrun"] = "default"
     """Settings that belong together; further flags change single ones."""
-    nproc: Count | None = None
+    nproc: LocalRanks | None = None
     """Start this many ranks on this machine; leave it out under torchrun."""
     grace: Count = GRACE
     """Most seconds for a step and a save after a signal; Slurm gives 30, spot machines to 120."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from rosetrainer.__main__ import main
 from rosetrainer.config import GPTConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
 from rosetrainer.fields import ConfigError, check_fields, config_from_dict
 from rosetrainer.flags import parse_flags
@@ -177,6 +178,12 @@ def test_a_flag_that_does_not_fit_where_the_terminal_has_ascii_only(
 def test_threads_are_no_more_than_a_machine_can_start() -> None:
     with pytest.raises(ConfigError, match="^threads=100000 must be from 0 to 1024$"):
         TrainConfig(run=RunConfig(threads=100_000)).check(1)
+
+
+@pytest.mark.parametrize("command", ["train", "parity", "generate", "plan"])
+def test_ranks_are_no_more_than_a_machine_can_start(command: str) -> None:
+    with pytest.raises(ConfigError, match="^nproc=100000 must be from 1 to 1024$"):
+        main([command, "--nproc", "100000"])
 
 
 def test_flags_reach_every_component() -> None:
