@@ -112,6 +112,8 @@ def test_threads_are_what_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None
         set_threads(0)  # OMP_NUM_THREADS is set, so nothing changes
         assert torch.get_num_threads() == 2
         monkeypatch.delenv("OMP_NUM_THREADS")
+        for name, value in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 64)):
+            monkeypatch.setenv(name, str(value))
         monkeypatch.setenv("LOCAL_WORLD_SIZE", "64")
         set_threads(0)
         assert torch.get_num_threads() == 1

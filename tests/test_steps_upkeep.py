@@ -171,11 +171,11 @@ def test_propagate_of_the_present_tree_changes_nothing(root: Path) -> None:
 
 @pytest.mark.parametrize("committed", [False, True])
 def test_check_fails_on_a_fix_that_was_not_carried_on(root: Path, committed: bool) -> None:
-    edit(root / "steps/02_loss_and_train_loop/oracle.py", *FIX)
+    edit(root / "steps/06_row_parallel_linear/oracle.py", *FIX)
     steps(root, "readme")
     if committed:
         git(root, "commit", "-qam", "a fix in one step alone")
-    first = "steps/03_data_parallel/oracle.py"
+    first = "steps/07_row_parallel_ffn/oracle.py"
     assert refused(root) == f"{first} lacks a change of its parent; run steps.py propagate"
 
 
