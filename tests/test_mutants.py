@@ -101,7 +101,7 @@ def test_the_mistake_turns_its_test_red(patch: Path, tree: Path) -> None:
 
 
 def test_without_a_mistake_the_same_way_of_running_is_green(tree: Path) -> None:
-    for name in ("layers", "run_folder"):
+    for name in ("layers", "model"):
         test = next(t for t in map(named_test, MUTANTS) if f"test_{name}.py" in t)
         passed, texts = outcome(tree, test)
         assert not texts, texts
