@@ -60,7 +60,7 @@ BENCHMARKS := tokens_per_second tensor_parallel start_up loss_memory
 
 bench: .venv/.installed-dev  ## Measure speed against what else one could pick: about 20 minutes
 	BENCH=1 $(VENV_PYTHON) -m pytest -q tests/test_benchmarks.py tests/test_gpu_benchmark.py \
-		tests/test_block_compile.py
+		tests/hardware/test_block_compile.py
 	@for name in $(BENCHMARKS); do $(VENV_PYTHON) benchmarks/$$name.py || exit 1; done
 
 speedrun: .venv/.installed-dev data/shakespeare-chars/meta.json  ## nanoGPT's laptop demo against ours: ten minutes

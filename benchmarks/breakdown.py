@@ -23,7 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.our_step import OurStep
 from benchmarks.work import seconds_of
-from rosetrainer.parallel_context import Axis
+from rosetrainer.parallel.context import Axis
 
 MATMULS = ("mm", "addmm", "bmm", "baddbmm", "_scaled_dot_product", "mkldnn", "_linear")
 """Names of operations, in part, that are matrix products. Attention's fused kernels are, mostly."""

@@ -25,15 +25,15 @@ from benchmarks.baseline_recipe import plain_optimizer
 from benchmarks.our_step import SameBatch
 from benchmarks.plain_step import CLIP, RATE, plain_model
 from benchmarks.work import Work
-from rosetrainer.block_compile import compile_blocks, compiles
-from rosetrainer.blocks import build_model
 from rosetrainer.config import GPTConfig, OptimConfig, TrainConfig
-from rosetrainer.optim import build_optimizer
-from rosetrainer.parallel_context import ParallelContext
-from rosetrainer.performance import flops_per_token
-from rosetrainer.precision import autocast_for
-from rosetrainer.tensor_parallel import init_weights
-from rosetrainer.training_step import train_step
+from rosetrainer.hardware.block_compile import compile_blocks, compiles
+from rosetrainer.hardware.performance import flops_per_token
+from rosetrainer.models.layers import build_model
+from rosetrainer.optim.optimizer import build_optimizer
+from rosetrainer.parallel.context import ParallelContext
+from rosetrainer.parallel.precision import autocast_for
+from rosetrainer.parallel.tensor_parallel import init_weights
+from rosetrainer.training.step import train_step
 
 VOCABULARY = 50257  # ours pads it to 50304 by itself, the plain model is given those rows
 

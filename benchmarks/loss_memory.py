@@ -20,9 +20,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 from benchmarks.side_by_side import Side, in_turn, introduce, keep, median
-from rosetrainer.fields import Count, check_fields
-from rosetrainer.flags import parse_flags
-from rosetrainer.rank import run_rank
+from rosetrainer.commands.flags import parse_flags
+from rosetrainer.launch.rank import run_rank
+from rosetrainer.validation import Count, check_fields
 
 WANTED = 3.0  # times fewer bytes, in both dtypes
 
@@ -48,10 +48,10 @@ def measure(way: str, bench: Bench) -> None:
     import torch.nn.functional as F
     from peak import Peak
 
-    from rosetrainer.parallel_context import Axis
-    from rosetrainer.precision import autocast_for
-    from rosetrainer.tensor_parallel import init_weights
-    from rosetrainer.vocab_parallel import VocabParallelEmbedding
+    from rosetrainer.parallel.context import Axis
+    from rosetrainer.parallel.precision import autocast_for
+    from rosetrainer.parallel.tensor_parallel import init_weights
+    from rosetrainer.parallel.vocab_parallel import VocabParallelEmbedding
 
     torch.set_num_threads(bench.threads)
     table = VocabParallelEmbedding(bench.vocabulary, bench.d_model, tp=Axis("tp"), init_std=0.02)
@@ -87,8 +87,8 @@ def main(argv: list[str]) -> None:
     if way:
         measure(way, bench)
         return
-    from rosetrainer.loss_planner import bytes_in_chunks
-    from rosetrainer.vocab_parallel import PADDED_TO
+    from rosetrainer.parallel.vocab_parallel import PADDED_TO
+    from rosetrainer.planner.loss import bytes_in_chunks
 
     one = any(flag.startswith("--dtype") for flag in flags)
     dtypes = [bench.dtype] if one else ["float32", "bfloat16"]

@@ -8,16 +8,16 @@ from typing import Any
 import torch
 
 from benchmarks.work import Work
-from rosetrainer.block_compile import compile_blocks, compiles
-from rosetrainer.blocks import build_model
 from rosetrainer.config import OptimConfig, TrainConfig
-from rosetrainer.data import Corpus
-from rosetrainer.optim import build_optimizer
-from rosetrainer.parallel_context import ParallelContext
-from rosetrainer.precision import autocast_for
-from rosetrainer.products import fast_products
-from rosetrainer.tensor_parallel import init_weights
-from rosetrainer.training_step import train_step
+from rosetrainer.data.batches import Corpus
+from rosetrainer.hardware.block_compile import compile_blocks, compiles
+from rosetrainer.hardware.onednn import fast_products
+from rosetrainer.models.layers import build_model
+from rosetrainer.optim.optimizer import build_optimizer
+from rosetrainer.parallel.context import ParallelContext
+from rosetrainer.parallel.precision import autocast_for
+from rosetrainer.parallel.tensor_parallel import init_weights
+from rosetrainer.training.step import train_step
 
 
 class SameBatch(Corpus):

@@ -20,11 +20,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.side_by_side import Side, in_turn, introduce, keep, median
+from rosetrainer.commands.flags import parse_flags
+from rosetrainer.commands.presets import PRESETS
 from rosetrainer.environment import prepare_command
-from rosetrainer.fields import ConfigError, Count, CountOrZero, check_fields
-from rosetrainer.flags import parse_flags
-from rosetrainer.presets import PRESETS
-from rosetrainer.rank import run_rank
+from rosetrainer.launch.rank import run_rank
+from rosetrainer.validation import ConfigError, Count, CountOrZero, check_fields
 
 PLAIN, OURS = "nanoGPT's recipe", "speedrun"
 TIMES, LOSS = 12.0, 1.88

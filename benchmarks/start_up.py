@@ -24,9 +24,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.side_by_side import ROOT, Rounds, Side, in_turn, introduce, keep, median
-from rosetrainer.fields import Count, check_fields
-from rosetrainer.flags import parse_flags
-from rosetrainer.rank import run_rank
+from rosetrainer.commands.flags import parse_flags
+from rosetrainer.launch.rank import run_rank
+from rosetrainer.validation import Count, check_fields
 
 WANTED = 1.5
 MODEL = ["--n-layers", "1", "--d-model", "32", "--n-heads", "2", "--context-length", "16"]
@@ -44,7 +44,7 @@ print("ready", flush=True)
 dist.destroy_process_group()
 """
 IMPORT = "import torch; print('ready', flush=True)"
-LAUNCHER = "import rosetrainer.__main__, rosetrainer.train_command; print('ready', flush=True)"
+LAUNCHER = "import rosetrainer.__main__, rosetrainer.commands.train; print('ready', flush=True)"
 MARKS = {"first line": "", "model made": " parameters on this rank", "first loss": "  loss "}
 """What stands in the line of our output that ends a stage, in their order."""
 

@@ -26,11 +26,11 @@ from benchmarks.plain_step import plain_model
 from benchmarks.side_by_side import Figures, Rounds, in_turn, introduce, keep, median
 from benchmarks.work import Work, matmul_peaks, parse_work, print_table, seconds_of, side_of
 from rosetrainer.environment import is_rank, world_from_environment
-from rosetrainer.launch import launch
-from rosetrainer.parallel_context import ParallelContext, end_parallel, init_tensor_parallel
-from rosetrainer.performance import choose_dtype, keep_freed_memory
-from rosetrainer.process_group import meet
-from rosetrainer.rank import run_rank
+from rosetrainer.hardware.performance import choose_dtype, keep_freed_memory
+from rosetrainer.launch.launcher import launch
+from rosetrainer.launch.process_group import meet
+from rosetrainer.launch.rank import run_rank
+from rosetrainer.parallel.context import ParallelContext, end_parallel, init_tensor_parallel
 
 NAME = "tensor_parallel"
 RANKS = 2

@@ -41,8 +41,8 @@ from benchmarks.work import (
     print_table,
     side_of,
 )
-from rosetrainer.performance import has_native_bf16, keep_freed_memory
-from rosetrainer.rank import run_rank
+from rosetrainer.hardware.performance import has_native_bf16, keep_freed_memory
+from rosetrainer.launch.rank import run_rank
 
 NAME = "tokens_per_second"
 OURS_BF16, PLAIN_BF16 = "ours, bf16", "plain GPT-2, bf16"

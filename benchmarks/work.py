@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.side_by_side import Rounds, Side, median
+from rosetrainer.commands.flags import parse_flags
 from rosetrainer.config import GPTConfig
-from rosetrainer.fields import ConfigError, Count, check_fields
-from rosetrainer.flags import parse_flags
-from rosetrainer.performance import flops_per_token
+from rosetrainer.hardware.performance import flops_per_token
+from rosetrainer.validation import ConfigError, Count, check_fields
 
 Step = Callable[[], tuple[float, float]]
 """One update of a model: gives its loss before the update, and the gradients' norm."""

@@ -10,8 +10,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from rosetrainer.prepare import main
-from rosetrainer.rank import run_rank
+from rosetrainer.commands.prepare import main
+from rosetrainer.launch.rank import run_rank
 
 if __name__ == "__main__":
     run_rank(lambda: main(sys.argv[1:]))

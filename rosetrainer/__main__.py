@@ -7,9 +7,9 @@ from importlib import import_module
 from typing import NoReturn
 
 from rosetrainer.environment import trainer_command
-from rosetrainer.fields import ConfigError
-from rosetrainer.rank import run_rank
-from rosetrainer.stop import STOP
+from rosetrainer.launch.rank import run_rank
+from rosetrainer.launch.stop import STOP
+from rosetrainer.validation import ConfigError
 
 COMMANDS = {
     "train": "train a GPT, on one rank or many",
@@ -31,8 +31,7 @@ def main(argv: list[str]) -> int | None:
         return 0
     if argv[0] not in COMMANDS:
         raise ConfigError(f"unknown command {argv[0]}; it can be {', '.join(COMMANDS)}")
-    module = f"{argv[0]}_command" if argv[0] in ("checkpoint", "train") else argv[0]
-    status = import_module(f"rosetrainer.{module}").main(argv[1:])
+    status = import_module(f"rosetrainer.commands.{argv[0]}").main(argv[1:])
     return status if isinstance(status, int) else None
 
 

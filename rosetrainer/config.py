@@ -9,7 +9,8 @@ from typing import Annotated, Literal
 
 from tyro.conf import Suppress
 
-from rosetrainer.fields import (
+from rosetrainer.model_size import check_exists
+from rosetrainer.validation import (
     BelowOne,
     Bounds,
     ConfigError,
@@ -22,7 +23,6 @@ from rosetrainer.fields import (
     divisors,
     one_of,
 )
-from rosetrainer.model_size import check_exists
 
 IGNORED = -100  # a label that counts for nothing, as in F.cross_entropy
 

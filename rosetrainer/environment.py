@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rosetrainer.cgroup import cpu_quota
-from rosetrainer.fields import ConfigError
+from rosetrainer.validation import ConfigError
 
 if TYPE_CHECKING:
     import torch
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 BY_ITSELF = "torchrun sets RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE by itself"
 
 LAUNCHED = "ROSETRAINER_LAUNCHED"
-"""Environment variable that rosetrainer.launch gives its ranks: the launcher's process id."""
+"""Environment variable that our launcher gives its ranks: the launcher's process id."""
 
 SCRIPT = "rosetrainer"
 """The command that `pip install` of this package makes."""

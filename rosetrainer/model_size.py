@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from rosetrainer.fields import ConfigError
+from rosetrainer.validation import ConfigError
 
 LARGEST = 2**50
 """Parameters; a thousand times those of the largest models that are known."""

@@ -14,20 +14,29 @@ from pages import pages, says, written_anew
 
 PACKAGE = STEPS.parent / "rosetrainer"
 LARGEST = 200  # added lines of code
-CORE = tuple(
-    f"{name}.py"
-    for name in (
-        *("comm", "parallel_context", "tensor_parallel", "model", "clip", "vocab_parallel"),
-        *("dropout", "attention", "recompute", "precision", "overlap"),
-    )
-)
+CORE = {  # a step's file, and the package's that is the same code
+    "comm.py": "parallel/comm.py",
+    "parallel_context.py": "parallel/context.py",
+    "tensor_parallel.py": "parallel/tensor_parallel.py",
+    "model.py": "models/gpt.py",
+    "clip.py": "optim/clip.py",
+    "vocab_parallel.py": "parallel/vocab_parallel.py",
+    "dropout.py": "parallel/dropout.py",
+    "attention.py": "models/attention.py",
+    "recompute.py": "parallel/recompute.py",
+    "precision.py": "parallel/precision.py",
+    "overlap.py": "parallel/overlap.py",
+}
 MERGED = STEPS / ".propagate"  # conflicts that were handed to a person, until all is merged
 
 
 def as_package(source: str) -> str:
     """A step's module as the package would import."""
-    local = "|".join(path.stem for path in PACKAGE.glob("*.py"))
-    return re.sub(rf"^from ({local}) import", r"from rosetrainer.\1 import", source, flags=re.M)
+    for name, path in (CORE | {name: name for name in ("config.py", "environment.py")}).items():
+        module = path.removesuffix(".py").replace("/", ".")
+        line = rf"^from {name.removesuffix('.py')} import"
+        source = re.sub(line, f"from rosetrainer.{module} import", source, flags=re.M)
+    return source
 
 
 def body_and_imports(source: str) -> tuple[str, set[str]]:
@@ -48,9 +57,9 @@ def last_with(name: str) -> Path:
 LOGITS = """
 import hashlib, sys
 from importlib import import_module
-folder, prefix = sys.argv[1:]
+folder, *modules = sys.argv[1:]
 sys.path.insert(0, folder)
-config, model, tp = (import_module(prefix + m) for m in ("config", "model", "tensor_parallel"))
+config, model, tp = map(import_module, modules)
 import torch
 shape = dict(vocab_size=128, context_length=24, n_layers=3, n_heads=4, d_model=64)
 gpt = model.GPTModel(config.GPTConfig(**shape))
@@ -60,9 +69,9 @@ print(hashlib.sha256(gpt(ids)[0].detach().numpy().tobytes()).hexdigest())
 """
 
 
-def logits_digest(folder: Path, prefix: str) -> str:
-    """A hash of a GPT's logits, of the step in the folder or of the package beside it."""
-    command = [sys.executable, "-c", LOGITS, str(folder), prefix]
+def logits_digest(folder: Path, config: str, model: str, tensor_parallel: str) -> str:
+    """A hash of a GPT's logits, made by these modules in the folder."""
+    command = [sys.executable, "-c", LOGITS, str(folder), config, model, tensor_parallel]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
@@ -85,14 +94,16 @@ def check() -> None:
             if re.search(r"^\s*(from|import) rosetrainer", path.read_text(), re.M):
                 raise StepError(f"{step.name}/{path.name} imports the package")
         with_mistake(step)
-    for name in CORE:
+    for name, path in CORE.items():
         ours = body_and_imports(as_package(last_with(name).read_text()))
-        if ours != body_and_imports((PACKAGE / name).read_text()):
-            raise StepError(f"{last_with(name).relative_to(STEPS)} is not the package's {name}")
+        if ours != body_and_imports((PACKAGE / path).read_text()):
+            raise StepError(f"{last_with(name).relative_to(STEPS)} is not the package's {path}")
     for since in ("HEAD", "HEAD~1"):
         if path := propagate(write=False, since=since):
             raise StepError(f"{path[0]} lacks a change of its parent; run steps.py propagate")
-    if logits_digest(find("09"), "") != logits_digest(PACKAGE.parent, "rosetrainer."):
+    names = ("config", "models.gpt", "parallel.tensor_parallel")
+    packaged = logits_digest(PACKAGE.parent, *(f"rosetrainer.{name}" for name in names))
+    if logits_digest(find("09"), "config", "model", "tensor_parallel") != packaged:
         raise StepError("step 09 and the package compute different logits")
 
 
@@ -132,9 +143,9 @@ def propagate(write: bool = True, since: str = "HEAD") -> list[str]:
         if (origin := parent(step))
         for name in python_files(origin, step)
     ]
-    pairs += [(last_with(name), PACKAGE / name) for name in CORE]
+    pairs += [(last_with(name), PACKAGE / path) for name, path in CORE.items()]
     for origin, file in pairs:
-        to = as_package if file.parent == PACKAGE else str
+        to = as_package if PACKAGE in file.parents else str
         base = committed(origin, since)
         theirs = origin.read_text() if origin.exists() else None
         if base == theirs or base is None:  # unchanged, or new: a file enters by its own step

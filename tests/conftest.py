@@ -12,7 +12,7 @@ import pytest
 from once import Once, make_once
 from progress import Progress
 
-from rosetrainer.prepare import main as prepare
+from rosetrainer.commands.prepare import main as prepare
 
 
 def pytest_configure(config: pytest.Config) -> None:

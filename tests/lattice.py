@@ -20,17 +20,17 @@ from ranks import run_ranks
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from rosetrainer.adamw import AdamW
-from rosetrainer.clip import clip_gradients
 from rosetrainer.config import IGNORED, GPTConfig, OptimConfig, ParallelConfig
-from rosetrainer.data_parallel import accumulate_gradients
-from rosetrainer.dropout import DropoutSeed
-from rosetrainer.encoder_decoder import EncoderDecoderModel
-from rosetrainer.model import GPTModel
-from rosetrainer.optim import build_optimizer
-from rosetrainer.parallel_context import ParallelContext, init_parallel
-from rosetrainer.reference import ReferenceDropout, ReferenceGPT
-from rosetrainer.tensor_parallel import draw_whole, gather_whole, load_whole, shard_spec
+from rosetrainer.models.encoder_decoder import EncoderDecoderModel
+from rosetrainer.models.gpt import GPTModel
+from rosetrainer.optim.adamw import AdamW
+from rosetrainer.optim.clip import clip_gradients
+from rosetrainer.optim.optimizer import build_optimizer
+from rosetrainer.parallel.context import ParallelContext, init_parallel
+from rosetrainer.parallel.data_parallel import accumulate_gradients
+from rosetrainer.parallel.dropout import DropoutSeed
+from rosetrainer.parallel.tensor_parallel import draw_whole, gather_whole, load_whole, shard_spec
+from rosetrainer.proof.reference import ReferenceDropout, ReferenceGPT
 
 ROWS, T, S, STEPS, CLIP = 8, 8, 16, 3, 0.05
 FACTORS: dict[str, tuple[Any, ...]] = {

@@ -22,9 +22,9 @@ if "RANK" in os.environ:  # a rank that is being started and has not come to run
     while "PROBE_IS_SIGNALLED_EARLY" in os.environ and not signal.sigpending():
         time.sleep(0.005)
 
-from rosetrainer import ending, launch, rank  # noqa: E402
-from rosetrainer.fields import ConfigError  # noqa: E402
-from rosetrainer.rank import RankError, run_rank, say_how_long  # noqa: E402
+from rosetrainer.launch import ending, launcher, rank  # noqa: E402
+from rosetrainer.launch.rank import RankError, run_rank, say_how_long  # noqa: E402
+from rosetrainer.validation import ConfigError  # noqa: E402
 
 
 def meet() -> None:
@@ -216,7 +216,7 @@ def collective(words: list[str]) -> None:
     import torch
     import torch.distributed as dist
 
-    from rosetrainer import process_group
+    from rosetrainer.launch import process_group
 
     on_signals(ignore)
     process_group.meet("cpu")
@@ -249,9 +249,9 @@ if __name__ == "__main__":
             name += "_SECONDS"
             setattr(ending, name, float(os.environ.get(name, getattr(ending, name))))
         threads = int(os.environ.get("PROBE_THREADS", "0"))
-        handlers = [signal.getsignal(signum) for signum in launch.STOP_SIGNALS]
+        handlers = [signal.getsignal(signum) for signum in launcher.STOP_SIGNALS]
         grace = float(os.environ.get("PROBE_GRACE", rank.GRACE))
-        ended = launch.launch(int(sys.argv[2]), sys.argv[3:], threads, "launch_probe", grace)
-        assert handlers == [signal.getsignal(signum) for signum in launch.STOP_SIGNALS]
+        ended = launcher.launch(int(sys.argv[2]), sys.argv[3:], threads, "launch_probe", grace)
+        assert handlers == [signal.getsignal(signum) for signum in launcher.STOP_SIGNALS]
         sys.exit(ended)
     run_rank(lambda: MODES[sys.argv[1]](sys.argv[2:]))

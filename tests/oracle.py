@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from rosetrainer import checkpoint_command
+from rosetrainer.commands import checkpoint as checkpoint_command
 from rosetrainer.config import GPTConfig
-from rosetrainer.reference import ReferenceGPT
+from rosetrainer.proof.reference import ReferenceGPT
 
 TOLERANCE = 1e-10  # of the dense tensor's largest value, in float64
 

@@ -13,17 +13,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import rosetrainer.launch
+import rosetrainer.launch.launcher
 from rosetrainer.__main__ import start
-from rosetrainer.stop import STOP
+from rosetrainer.launch.stop import STOP
 
 FOLDER = "SLOW_TRAIN"
 
 
 def wait_in_the_fourth_step(folder: Path) -> None:
-    from rosetrainer import loop
+    from rosetrainer.training import trainer
 
-    original = loop.train_step
+    original = trainer.train_step
 
     def train_step(*arguments: Any) -> dict[str, float]:
         if arguments[-1] == 3:
@@ -33,7 +33,7 @@ def wait_in_the_fourth_step(folder: Path) -> None:
                 time.sleep(0.005)
         return original(*arguments)
 
-    vars(loop)["train_step"] = train_step
+    vars(trainer)["train_step"] = train_step
 
 
 if __name__ == "__main__":
@@ -41,6 +41,6 @@ if __name__ == "__main__":
         wait_in_the_fourth_step(Path(os.environ[FOLDER]))
         start(sys.argv[1:])
     os.environ[FOLDER] = sys.argv[1]
-    launch = partial(rosetrainer.launch.launch, module="slow_train")
-    vars(rosetrainer.launch)["launch"] = launch
+    launch = partial(rosetrainer.launch.launcher.launch, module="slow_train")
+    vars(rosetrainer.launch.launcher)["launch"] = launch
     start(sys.argv[2:])

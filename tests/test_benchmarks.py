@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from gpt2_names import rename
 from ranks import run_ranks
-from test_huggingface import rename
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -21,9 +21,9 @@ from benchmarks.plain_step import HuggingFaceGPT2, PlainStep, plain_model
 from benchmarks.side_by_side import Rounds, Side
 from benchmarks.work import Work, parse_work
 from rosetrainer.config import GPTConfig
-from rosetrainer.fields import ConfigError
-from rosetrainer.parallel_context import init_tensor_parallel
-from rosetrainer.tensor_parallel import load_whole
+from rosetrainer.parallel.context import init_tensor_parallel
+from rosetrainer.parallel.tensor_parallel import load_whole
+from rosetrainer.validation import ConfigError
 
 HEAVY = pytest.mark.skipif(
     not os.environ.get("BENCH"), reason="make bench: it starts each side in a process of its own"

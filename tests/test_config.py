@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from rosetrainer.__main__ import main
+from rosetrainer.commands.flags import parse_flags
+from rosetrainer.commands.generate import SamplingConfig
 from rosetrainer.config import GPTConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
-from rosetrainer.fields import ConfigError, check_fields, config_from_dict
-from rosetrainer.flags import parse_flags
-from rosetrainer.generate import SamplingConfig
+from rosetrainer.validation import ConfigError, check_fields, config_from_dict
 
 STRANGE = [0, -1, 1.5, math.nan, math.inf, "4", True, [], 2**70]
 NOT_A_SIZE = {"model": GPTConfig, "parallel": ParallelConfig, "optim": OptimConfig}

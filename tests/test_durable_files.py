@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from ranks import run_ranks
 
-from rosetrainer import checkpoint_command
+from rosetrainer.commands import checkpoint as checkpoint_command
+from rosetrainer.commands.prepare import main as prepare
 from rosetrainer.config import GPTConfig, OptimConfig, RunConfig, TrainConfig
-from rosetrainer.prepare import main as prepare
-from rosetrainer.train import check_config, train
+from rosetrainer.training.setup import check_config, train
 
 
 def write_everything(folder: Path, umask: int) -> dict[str, int]:
@@ -26,7 +26,7 @@ def write_everything(folder: Path, umask: int) -> dict[str, int]:
         run=RunConfig(data=corpus, out=run, steps=7, eval_tokens=8, profile=1, device="cpu"),
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rosetrainer.train.matmul_peak", lambda *_: 1.0)
+        patch.setattr("rosetrainer.training.setup.matmul_peak", lambda *_: 1.0)
         train(*check_config(config, 1))
     checkpoint_command.main(["export", str(run), "--out", str(folder / "export.safetensors")])
     return {

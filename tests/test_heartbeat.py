@@ -18,7 +18,7 @@ from ranks import run_ranks
 from rosetrainer import durable_files
 from rosetrainer.durable_files import sha256_of, sync_file, write_whole
 from rosetrainer.heartbeat import HEARTBEAT, Heartbeat, IdleClock
-from rosetrainer.watch import processor_seconds
+from rosetrainer.launch.watch import processor_seconds
 
 
 def idle(*looks: tuple[float, int, float | None], seconds: float = 10.0) -> list[float]:

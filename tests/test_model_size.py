@@ -14,15 +14,23 @@ from typing import Any
 import pytest
 import torch
 
-from rosetrainer import checkpoint_command, generate, model_size, parity, plan, train_command
-from rosetrainer.blocks import build_model
+from rosetrainer import model_size
+from rosetrainer.checkpoint.manifest import (
+    CheckpointError,
+    checkpoints,
+    read_manifest,
+    with_own_hash,
+)
+from rosetrainer.commands import checkpoint as checkpoint_command
+from rosetrainer.commands import generate, parity, plan
+from rosetrainer.commands import train as train_command
 from rosetrainer.config import GPTConfig, OptimConfig, RunConfig, TrainConfig
-from rosetrainer.fields import ConfigError
-from rosetrainer.manifest import CheckpointError, checkpoints, read_manifest, with_own_hash
 from rosetrainer.model_size import parameter_count
-from rosetrainer.parallel_context import ParallelContext
-from rosetrainer.tensor_parallel import shard_spec
-from rosetrainer.train import check_config, train
+from rosetrainer.models.layers import build_model
+from rosetrainer.parallel.context import ParallelContext
+from rosetrainer.parallel.tensor_parallel import shard_spec
+from rosetrainer.training.setup import check_config, train
+from rosetrainer.validation import ConfigError
 
 SMALL = GPTConfig(context_length=8, n_layers=1, n_heads=2, d_model=16)
 HUGE = 2**40

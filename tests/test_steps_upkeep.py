@@ -141,16 +141,20 @@ def test_check_fails_on_a_mistake_that_does_not_apply(root: Path) -> None:
 
 def test_check_fails_where_the_core_is_not_the_package_s(root: Path) -> None:
     edit(
-        root / "rosetrainer/comm.py",
+        root / "rosetrainer/parallel/comm.py",
         "    return x if axis.size == 1 else _Copy",
         "    return _Copy",
     )
-    assert refused(root) == "20_head_and_loss_in_chunks/comm.py is not the package's comm.py"
+    assert (
+        refused(root) == "20_head_and_loss_in_chunks/comm.py is not the package's parallel/comm.py"
+    )
 
 
 def test_check_fails_where_the_core_imports_something_else(root: Path) -> None:
-    edit(root / "rosetrainer/comm.py", "import torch.distributed as dist\n", "import os\n")
-    assert refused(root) == "20_head_and_loss_in_chunks/comm.py is not the package's comm.py"
+    edit(root / "rosetrainer/parallel/comm.py", "import torch.distributed as dist\n", "import os\n")
+    assert (
+        refused(root) == "20_head_and_loss_in_chunks/comm.py is not the package's parallel/comm.py"
+    )
 
 
 def test_check_fails_where_the_package_computes_something_else(root: Path) -> None:
@@ -189,7 +193,7 @@ def test_propagate_carries_a_fix_to_all_that_grow_out_of_it_and_to_the_package(r
     for folder in later:
         assert FIX[1] in (root / "steps" / folder / "oracle.py").read_text()
     assert all(f"steps/{folder}/oracle.py" in done.stdout for folder in later)
-    for path in (root / "steps/10_cross_attention/comm.py", root / "rosetrainer/comm.py"):
+    for path in (root / "steps/10_cross_attention/comm.py", root / "rosetrainer/parallel/comm.py"):
         assert better in path.read_text()
     assert steps(root, "propagate").stdout == NOTHING
     steps(root, "readme")
@@ -223,7 +227,7 @@ def test_propagate_stops_at_a_conflict_and_goes_on_once_it_is_mended(root: Path)
     assert done.returncode == 0, done.stderr
     for folder in ("07_row_parallel_ffn", "10_cross_attention"):
         assert mended in (root / "steps" / folder / file).read_text()
-    assert mended in (root / "rosetrainer" / file).read_text()
+    assert mended in (root / "rosetrainer/parallel" / file).read_text()
 
 
 def test_start_gives_the_step_before_with_this_step_s_tests(root: Path) -> None:

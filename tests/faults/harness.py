@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 from ranks import FORKSERVER, LONGEST_SECONDS
@@ -61,25 +62,25 @@ Act = Callable[..., object]
 
 POINTS = {
     # phase: (module, function, before or after it, or in the middle of its file)
-    "start": ("train", "meet", "before"),
-    "layout": ("train", "init_parallel", "before"),
-    "describe": ("run_folder", "write_whole", "before"),
-    "log": ("train", "RunLog", "before"),
-    "batch": ("training_step", "micro_batches", "after"),
-    "forward": ("training_step", "accumulate_gradients", "before"),
-    "backward": ("data_parallel", "check_gradients", "before"),
-    "reduce": ("data_parallel", "reduce_gradients", "before"),
-    "clip": ("training_step", "clip_gradients", "before"),
-    "updated": ("loop", "train_step", "after"),
-    "evaluation": ("loop", "evaluate", "before"),
+    "start": ("training.setup", "meet", "before"),
+    "layout": ("training.setup", "init_parallel", "before"),
+    "describe": ("checkpoint.run_folder", "write_whole", "before"),
+    "log": ("training.setup", "RunLog", "before"),
+    "batch": ("training.step", "micro_batches", "after"),
+    "forward": ("training.step", "accumulate_gradients", "before"),
+    "backward": ("parallel.data_parallel", "check_gradients", "before"),
+    "reduce": ("parallel.data_parallel", "reduce_gradients", "before"),
+    "clip": ("training.step", "clip_gradients", "before"),
+    "updated": ("training.trainer", "train_step", "after"),
+    "evaluation": ("training.trainer", "evaluate", "before"),
     # Inside a save.
-    "mid-shard": ("checkpoint_files", "save_file", "half"),
-    "shard": ("checkpoint_files", "sha256_of", "before"),
-    "manifest": ("checkpoint_files", "with_own_hash", "before"),
-    "rename": ("checkpoint_files.Draft", "name_whole", "before"),
-    "renamed": ("checkpoint_files.Draft", "name_whole", "after"),
-    "retention": ("checkpoint", "retain", "before"),
-    "removal": ("checkpoint_files.shutil", "rmtree", "before"),
+    "mid-shard": ("checkpoint.slices", "save_file", "half"),
+    "shard": ("checkpoint.slices", "sha256_of", "before"),
+    "manifest": ("checkpoint.slices", "with_own_hash", "before"),
+    "rename": ("checkpoint.slices.Draft", "name_whole", "before"),
+    "renamed": ("checkpoint.slices.Draft", "name_whole", "after"),
+    "retention": ("checkpoint.saver", "retain", "before"),
+    "removal": ("checkpoint.slices.shutil", "rmtree", "before"),
 }
 TRAINING = ("batch", "forward", "backward", "reduce", "clip", "updated")
 BEGINNING = ("start", "layout", "describe", "log")
@@ -102,9 +103,7 @@ class Fault:
     def install(self, current: dict[str, int], note: Path) -> None:
         """note: the file for the time at which it happens."""
         path, name, when = POINTS[self.phase]
-        module, _, owner = path.partition(".")
-        holder = import_module(f"rosetrainer.{module}")
-        holder = getattr(holder, owner) if owner else holder
+        holder = resolve_name(f"rosetrainer.{path}")
         original = getattr(holder, name)
 
         def changed(*args: Any, **kwargs: Any) -> Any:
@@ -297,14 +296,14 @@ def _rank_main(
     warnings.simplefilter("error")
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
     from rosetrainer.__main__ import start
-    from rosetrainer.stop import STOP
+    from rosetrainer.launch.stop import STOP
 
     STOP.listen()
     Path(folder, f"ready{rank}").touch()
     current = {"step": 0}
     note_losses(current, rank)
     measures_nothing = lambda *_: 1e9  # noqa: E731
-    vars(import_module("rosetrainer.train"))["matmul_peak"] = measures_nothing  # 0.3 s
+    vars(import_module("rosetrainer.training.setup"))["matmul_peak"] = measures_nothing  # 0.3 s
     for fault in faults:
         fault.install(current, Path(folder, STRUCK))
     if prepare:
@@ -314,7 +313,7 @@ def _rank_main(
 
 def note_losses(current: dict[str, int], rank: int) -> None:
     """Keeps the step that is under way, and writes each loss, exact, beside the run's log."""
-    loop = import_module("rosetrainer.loop")
+    loop = import_module("rosetrainer.training.trainer")
     original = loop.train_step
 
     def train_step(config: Any, *args: Any) -> dict[str, float]:
@@ -336,8 +335,8 @@ def losses(out: Path) -> dict[int, str]:
 
 def state(folder: Path) -> dict[str, bytes]:
     """All that a checkpoint holds, whole: parameters and moments, bit for bit."""
-    from rosetrainer.checkpoint import read_whole
-    from rosetrainer.manifest import check_files, read_manifest
+    from rosetrainer.checkpoint.manifest import check_files, read_manifest
+    from rosetrainer.checkpoint.saver import read_whole
 
     manifest = read_manifest(folder)
     check_files(folder, manifest)

@@ -12,10 +12,15 @@ from pathlib import Path
 import pytest
 from faults.harness import FLAGS, Outcome, contents, launch, run, state
 
-from rosetrainer import resume
-from rosetrainer.agreement import world_axis
-from rosetrainer.fields import ConfigError
-from rosetrainer.manifest import CheckpointError, checkpoints, read_manifest, with_own_hash
+from rosetrainer.checkpoint.manifest import (
+    CheckpointError,
+    checkpoints,
+    read_manifest,
+    with_own_hash,
+)
+from rosetrainer.training import resume
+from rosetrainer.training.agreement import world_axis
+from rosetrainer.validation import ConfigError
 
 TRIALS = 200
 COMMAND = [*FLAGS, "--tp-size", "2"]
@@ -241,8 +246,8 @@ def test_a_pickle_anywhere_is_not_run(
     ended: Outcome = launch(1, [*COMMAND[:-2], *data, *out, "--steps", "9"]).wait()
     assert ended.statuses[0] in (0, 2), ended.complained
     assert "Traceback" not in ended.complained
-    from rosetrainer import checkpoint_command
-    from rosetrainer.run_folder import read_run
+    from rosetrainer.checkpoint.run_folder import read_run
+    from rosetrainer.commands import checkpoint as checkpoint_command
 
     for read in (
         lambda: read_run(tmp_path / "run"),

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from faults.harness import FLAGS, STEPS, Fault, Finished, kill, run
 
-from rosetrainer.manifest import checkpoints, is_sound, step_of
+from rosetrainer.checkpoint.manifest import checkpoints, is_sound, step_of
 
 COMMAND = [*FLAGS, "--tp-size", "2"]
 
@@ -169,7 +169,7 @@ def test_a_corpus_that_changed_before_a_resume_is_named_with_the_place(
 
 
 def test_another_corpus_is_not_gone_on_with(corpus: Path, tmp_path: Path) -> None:
-    from rosetrainer.prepare import main as prepare
+    from rosetrainer.commands.prepare import main as prepare
 
     command = [*COMMAND, "--data", str(corpus), "--out", str(tmp_path / "run")]
     run(2, command, Fault(1, 5, "forward", kill))

@@ -42,7 +42,7 @@ def meeting_place(kind: str) -> Iterator[dict[str, str]]:
 
 def hurry(hangs: int | None, rank: int) -> None:
     """Ranks that miss another one soon; `hangs` never comes to the others."""
-    from rosetrainer import process_group, watch
+    from rosetrainer.launch import process_group, watch
 
     for module in (process_group, watch):
         vars(module)["START_SECONDS"] = 3.0

@@ -30,7 +30,7 @@ from faults.harness import (
 from once import Once
 from ranks import LONGEST_SECONDS
 
-from rosetrainer.manifest import checkpoints, is_sound
+from rosetrainer.checkpoint.manifest import checkpoints, is_sound
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 LAYOUTS = (["--tp-size", "2"], ["--dp-size", "2"])
@@ -183,15 +183,15 @@ def test_control_without_its_moments_a_run_does_not_go_on_bitwise(
 
 
 def forget_moments(rank: int) -> None:
-    from rosetrainer import train
+    from rosetrainer.training import setup
 
-    original = train.load_checkpoint
+    original = setup.load_checkpoint
 
     def without_moments(*arguments: object) -> None:
         original(*arguments)  # type: ignore[arg-type]
         arguments[3].state.clear()  # type: ignore[attr-defined]
 
-    train.load_checkpoint = without_moments  # type: ignore[assignment]
+    setup.load_checkpoint = without_moments  # type: ignore[assignment]
 
 
 def test_control_a_save_under_the_final_name_is_found_half(markov: Path, tmp_path: Path) -> None:
@@ -203,7 +203,7 @@ def test_control_a_save_under_the_final_name_is_found_half(markov: Path, tmp_pat
 
 
 def draft_in_place(rank: int) -> None:
-    from rosetrainer.checkpoint_files import Draft
+    from rosetrainer.checkpoint.slices import Draft
 
     folder = property(lambda draft: draft.run / f"step_{draft.step:06d}")
     Draft.folder = folder  # type: ignore[method-assign, assignment]

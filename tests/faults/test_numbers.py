@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from faults.harness import FLAGS, Fault, launch, run, state
 
-from rosetrainer.manifest import read_manifest
+from rosetrainer.checkpoint.manifest import read_manifest
 
 COMMAND = [*FLAGS, "--checkpoint-every", "1", "--keep", "9"]
 LAYOUTS = (["--tp-size", "2"], ["--dp-size", "2"])

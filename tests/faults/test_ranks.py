@@ -8,17 +8,17 @@ import signal
 import socket
 import time
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import pytest
 import torch
 from faults.harness import CHAOS, FLAGS, TRAINING, Fault, freeze, launch, run, sleep_on
 
-from rosetrainer.pace import Pace, slow_ranks
-from rosetrainer.parallel_context import Axis
-from rosetrainer.watch import Answer, at_fault
+from rosetrainer.launch.watch import Answer, at_fault
+from rosetrainer.parallel.context import Axis
+from rosetrainer.training.pace import Pace, slow_ranks
 
 TIMEOUT = 2
 COMMAND = [*FLAGS, "--timeout", str(TIMEOUT)]
@@ -73,7 +73,7 @@ def test_control_without_the_watch_a_hang_lasts(markov: Path, tmp_path: Path) ->
 
 
 def watch_nothing(rank: int) -> None:
-    from rosetrainer.watch import HangWatch
+    from rosetrainer.launch.watch import HangWatch
 
     HangWatch._look = lambda self: None  # type: ignore[method-assign]
 
@@ -106,9 +106,9 @@ def lag(rank: int) -> None:
     """From step 6 on, rank 1 sleeps for five medians of the steps before."""
     if rank != 1:
         return
-    from rosetrainer import loop
+    from rosetrainer.training import trainer
 
-    original = loop.train_step
+    original = trainer.train_step
     seconds: list[float] = []
 
     def train_step(*args: Any) -> Any:
@@ -119,7 +119,7 @@ def lag(rank: int) -> None:
         seconds.append(time.perf_counter() - started)
         return figures
 
-    loop.train_step = train_step  # type: ignore[assignment]
+    trainer.train_step = train_step  # type: ignore[assignment]
 
 
 @pytest.mark.parametrize("layout", ["--tp-size", "--dp-size"])
@@ -138,7 +138,7 @@ def test_a_slow_rank_is_told_once_in_a_run(monkeypatch: pytest.MonkeyPatch) -> N
     """However often it recovers: on a machine that others use as well that is often."""
     windows = iter([[0.1, 0.9], [0.1, 0.9], [0.1, 0.1], [0.1, 0.9], [0.1, 0.9], [0.9, 0.1]] * 2)
     gathered = lambda *_, **__: torch.tensor(next(windows))  # noqa: E731
-    monkeypatch.setattr("rosetrainer.pace.all_gather", gathered)
+    monkeypatch.setattr("rosetrainer.training.pace.all_gather", gathered)
     pace = Pace(Axis("world", size=2), [], torch.device("cpu"))
     said = []
     for _ in range(12 * Pace.WINDOW):
@@ -196,33 +196,31 @@ def test_other_settings_are_found_before_the_first_step(
 
 
 def native_bf16_on_rank_1(rank: int) -> None:
-    patch("performance", "has_native_bf16", lambda _: rank == 1)
+    patch("hardware.performance", "has_native_bf16", lambda _: rank == 1)
 
 
 def more_threads_on_rank_0(rank: int) -> None:
-    patch("agreement.torch", "get_num_threads", lambda: 3 - rank)
+    patch("training.agreement.torch", "get_num_threads", lambda: 3 - rank)
 
 
 def other_source_on_rank_1(rank: int) -> None:
-    patch("agreement", "source_version", lambda: f"source{rank}")
+    patch("training.agreement", "source_version", lambda: f"source{rank}")
 
 
 def amd_on_rank_0(rank: int) -> None:
-    patch("products", "is_amd", lambda: rank == 0)
+    patch("hardware.onednn", "is_amd", lambda: rank == 0)
 
 
 def compiled_on_rank_1(rank: int) -> None:
-    patch("agreement", "compiles", lambda *_: (rank == 1, ""))
+    patch("training.agreement", "compiles", lambda *_: (rank == 1, ""))
 
 
 def a_gpu_on_rank_1(rank: int) -> None:
-    patch("process_group", "own_device", lambda _: torch.device(["cpu", "cuda"][rank]))
+    patch("launch.process_group", "own_device", lambda _: torch.device(["cpu", "cuda"][rank]))
 
 
 def patch(module: str, name: str, value: object) -> None:
-    path, _, owner = module.partition(".")
-    holder = import_module(f"rosetrainer.{path}")
-    vars(getattr(holder, owner) if owner else holder)[name] = value
+    vars(resolve_name(f"rosetrainer.{module}"))[name] = value
 
 
 CAME_TO: dict[str, tuple[Callable[[int], None], str]] = {
@@ -285,7 +283,7 @@ def test_the_advice_about_dtypes_works_and_a_run_keeps_its_own(
 
 
 def test_other_data_are_found_before_the_first_step(markov: Path, tmp_path: Path) -> None:
-    from rosetrainer.prepare import main as prepare
+    from rosetrainer.commands.prepare import main as prepare
 
     prepare(["markov", "--seed", "5", "--out", str(tmp_path / "other")])
     command = [*FLAGS, "--tp-size", "2", "--data", str(markov), "--out", str(tmp_path / "run")]

@@ -25,7 +25,7 @@ from faults.harness import (
 )
 from ranks import LONGEST_SECONDS
 
-from rosetrainer.manifest import checkpoints, step_of
+from rosetrainer.checkpoint.manifest import checkpoints, step_of
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 COMMAND = [*FLAGS, "--tp-size", "2"]
@@ -105,7 +105,7 @@ def test_control_a_rank_that_does_not_listen_loses_its_steps(markov: Path, tmp_p
 
 
 def listen_no_more(rank: int) -> None:
-    from rosetrainer.stop import STOP
+    from rosetrainer.launch.stop import STOP
 
     STOP.release()
     STOP.listen = lambda: None  # type: ignore[method-assign]

@@ -1,0 +1,250 @@
+"""Saves a run in slices, each by one rank, and brings it back in any layout.
+
+A parameter's slices follow from its shard spec, and AdamW's moments are cut like their parameter.
+What several ranks hold alike is written by one of them, so that all have about equally much to do.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from rosetrainer.checkpoint.manifest import CheckpointError, Manifest, Progress, SavedTensor
+from rosetrainer.checkpoint.slices import Draft, retain
+from rosetrainer.config import RunConfig
+from rosetrainer.heartbeat import HEARTBEAT
+from rosetrainer.optim.adamw import AdamW
+from rosetrainer.parallel.context import ParallelContext
+from rosetrainer.parallel.tensor_parallel import ShardSpec, shard_spec
+
+
+class Saver:
+    """Saves the model and its optimizer, now or behind the training that goes on.
+
+    run: the run folder, the same on every rank. attempt: a word that no other process of this run
+    has used, the same on every rank. All ranks call `save` at the same steps.
+    """
+
+    def __init__(
+        self,
+        run: Path,
+        attempt: str,
+        model: nn.Module,
+        optimizer: AdamW,
+        context: ParallelContext,
+        config: RunConfig,
+    ) -> None:
+        self._run, self._attempt, self._config = run, attempt, config
+        self._model, self._optimizer, self._context = model, optimizer, context
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+        self.saved: list[tuple[int, float, float]] = []
+        """(step, seconds that training was held, seconds until it was on the disk), not yet told"""
+
+    def save(self, progress: Progress) -> None:
+        """Raises CheckpointError if this save, or the one before it, could not be written."""
+        started = time.perf_counter()
+        # At the end no training is left that it could go on behind.
+        behind = self._config.async_checkpoint and progress.step < self._config.steps
+        self.join()
+        self.check()
+        tensors, slices, need = owned_slices(self._model, self._optimizer, self._context, behind)
+        held = time.perf_counter() - started
+
+        def write() -> None:
+            draft = Draft(self._run, progress.step, self._attempt)
+            draft.write_part(self._context.rank, tensors, slices, need)
+            if not behind:
+                # Rank 0 now waits for the others as in a collective: the hang watch counts those.
+                self._context.dp.ledger.begun += 1
+            if self._context.rank == 0:
+                written = draft.complete(self._context.world_size, progress)
+                retain(self._run, self._config.keep, written)
+            seconds = time.perf_counter() - started
+            self.saved.append((progress.step, held if behind else seconds, seconds))
+
+        if not behind:
+            write()
+            return
+
+        def write_behind() -> None:
+            try:
+                write()
+            except Exception as error:
+                self._error = error
+
+        self._thread = threading.Thread(target=write_behind, name="checkpoint")
+        self._thread.start()
+
+    def join(self) -> None:
+        """Waits until what is being saved is on the disk."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def check(self) -> None:
+        """Raises what went wrong behind training."""
+        if self._error is not None:
+            raise self._error
+
+
+def owned_slices(
+    model: nn.Module, optimizer: AdamW, context: ParallelContext, copy: bool
+) -> tuple[dict[str, Tensor], dict[str, Any], int]:
+    """This rank's share of the state: tensors on the CPU by global name, and where they belong.
+
+    And the bytes that all ranks' shares take. A moment's name is its parameter's and its own:
+    blocks.0.attention.dense.weight/exp_avg. copy: the tensors must not change with the model.
+    """
+    tensors, slices = {}, {}
+    everything = list(whole_state(model, optimizer))
+    need = sum(math.prod(spec.shape) * tensor.element_size() for _, tensor, spec in everything)
+    writers = share_out([spec for _, _, spec in everything], context)
+    for (name, tensor, spec), writer in zip(everything, writers, strict=True):
+        start, stop = own_range(spec)
+        if start == stop or writer != context.rank:
+            continue
+        own = tensor.detach().narrow(spec.dim, 0, stop - start)
+        tensors[name] = own.to("cpu", copy=copy).contiguous()
+        slices[name] = {
+            "shape": list(spec.shape),
+            "dtype": str(tensor.dtype).removeprefix("torch."),
+            "dim": spec.dim,
+            "start": start,
+            "stop": stop,
+        }
+    return tensors, slices, need
+
+
+def whole_state(model: nn.Module, optimizer: AdamW) -> Iterator[tuple[str, Tensor, ShardSpec]]:
+    """(global name, this rank's tensor, spec): each parameter and the moments that it has."""
+    for name, parameter in model.named_parameters():
+        spec = shard_spec(parameter)
+        yield name, parameter, spec
+        moments = optimizer.state.get(parameter, {})
+        for moment in sorted(set(moments) - {"step"}):
+            yield f"{name}/{moment}", moments[moment], spec
+
+
+def own_range(spec: ShardSpec) -> tuple[int, int]:
+    """Which indices along spec.dim this rank holds, without the pad: start to stop."""
+    start, stop = (
+        min(part * spec.width, spec.shape[spec.dim]) for part in (spec.part, spec.part + 1)
+    )
+    return start, stop
+
+
+def share_out(specs: Sequence[ShardSpec], context: ParallelContext) -> list[int]:
+    """Who writes: for each tensor, one of the ranks that hold the same part of it as this one.
+
+    It is the rank that has the least to write so far; all ranks come to the same answer.
+    """
+    dp, tp = context.dp, context.tp
+    load, writers = [0] * context.world_size, []
+    for spec in specs:
+        neighbours = tp.size // spec.parts
+        writer = {}
+        for part in range(spec.parts):
+            holders = range(part * neighbours, (part + 1) * neighbours)
+            everywhere = [d * tp.size + t for d in range(dp.size) for t in holders]
+            writer[part] = min(everywhere, key=lambda rank: load[rank])
+            load[writer[part]] += math.prod(spec.shape) // spec.parts
+        writers.append(writer[spec.part])
+    return writers
+
+
+def load_checkpoint(
+    folder: Path,
+    manifest: Manifest,
+    model: nn.Module,
+    optimizer: AdamW,
+    dtype: torch.dtype,
+) -> None:
+    """Fills this rank's parameters and moments from the slices, whatever layout wrote them.
+
+    dtype: that of the run. Raises CheckpointError if the checkpoint does not hold exactly what
+    the model needs, or ran in another dtype.
+    """
+    ran_in, runs_in = manifest.progress.dtype, str(dtype).removeprefix("torch.")
+    if ran_in != runs_in:
+        raise CheckpointError(f"{folder} ran in {ran_in}, not in {runs_in}; use --dtype {ran_in}")
+    load_parameters(folder, manifest, model)
+    parameters = dict(model.named_parameters())
+    for key in (key for key in manifest.tensors if "/" in key):
+        name, _, moment = key.rpartition("/")
+        parameter = parameters[name]
+        state = optimizer.state[parameter]
+        state[moment] = own_part(folder, manifest, key, parameter)
+        state["step"] = torch.tensor(float(manifest.progress.updates), device=parameter.device)
+
+
+@torch.no_grad()
+def load_parameters(folder: Path, manifest: Manifest, model: nn.Module) -> None:
+    """Fills this rank's parameters; it reads nothing of the slices but its own part.
+
+    Raises CheckpointError if the checkpoint does not hold exactly this model.
+    """
+    parameters = dict(model.named_parameters())
+    for key in manifest.tensors:
+        if key.partition("/")[0] not in parameters:
+            raise CheckpointError(f"{folder} holds {key}, which this model has not")
+    for name, parameter in parameters.items():
+        parameter.copy_(own_part(folder, manifest, name, parameter))
+
+
+def own_part(folder: Path, manifest: Manifest, name: str, parameter: nn.Parameter) -> Tensor:
+    """This rank's slice of the tensor `name`, shaped like its parameter, the pad zero."""
+    spec = shard_spec(parameter)
+    saved = manifest.tensors.get(name)
+    if saved is None:
+        raise CheckpointError(f"{folder} does not hold {name}")
+    dtype = str(parameter.dtype).removeprefix("torch.")
+    if (saved.shape, saved.dim, saved.dtype) != (spec.shape, spec.dim, dtype):
+        raise CheckpointError(
+            f"{folder}: {name} is {saved.dtype} {saved.shape} cut along {saved.dim}, the model's "
+            f"{dtype} {spec.shape} along {spec.dim}"
+        )
+    local = torch.zeros_like(parameter)
+    start, stop = own_range(spec)
+    if start < stop:
+        local.narrow(spec.dim, 0, stop - start).copy_(read_range(folder, name, saved, start, stop))
+    return local
+
+
+def read_range(folder: Path, name: str, saved: SavedTensor, start: int, stop: int) -> Tensor:
+    """The indices start to stop of a whole tensor along its cut dimension, out of its slices."""
+    pieces, reached = [], start
+    for piece in sorted(saved.slices, key=lambda one: one.start):
+        if piece.stop <= reached or piece.start >= stop or piece.start > reached:
+            continue
+        path, first, end = folder / piece.file, reached - piece.start, min(piece.stop, stop)
+        HEARTBEAT.beat()
+        try:
+            with safe_open(path, "pt") as file:
+                view = file.get_slice(name)
+                extent = list(saved.shape)
+                extent[saved.dim] = piece.stop - piece.start
+                if view.get_shape() != extent:
+                    raise CheckpointError(f"{path}: {name} is {view.get_shape()}, not {extent}")
+                index = [slice(None)] * saved.dim + [slice(first, end - piece.start)]
+                pieces.append(view[tuple(index)])
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path} cannot be read: {error}") from None
+        reached = end
+    if reached < stop:
+        raise CheckpointError(f"{folder}: nothing holds {name}[{reached}:{stop}]")
+    return torch.cat(pieces, saved.dim)
+
+
+def read_whole(folder: Path, manifest: Manifest, name: str) -> Tensor:
+    """A whole tensor, as its layer would hold it alone."""
+    saved = manifest.tensors[name]
+    return read_range(folder, name, saved, 0, saved.shape[saved.dim])

@@ -1,0 +1,182 @@
+"""A checkpoint on disk: a file of each rank and a manifest, there whole or not at all.
+
+out/RUN/step_000100/ is written under a hidden name, synced, the manifest last, then renamed. Ranks
+leave word of their files beside them, so that no collective is needed and a save can go on behind
+training.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from rosetrainer.checkpoint.manifest import (
+    FORMAT,
+    MANIFEST,
+    CheckpointError,
+    Progress,
+    checkpoints,
+    folder_name,
+    is_sound,
+    with_own_hash,
+)
+from rosetrainer.durable_files import room, sha256_of, short, sync_folder, write_whole
+
+
+def mark_of(path: Path) -> tuple[int, int]:
+    """Size and time of the last change: what another program's writing would change."""
+    facts = path.stat()
+    return facts.st_size, facts.st_mtime_ns
+
+
+@dataclass(frozen=True)
+class Written:
+    """A checkpoint that was just written, and the marks of its files as they were hashed."""
+
+    folder: Path
+    marks: dict[str, tuple[int, int]]
+
+    def is_whole(self, folder: Path) -> bool:
+        """Whether `folder` is this one, and no file of it was touched since."""
+        if folder != self.folder:
+            return False
+        present = {path.name: mark_of(path) for path in folder.iterdir()}
+        return present == self.marks
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A checkpoint while it is being written. `attempt` tells apart what runs of a run left."""
+
+    run: Path
+    step: int
+    attempt: str
+
+    @property
+    def folder(self) -> Path:
+        return self.run / f".{folder_name(self.step)}.{self.attempt}.part"
+
+    def write_part(
+        self, rank: int, tensors: dict[str, Tensor], slices: dict[str, Any], need: int
+    ) -> None:
+        """Writes this rank's file, and word of it. need: the bytes of all ranks' tensors.
+
+        Raises CheckpointError, and leaves nothing but word of that.
+        """
+        name = f"rank_{rank:05d}.safetensors"
+        path, has = self.folder / name, room(self.run)
+        try:
+            self.folder.mkdir(exist_ok=True)
+            write_whole(path, lambda part: save_file(tensors, part))
+            size, mtime_ns = mark_of(path)
+            word = {"size": size, "mtime_ns": mtime_ns, "sha256": sha256_of(path), "slices": slices}
+            self._leave(name, word)
+        except (OSError, SafetensorError) as error:
+            path.unlink(missing_ok=True)
+            text = (
+                f"cannot write a checkpoint in {self.run}: {short(error)}; it needs {need:,} bytes "
+                f"and has {has}; the older checkpoints are as they were: free some space, and the "
+                f"same command goes on"
+            )
+            with contextlib.suppress(OSError):
+                self._leave(name, {"error": text})
+            raise CheckpointError(text) from None
+
+    def _leave(self, name: str, word: dict[str, Any]) -> None:
+        """The last thing that a rank does in the folder: rank 0 renames it as soon as it has read
+        the word. So that is whole, and not synced, which would look for the folder once more."""
+        part = self.folder / f".{name}.json.part"
+        part.write_text(json.dumps(word))
+        part.replace(self.folder / f"{name}.json")
+
+    def complete(self, world_size: int, progress: Progress) -> Written:
+        """Waits for the word of all ranks, writes the manifest, and gives the folder its name.
+
+        A rank that hangs is the hang watch's. Raises CheckpointError, and leaves nothing, if one
+        could not write.
+        """
+        files: dict[str, Any] = {}
+        marks = {}
+        tensors: dict[str, Any] = {}
+        try:
+            for rank in range(world_size):
+                name = f"rank_{rank:05d}.safetensors"
+                word = self._word_of(name)
+                for tensor, facts in word.pop("slices").items():
+                    one = {"file": name, "start": facts.pop("start"), "stop": facts.pop("stop")}
+                    tensors.setdefault(tensor, facts | {"slices": []})["slices"].append(one)
+                marks[name] = word["size"], word.pop("mtime_ns")
+                files[name] = word
+            stands = json.loads(json.dumps(asdict(progress), default=str))
+            values = {"format": FORMAT, "progress": stands, "files": files, "tensors": tensors}
+            content = with_own_hash(values)
+            write_whole(self.folder / MANIFEST, lambda part: part.write_bytes(content))
+            marks[MANIFEST] = mark_of(self.folder / MANIFEST)
+            return Written(self.name_whole(), marks)
+        except (OSError, CheckpointError) as error:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(f"cannot write in {self.run}: {short(error)}") from None
+
+    def name_whole(self) -> Path:
+        """From now on it is a checkpoint."""
+        final = self.run / folder_name(self.step)
+        if os.path.lexists(final):  # a damaged one, that was passed over
+            remove(final)
+        self.folder.rename(final)
+        sync_folder(self.run)
+        return final
+
+    def _word_of(self, name: str) -> dict[str, Any]:
+        path, pause = self.folder / f"{name}.json", 0.002
+        while not path.exists():
+            time.sleep(pause)
+            pause = min(2 * pause, 0.1)  # a rank that waits must not look like one at work
+        word: dict[str, Any] = json.loads(path.read_text())
+        path.unlink()
+        if "error" in word:
+            raise CheckpointError(word["error"])
+        return word
+
+
+def retain(run: Path, keep: int, written: Written | None = None) -> None:
+    """Removes checkpoints but the newest `keep`, and none if not one of those is sound.
+
+    written: what this process has just written, which need not be read once more.
+    """
+    kept, others = checkpoints(run)[:keep], checkpoints(run)[keep:]
+    known = [folder for folder in kept if written and written.is_whole(folder)]
+    if others and (known or any(map(is_sound, kept))):
+        for folder in others:
+            remove(folder)
+
+
+def remove(folder: Path) -> None:
+    """Under another name first: half a checkpoint must not look like one.
+
+    Of a link only the link goes: what lies outside of the run folder is the user's.
+    """
+    if folder.is_symlink():
+        folder.unlink()
+        return
+    hidden = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    folder.rename(hidden)
+    shutil.rmtree(hidden)
+
+
+def clear_drafts(run: Path) -> None:
+    """Removes what killed processes left; only for the one that holds the run's lock."""
+    for pattern in (".step_*.part", ".step_*.old"):
+        for folder in run.glob(pattern):
+            shutil.rmtree(folder, ignore_errors=True)

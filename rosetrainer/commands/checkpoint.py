@@ -1,0 +1,177 @@
+"""python -m rosetrainer checkpoint ls|verify|export DIR: what there is, if it is whole, and out."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tyro.conf import Positional
+
+from rosetrainer.checkpoint.manifest import (
+    CheckpointError,
+    Manifest,
+    check_files,
+    found_in,
+    read_manifest,
+)
+from rosetrainer.checkpoint.saver import read_whole
+from rosetrainer.commands.flags import parse_flags
+from rosetrainer.durable_files import room, short, write_whole
+from rosetrainer.environment import trainer_command
+from rosetrainer.models.layers import build_model
+from rosetrainer.parallel.context import Axis, ParallelContext
+from rosetrainer.parallel.tensor_parallel import ShardSpec, shard_spec
+from rosetrainer.training.resume import sound_one
+from rosetrainer.validation import ConfigError
+
+DTYPES = {"float32": "F32", "float64": "F64"}
+"""torch's names of what parameters can be, and those of safetensors."""
+
+
+@dataclass(frozen=True)
+class LsCommand:
+    """Lists the checkpoints of a run, without reading their tensors."""
+
+    folder: Positional[Path]
+    """A run folder, or one checkpoint."""
+
+
+@dataclass(frozen=True)
+class VerifyCommand:
+    """Reads every byte, and compares it with what was written. Exit status 1 for damage."""
+
+    folder: Positional[Path]
+    """A run folder, or one checkpoint."""
+
+
+@dataclass(frozen=True)
+class ExportCommand:
+    """Writes the weights of a checkpoint, whole, as one safetensors file."""
+
+    folder: Positional[Path]
+    """A run folder, whose newest sound checkpoint is meant, or one checkpoint."""
+    out: Path
+    """The file to write; it must not be there yet."""
+
+
+def main(argv: list[str]) -> int:
+    """The command. Raises ConfigError for a user's mistake, CheckpointError for a damaged one."""
+    name, rest = (argv[0], argv[1:]) if argv else ("", [])
+    commands: dict[str, tuple[type[Any], Callable[[Any], int]]] = {
+        "ls": (LsCommand, list_them),
+        "verify": (VerifyCommand, verify),
+        "export": (ExportCommand, export),
+    }
+    if name in commands:
+        command, act = commands[name]
+        return act(parse_flags(command, rest, f"python -m rosetrainer checkpoint {name}"))
+    usage = f"usage: {trainer_command()} checkpoint {'|'.join(commands)} DIR"
+    if name not in ("-h", "--help"):
+        raise ConfigError(usage)
+    print(f"{usage}\n")
+    for name, (command, _) in commands.items():
+        print(f"  {name:7} {command.__doc__}")
+    print(f"\n{trainer_command()} checkpoint export --help shows the flags of export")
+    return 0
+
+
+def list_them(command: LsCommand) -> int:
+    found = checkpoints_in(command.folder)
+    print(f"{'checkpoint':16} {'tokens':>15} {'ranks':>6} {'bytes':>17}  of")
+    for folder in reversed(found):
+        try:
+            manifest = read_manifest(folder)
+        except CheckpointError as error:
+            print(f"{folder.name:16} damaged: {error}")
+            continue
+        progress, size = manifest.progress, sum(file.size for file in manifest.files.values())
+        print(
+            f"{folder.name:16} {progress.tokens_seen:15,} {len(manifest.files):6} {size:17,}  "
+            f"{progress.config.run.steps} steps, {progress.dtype}"
+        )
+    return 0
+
+
+def verify(command: VerifyCommand) -> int:
+    status = 0
+    for folder in reversed(checkpoints_in(command.folder)):
+        try:
+            manifest = read_manifest(folder)
+            check_files(folder, manifest)
+        except CheckpointError as error:
+            print(f"{folder.name}: damaged: {error}")
+            status = 1
+        else:
+            size = sum(file.size for file in manifest.files.values())
+            print(f"{folder.name}: sound, {len(manifest.files)} files, {size:,} bytes as written")
+    return status
+
+
+def export(command: ExportCommand) -> int:
+    out = command.out
+    if os.path.lexists(out) or not out.absolute().parent.is_dir():
+        raise ConfigError(f"out={out} is there already, or its folder is not; choose another --out")
+    folder, manifest = sound_one(command.folder, Axis("world"), torch.device("cpu"))
+    layers = whole_layers(folder, manifest)
+    try:
+        write_whole(out, lambda part: write_weights(part, folder, manifest, layers))
+    except OSError as error:
+        has = room(out.absolute().parent)
+        raise ConfigError(
+            f"cannot write {out}: {short(error)}; {has} bytes can be written there; choose another "
+            f"--out"
+        ) from None
+    size = out.stat().st_size
+    print(f"{out}: {len(layers)} tensors of {folder.name}, {size:,} bytes")
+    return 0
+
+
+def whole_layers(folder: Path, manifest: Manifest) -> dict[str, ShardSpec]:
+    """The parameters of the model by name. Raises CheckpointError if they are not all there."""
+    shapes_only = ParallelContext(device=torch.device("meta"))
+    model = build_model(manifest.progress.config.model, shapes_only)
+    layers = {name: shard_spec(parameter) for name, parameter in model.named_parameters()}
+    for name, spec in layers.items():
+        saved = manifest.tensors.get(name)
+        if saved is None or saved.shape != spec.shape or saved.dtype not in DTYPES:
+            raise CheckpointError(f"{folder} does not hold {name} as its own config describes it")
+    return layers
+
+
+def write_weights(
+    path: Path, folder: Path, manifest: Manifest, layers: dict[str, ShardSpec]
+) -> None:
+    """A safetensors file of the whole parameters, shaped as nn.Linear would hold them.
+
+    The library would want all of them at once; this holds one at a time. The format: the header's
+    length in 8 bytes, the header in JSON, then the tensors in its order.
+    """
+    header: dict[str, object] = {"__metadata__": {"step": str(manifest.progress.step)}}
+    end = 0
+    for name, spec in layers.items():
+        kind = manifest.tensors[name].dtype
+        start, end = end, end + math.prod(spec.dense_shape) * getattr(torch, kind).itemsize
+        shape = list(spec.dense_shape)
+        header[name] = {"dtype": DTYPES[kind], "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in layers:
+            file.write(read_whole(folder, manifest, name).contiguous().numpy().data)
+        if file.tell() != 8 + len(text) + end:
+            raise CheckpointError(f"{folder} does not hold what its manifest says")
+
+
+def checkpoints_in(path: Path) -> list[Path]:
+    """found_in, which finds some. Raises ConfigError if there is none."""
+    found = found_in(path)
+    if not found:
+        raise ConfigError(f"{path} holds no checkpoint; give a run folder, or its step_NNN")
+    return found

@@ -1,0 +1,242 @@
+"""Makes a corpus: python -m rosetrainer prepare [SOURCE] [flags]
+
+  python-docs         the documentation that this Python carries, about 2 MB (the default)
+  shakespeare [PATH]  tiny-shakespeare, out of a file or downloaded
+  file PATH...        your own texts: a file of text, or several files, JSON lines or parquet,
+                      packed by gzip, bzip2 or xz or not
+  markov              a random chain whose true loss is known: the floor for any model
+  import PATH...      token ids of nanoGPT's or llm.c's: a folder, or a file of each side
+
+Each has flags of its own, see for example: python -m rosetrainer prepare file --help
+The corpus goes to data/NAME unless --out names another folder.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from tyro.conf import Positional
+
+from rosetrainer.commands.flags import parse_flags
+
+# numpy and the sources are imported where they are needed: a second call finds all made, at once.
+from rosetrainer.data.corpus_folder import must_make, new_folder, summary
+from rosetrainer.environment import prepare_command, trainer_command
+from rosetrainer.validation import Bounds, ConfigError, check_fields
+
+if TYPE_CHECKING:
+    from rosetrainer.data.corpus_import import Source
+    from rosetrainer.data.documents import Texts
+
+BPE_VOCAB = 4096
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where the corpus goes."""
+
+    out: Path | None = None
+    """Folder for the corpus; data/NAME unless given."""
+    force: bool = False
+    """Replace a corpus made with other options."""
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """How a text becomes tokens."""
+
+    tokenizer: Literal["bytes", "chars", "bpe"] = "bytes"
+    """A token is a byte, a character, or a frequent string of bytes."""
+    vocab_size: Annotated[int, Bounds(257, 65535)] | None = None
+    """Tokens of bpe; 4096 unless given."""
+    val_fraction: Annotated[float, Bounds(0, 1)] = 0.1
+    """The part that is kept for validation: the end of one text, some of many documents."""
+
+
+@dataclass(frozen=True)
+class PythonDocs:
+    """The documentation that this Python carries: reference topics and docstrings."""
+
+    target: Target = field(default_factory=Target)
+    text: TextOptions = field(default_factory=TextOptions)
+
+
+@dataclass(frozen=True)
+class Shakespeare:
+    """Tiny-shakespeare, 1.1 MB."""
+
+    path: Positional[Path | None] = None
+    """A file that holds it; downloaded unless given."""
+    target: Target = field(default_factory=Target)
+    text: TextOptions = field(default_factory=TextOptions)
+
+
+@dataclass(frozen=True)
+class ReadingOptions:
+    """How files are read."""
+
+    text_key: str = "text"
+    """The key of JSON lines, or the column of parquet, that holds a document's text."""
+    as_text: bool = False
+    """Take JSON, HTML and RTF as the text that they are, markup and all."""
+
+
+@dataclass(frozen=True)
+class Files:
+    """Your own texts: one file is one text; several, JSON lines and parquet are documents."""
+
+    paths: Positional[tuple[Path, ...]] = ()
+    """The files."""
+    target: Target = field(default_factory=Target)
+    text: TextOptions = field(default_factory=TextOptions)
+    reading: ReadingOptions = field(default_factory=ReadingOptions)
+
+
+@dataclass(frozen=True)
+class ChainOptions:
+    """A random chain of order k: the last k tokens decide the next one's distribution."""
+
+    order: Annotated[int, Bounds(1, 15)] = 2
+    """k."""
+    alphabet: Annotated[int, Bounds(2, 26)] = 8
+    """Different tokens, shown as letters."""
+    train_tokens: Annotated[int, Bounds(2, 2**26)] = 400_000
+    """Tokens of train.bin."""
+    val_tokens: Annotated[int, Bounds(2, 2**26)] = 60_000
+    """Tokens of val.bin."""
+    seed: Annotated[int, Bounds(0, 2**40)] = 1337
+    """Decides the chain and the tokens."""
+
+
+@dataclass(frozen=True)
+class Markov:
+    """A random chain whose true loss is known."""
+
+    target: Target = field(default_factory=Target)
+    chain: ChainOptions = field(default_factory=ChainOptions)
+
+
+@dataclass(frozen=True)
+class ImportOptions:
+    """What the ids stand for."""
+
+    tokenizer: str = ""
+    """The path of the tokenizer.json that the ids are of; bytes; or ids, of which nothing is known:
+    then prompts and what `generate` writes are numbers."""
+    vocab_size: Annotated[int, Bounds(1, 65536)] | None = None
+    """How many ids there are; for ids."""
+
+
+@dataclass(frozen=True)
+class Import:
+    """Token ids that nanoGPT or llm.c wrote; they are copied, and stay as they are."""
+
+    paths: Positional[tuple[Path, ...]] = ()
+    """A folder with files for training and for validation, or two files, in this order."""
+    target: Target = field(default_factory=Target)
+    ids: ImportOptions = field(default_factory=ImportOptions)
+
+
+SOURCES = {
+    "python-docs": PythonDocs,
+    "shakespeare": Shakespeare,
+    "file": Files,
+    "markov": Markov,
+    "import": Import,
+}
+
+
+def main(argv: list[str]) -> None:
+    if argv[:1] in (["-h"], ["--help"]):
+        print((__doc__ or "").replace("python -m rosetrainer", trainer_command()))
+        return
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a path may be no text
+    source, flags = "python-docs", argv
+    if argv and not argv[0].startswith("-"):
+        source, flags = argv[0], argv[1:]
+    if source not in SOURCES:
+        raise ConfigError(f"no corpus {source!r}; it can be {', '.join(SOURCES)}")
+    config: Any = parse_flags(SOURCES[source], flags, f"python -m rosetrainer prepare {source}")
+    check_fields(config.target)
+    out = config.target.out or Path("data") / source
+    started = time.perf_counter()
+    options, texts = _options(source, config)
+    if not must_make(out, source, options, config.target.force):
+        return
+    with new_folder(out) as folder:
+        made = _write(folder, source, options, texts)
+        meta = {"source": source, "options": options, "dtype": "uint16", **made}
+        (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
+    print(f"{out}: {summary(meta)}, made in {time.perf_counter() - started:.1f} s")
+
+
+def _write(
+    folder: Path, source: str, options: dict[str, Any], texts: Texts | Source | None
+) -> dict[str, Any]:
+    """Writes all but meta.json, and gives its keys."""
+    if source == "markov":
+        from rosetrainer.data import markov
+
+        return markov.write_corpus(folder, options)
+    from rosetrainer.data import corpus_import, python_docs, shakespeare
+    from rosetrainer.data.documents import OneText
+    from rosetrainer.data.text_corpus import write_corpus
+
+    if isinstance(texts, corpus_import.Source):
+        return corpus_import.write_corpus(folder, texts)
+    if texts is None:
+        docs = source == "python-docs"
+        text = python_docs.python_docs() if docs else shakespeare.download()
+        texts = OneText(text, options["val_fraction"])
+    return write_corpus(folder, texts, options, python_docs=source == "python-docs")
+
+
+def _options(source: str, config: Any) -> tuple[dict[str, Any], Texts | Source | None]:
+    """What decides the corpus's content, and its texts if we have read them already."""
+    if source == "import":
+        from rosetrainer.data.corpus_import import open_source
+
+        check_fields(config.ids)
+        ids = open_source(config.paths, config.ids.tokenizer, config.ids.vocab_size)
+        return ids.options, ids
+    if source == "markov":
+        check_fields(config.chain)
+        size = config.chain.alphabet ** (config.chain.order + 1)
+        if size > 2**16:
+            raise ConfigError(
+                f"alphabet={config.chain.alphabet} and order={config.chain.order} make a table of "
+                f"{size} probabilities; alphabet^(order + 1) can be at most {2**16}"
+            )
+        return asdict(config.chain), None
+    check_fields(config.text)
+    options = asdict(config.text)
+    if config.text.tokenizer == "bpe":
+        options["vocab_size"] = config.text.vocab_size or BPE_VOCAB
+    elif config.text.vocab_size is not None:
+        raise ConfigError(
+            f"vocab_size={config.text.vocab_size} is for --tokenizer bpe; leave it out, the "
+            f"vocabulary of {config.text.tokenizer} follows from the text"
+        )
+    if source == "python-docs":
+        return options, None
+    from rosetrainer.data import documents, shakespeare
+
+    if source == "shakespeare" and config.path is None:
+        return {**options, "text_sha256": shakespeare.SHA256}, None
+    texts: Texts
+    if source == "shakespeare":
+        texts = documents.read_one(config.path, config.text.val_fraction)
+    else:
+        check_fields(config.reading)
+        if not config.paths:
+            raise ConfigError(f"file needs a path: {prepare_command()} file PATH...")
+        reading = (config.reading.text_key, config.text.val_fraction, config.reading.as_text)
+        texts = documents.read_texts(config.paths, *reading)
+    return {**options, "text_sha256": texts.sha256}, texts

@@ -1,0 +1,92 @@
+"""The command `train`. What starts ranks imports no torch: the ranks' seconds of that are enough.
+
+OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node=2 -m rosetrainer train --tp-size 2
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from typing import Literal, TypeVar
+
+from rosetrainer.commands.presets import PRESETS
+from rosetrainer.config import TrainConfig
+from rosetrainer.environment import world_from_environment
+from rosetrainer.launch.rank import GRACE, LAUNCHED
+from rosetrainer.launch.stop import STOP, stop_status
+from rosetrainer.validation import Count, LocalRanks, check_fields, config_from_dict
+
+READ = "ROSETRAINER_COMMAND"
+"""Environment variable: the command as JSON, for ranks, which then need not read flags again."""
+
+
+@dataclass(frozen=True)
+class TrainCommand:
+    """Trains a GPT on a corpus that `prepare` wrote."""
+
+    config: TrainConfig = field(default_factory=TrainConfig)
+    preset: Literal["default", "speedrun"] = "default"
+    """Settings that belong together; further flags change single ones."""
+    nproc: LocalRanks | None = None
+    """Start this many ranks on this machine; leave it out under torchrun."""
+    grace: Count = GRACE
+    """Most seconds for a step and a save after a signal; Slurm gives 30, spot machines to 120."""
+    prove: bool = False
+    """First show who holds what, and that this layout computes what one process does."""
+
+
+T = TypeVar("T", bound=TrainCommand)
+
+
+def main(argv: list[str]) -> int:
+    """The command. Raises ConfigError for a user's mistake, before any process group starts."""
+    if LAUNCHED in os.environ:
+        read = json.loads(os.environ[READ])
+        return run_rank_of(config_from_dict(TrainCommand, read, READ), world_from_environment()[1])
+    from rosetrainer.commands.flags import ranks_to_start
+    from rosetrainer.launch.launcher import launch
+
+    command = parse_command(argv)
+    check_fields(command)
+    config = command.config
+    world_size, starts = ranks_to_start("train", argv, command.nproc, config.parallel)
+    config.check(world_size)
+    if not starts:
+        return run_rank_of(command, world_size)
+    os.environ[READ] = json.dumps(asdict(command), default=str)
+    STOP.release()
+    return launch(world_size, ["train", *argv], config.run.threads, grace=command.grace)
+
+
+def run_rank_of(command: TrainCommand, world_size: int) -> int:
+    """Trains on this rank."""
+    STOP.time.grace = command.grace
+    # Importing makes a million objects and no garbage: looking for some takes a tenth of the time.
+    gc.disable()
+    from rosetrainer.hardware.performance import keep_freed_memory
+    from rosetrainer.training.setup import check_config, train
+
+    gc.freeze()
+    gc.enable()
+    keep_freed_memory()
+    _, stopped_by = train(*check_config(command.config, world_size), command.prove)
+    return stop_status(stopped_by)
+
+
+def parse_command(argv: list[str]) -> TrainCommand:
+    """The preset that argv names, changed by its other flags. Raises ConfigError."""
+    return parse_train_flags(TrainCommand, argv, "train")
+
+
+def parse_train_flags(cls: type[T], argv: list[str], name: str) -> T:
+    """As parse_command, for a command that has flags of its own beside those of train."""
+    from rosetrainer.commands.flags import parse_flags
+
+    prog = f"python -m rosetrainer {name}"
+    command = parse_flags(cls, argv, prog)
+    if command.preset == "default":
+        return command
+    chosen = cls(PRESETS[command.preset], command.preset)
+    return parse_flags(cls, argv, prog, chosen)

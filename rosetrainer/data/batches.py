@@ -1,0 +1,212 @@
+"""Corpora: what `prepare` wrote, checked, and cut into batches.
+
+A corpus is a folder with nanoGPT's train.bin and val.bin (token ids, little-endian uint16, no
+header) and meta.json, which says what they hold.
+
+Shape letters: R rows of a batch, T context_length, N tokens of a file.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rosetrainer.config import IGNORED
+from rosetrainer.data.corpus_advice import damaged
+from rosetrainer.data.corpus_files import CorpusMeta, Int64s, TokenFile, read_meta
+from rosetrainer.data.tokenizer import Tokenizer, load_tokenizer
+from rosetrainer.validation import ConfigError
+
+Floats = np.ndarray[Any, np.dtype[np.float64]]
+
+
+@dataclass(frozen=True)
+class MarkovChain:
+    """A chain of order k over A tokens: the last k tokens decide the next one's distribution.
+
+    probabilities is (A^k, A); row number: the last k tokens, oldest first, as digits to base A.
+    The first k tokens of a file are uniform and independent.
+    """
+
+    order: int
+    probabilities: Floats
+
+    def label_losses(self, tokens: Int64s) -> Floats:
+        """The true loss in nats of tokens[1:], (N,) -> (N - 1,): no model can do better.
+
+        The first k tokens have no k before them; uniform as they are, they cost ln A each.
+        """
+        alphabet = self.probabilities.shape[1]
+        count = max(len(tokens) - self.order, 0)
+        context = np.zeros(count, np.int64)
+        for age in range(self.order):
+            context = context * alphabet + tokens[age : age + count]
+        known = -np.log(self.probabilities[context, tokens[self.order :]])
+        first = np.full(min(self.order, len(tokens)) - 1, math.log(alphabet))
+        return np.concatenate([first, known])
+
+
+class Corpus:
+    """Batches out of a corpus that open_corpus has checked."""
+
+    def __init__(self, folder: Path, meta: CorpusMeta, files: list[TokenFile], context: int):
+        self.folder, self.meta, self.context_length = folder, meta, context
+        self._train, self._val = files
+        self._labels = meta.train_tokens - 1
+        self._windows = self._labels // context  # of an epoch
+
+    def tokenizer(self) -> Tokenizer:
+        """Raises ConfigError if it cannot be read."""
+        return load_tokenizer(self.folder, vars(self.meta))
+
+    def train_batch(
+        self, seed: int, step: int, global_batch_size: int, rows: range
+    ) -> tuple[Int64s, Int64s]:
+        """Inputs and labels (R, T) of some rows of the batch of a step, counted from 0.
+
+        A row's content follows from (seed, step x global_batch_size + row) alone: it is the same
+        in every layout, and after a resume. An epoch is as many windows as the labels fill, in a
+        random order, laid side by side from where the epoch before ended; after the last label
+        comes the first, whose input is the first token. So after any number of epochs the counts
+        of two labels differ by one at most, and within an epoch by two. Where the windows leave no
+        rest, each epoch begins at a random place and the counts are equal.
+        """
+        assert rows.start >= 0, rows
+        assert rows.stop <= global_batch_size, (rows, global_batch_size)
+        inputs, labels = (np.empty((len(rows), self.context_length), np.int64) for _ in range(2))
+        for i, row in enumerate(rows):
+            epoch, position = divmod(step * global_batch_size + row, self._windows)
+            start, order = _epoch(seed, epoch, self._labels, self.context_length)
+            place, filled = start + int(order[position]) * self.context_length, 0
+            while filled < self.context_length:  # in one piece, or in two around the end
+                place %= self._labels
+                count = min(self.context_length - filled, self._labels - place)
+                tokens = self._train.read(place, count + 1, self.meta.vocab_size)
+                piece = slice(filled, filled + count)
+                inputs[i, piece], labels[i, piece] = tokens[:-1], tokens[1:]
+                place, filled = place + count, filled + count
+        return inputs, labels
+
+    def val_batches(
+        self, tokens: int | None, batch_size: int, dp_rank: int = 0, dp_size: int = 1
+    ) -> Iterator[tuple[Int64s, Int64s]]:
+        """Inputs and labels (batch_size, T) of this rank: the first `tokens` labels of val.bin.
+
+        None takes all of val.bin. The labels are cut to whole windows, at least one. Over the
+        ranks, each label comes once. Every rank gets the same number of batches; rows (or whole
+        batches) beyond the last window hold label IGNORED everywhere.
+        """
+        for starts in self._val_starts(tokens, batch_size, dp_rank, dp_size):
+            inputs = np.zeros((batch_size, self.context_length), np.int64)
+            labels = np.full((batch_size, self.context_length), IGNORED, np.int64)
+            for row, start in enumerate(starts):
+                window = self._val.read(start, self.context_length + 1, self.meta.vocab_size)
+                inputs[row], labels[row] = window[:-1], window[1:]
+            yield inputs, labels
+
+    def floor_losses(
+        self, tokens: int | None, batch_size: int, dp_rank: int = 0, dp_size: int = 1
+    ) -> Iterator[Floats]:
+        """For each of val_batches' labels, the true chain's loss in nats, (batch_size, T).
+
+        0 where there is no label. Only for a corpus with a floor, see `has_floor`.
+        """
+        for starts in self._val_starts(tokens, batch_size, dp_rank, dp_size):
+            floor = np.zeros((batch_size, self.context_length))
+            for row, start in enumerate(starts):
+                floor[row] = self._floor[start : start + self.context_length]
+            yield floor
+
+    @property
+    def has_floor(self) -> bool:
+        return self.meta.chain is not None
+
+    @cached_property
+    def _floor(self) -> Floats:
+        assert self.meta.chain is not None, f"{self.folder} has no floor"
+        chain = MarkovChain(self.meta.chain["order"], np.array(self.meta.chain["probabilities"]))
+        return chain.label_losses(self._val.read(0, self.meta.val_tokens, self.meta.vocab_size))
+
+    def _val_starts(
+        self, tokens: int | None, batch_size: int, dp_rank: int, dp_size: int
+    ) -> Iterator[range]:
+        """Where this rank's windows begin, batch by batch."""
+        length = self.context_length
+        labels = self.meta.val_tokens - 1
+        end = max((min(tokens, labels) if tokens else labels) // length, 1) * length
+        for first in range(0, end, length * batch_size * dp_size):
+            mine = first + dp_rank * batch_size * length
+            yield range(min(mine, end), min(mine + batch_size * length, end), length)
+
+
+@lru_cache(maxsize=2)  # a batch can straddle two epochs
+def _epoch(seed: int, epoch: int, labels: int, length: int) -> tuple[int, Int64s]:
+    """The label at which the epoch begins, and the order of its windows.
+
+    From Philox's raw numbers (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3"), which
+    numpy promises not to change, as it does not for Generator.permutation.
+    """
+    windows, rest = divmod(labels, length)
+    generator = _philox(seed, epoch)
+    start = int(generator.random_raw())
+    order = np.argsort(generator.random_raw(windows), kind="stable")
+    if rest:  # it goes on where the epoch before ended, and so the borders of the windows move
+        start = int(_philox(seed, 0).random_raw()) + epoch * windows * length
+    return start % labels, order
+
+
+def _philox(seed: int, epoch: int) -> np.random.Philox:
+    return np.random.Philox(key=np.array([seed, epoch], np.uint64))
+
+
+def leak_report(mean: float, standard_error: float) -> str | None:
+    """One line if the model's loss lies under the floor by more than three standard errors.
+
+    mean and standard_error are those of the difference, model minus true chain, per token.
+    """
+    if not mean < -3 * standard_error:
+        return None
+    return (
+        f"the validation loss lies {-mean:.4f} nats under the floor (standard error "
+        f"{standard_error:.4f}), and no honest model can: labels leak into the inputs; look at the "
+        "causal mask and at the shift of the labels"
+    )
+
+
+def mean_and_error(count: int, total: float, total_of_squares: float) -> tuple[float, float]:
+    """Mean and standard error of `count` differences out of sums, which ranks can add up."""
+    mean = total / count
+    variance = max(total_of_squares / count - mean**2, 0.0)
+    return mean, math.sqrt(variance / count)
+
+
+def open_corpus(folder: Path, context_length: int, read_all: bool = True) -> Corpus:
+    """The corpus in folder, for windows of context_length tokens and one label more.
+
+    read_all: look at every byte once, which one rank of a machine has to do. Raises ConfigError
+    if a file is missing, damaged, or too short.
+    """
+    meta = read_meta(folder)
+    remedy = damaged(folder, meta.source, meta.options)
+    files = [TokenFile(folder / name, remedy) for name in ("train.bin", "val.bin")]
+    counts = (meta.train_tokens, meta.val_tokens)
+    for file, tokens in zip(files, counts, strict=True):
+        if read_all:
+            name = file.path.name
+            blocks = meta.blocks[name] if meta.blocks else None
+            file.check(tokens, meta.vocab_size, meta.sha256[name], blocks)
+    for file, tokens in zip(files, counts, strict=True):
+        if tokens < context_length + 1:
+            longest = min(counts) - 1
+            raise ConfigError(
+                f"{file.path} has {tokens} tokens, too few for context_length={context_length}, "
+                f"which takes {context_length + 1}; "
+                + (f"context_length can be 1 to {longest}" if longest else "take a longer text")
+            )
+    return Corpus(folder, meta, files, context_length)

@@ -1,0 +1,250 @@
+"""Token ids that another program wrote, nanoGPT's or llm.c's, as a corpus."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rosetrainer.data.corpus_advice import TOKENIZERS
+from rosetrainer.data.corpus_files import SCAN
+from rosetrainer.data.file_kinds import compression
+from rosetrainer.data.text_corpus import described
+from rosetrainer.data.token_pieces import LARGEST_VOCAB, Ids, Tokenizer
+from rosetrainer.data.token_writer import TokenWriter
+from rosetrainer.data.tokenizer import BPETokenizer, BytesTokenizer, IdsTokenizer
+from rosetrainer.durable_files import free
+from rosetrainer.validation import ConfigError
+
+HEADER = 256  # int32 numbers that llm.c's files begin with
+# By the first of them: the version that must follow, and how an id is stored.
+LLM_C = {20240520: (1, "<u2"), 20240801: (7, "<u4")}
+SIDES = ("train", "val")
+
+
+@dataclass(frozen=True)
+class IdFile:
+    """A file of ids: where they begin, how many there are, and how each is stored."""
+
+    path: Path
+    offset: int
+    count: int
+    dtype: str
+
+    def parts(self, tokenizer: Tokenizer) -> Iterator[Ids]:
+        """All ids, in parts of a bounded size. Raises ConfigError for one that is impossible."""
+        done = 0
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self.offset)
+                while done < self.count:
+                    part = min(SCAN, self.count - done)
+                    ids = np.frombuffer(file.read(part * np.dtype(self.dtype).itemsize), self.dtype)
+                    if len(ids) < part:
+                        raise ConfigError(f"{self.path} became shorter while it was read")
+                    self._check(ids, done, tokenizer.vocab_size)
+                    done += part
+                    yield ids.astype(np.uint16)
+        except OSError as error:
+            raise ConfigError(f"cannot read {self.path}: {error.strerror}") from None
+
+    def _check(self, ids: np.ndarray[Any, Any], first: int, vocab_size: int) -> None:
+        bare = self.dtype == "<u2" and not self.offset
+        if bare and first == 0 and _are_uint32(ids):
+            largest = int(ids[: len(ids) // 2 * 2].view("<u4").max())
+            raise ConfigError(
+                f"{self.path} holds uint32, not uint16, ids up to {largest}; "
+                + (
+                    f"write them as uint16, in Python `numpy.fromfile({str(self.path)!r}, 'uint32')"
+                    f".astype('uint16').tofile({str(free(self.path))!r})`"
+                    if largest < LARGEST_VOCAB
+                    else f"a tokenizer can have {LARGEST_VOCAB} at most: encode the texts with one "
+                    "that has, for example --tokenizer bpe --vocab-size 32768"
+                )
+            )
+        if ids.max(initial=0) >= vocab_size:
+            where = int(np.argmax(ids >= vocab_size))
+            raise ConfigError(
+                f"{self.path}: id {first + where} is {ids[where]}, not below vocab_size="
+                f"{vocab_size} of the tokenizer; name the tokenizer that these ids are of"
+                + (
+                    f" (one of {LARGEST_VOCAB} tokens at most, for ids are stored as uint16)"
+                    if ids[where] >= LARGEST_VOCAB
+                    else ""
+                )
+            )
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is imported."""
+
+    files: dict[str, list[IdFile]]
+    """By side."""
+    tokenizer: Tokenizer
+    options: dict[str, Any]
+    """What decides the content."""
+
+
+def open_source(paths: tuple[Path, ...], tokenizer: str, vocab_size: int | None) -> Source:
+    """Reads all ids once. Raises ConfigError for what cannot be a corpus.
+
+    paths: a folder, or a file for training and one for validation. tokenizer: bytes, ids, or the
+    path of a tokenizer.json; vocab_size: of ids.
+    """
+    files = {side: [_open(path) for path in found] for side, found in _find(paths).items()}
+    known = _tokenizer(tokenizer, vocab_size)
+    options: dict[str, Any] = {"vocab_size": known.vocab_size}
+    if isinstance(known, BPETokenizer):
+        options["tokenizer_sha256"] = hashlib.sha256(known.to_json().encode()).hexdigest()
+    else:
+        options["tokenizer"] = tokenizer
+    for side in SIDES:
+        digest, count = hashlib.sha256(), 0
+        for file in files[side]:
+            for ids in file.parts(known):
+                digest.update(ids.astype("<u2").tobytes())
+            count += file.count
+        if count < 2:
+            raise ConfigError(f"{files[side][0].path} holds {count} ids; {side}.bin needs 2")
+        options[f"{side}_sha256"] = digest.hexdigest()
+    return Source(files, known, options)
+
+
+def write_corpus(folder: Path, source: Source) -> dict[str, Any]:
+    """Writes train.bin, val.bin and the tokenizer's file if it has one; gives meta.json's keys."""
+    tokenizer, hashes = source.tokenizer, {}
+    kind = "bytes" if isinstance(tokenizer, BytesTokenizer) else "ids"
+    if isinstance(tokenizer, BPETokenizer):
+        kind = "bpe"
+        hashes[BPETokenizer.FILE] = (tokenizer.save(folder), list[str]())
+    lengths = np.array([len(piece) for piece in tokenizer.pieces])
+    tokens, ends, val_bytes = {}, {}, 0
+    for side in SIDES:
+        ends[side] = 0
+        with TokenWriter(folder / f"{side}.bin") as writer:
+            for file in source.files[side]:
+                for ids in file.parts(tokenizer):
+                    writer.write(ids)
+                    ends[side] += int(np.count_nonzero(ids == tokenizer.end_of_text))
+                    val_bytes += int(lengths[ids].sum()) if side == "val" else 0
+            tokens[side], hashes[f"{side}.bin"] = writer.tokens, writer.hashes()
+    meta: dict[str, Any] = {
+        "tokenizer": kind,
+        "vocab_size": tokenizer.vocab_size,
+        "train_tokens": tokens["train"],
+        "val_tokens": tokens["val"],
+    }
+    if kind != "ids" and val_bytes:
+        meta["bytes_per_token"] = val_bytes / tokens["val"]
+    if tokenizer.end_of_text is not None:
+        meta["end_of_text"] = tokenizer.end_of_text
+        if any(ends.values()):
+            meta["documents"] = ends
+    return meta | described(hashes)
+
+
+def _are_uint32(ids: np.ndarray[Any, Any]) -> bool:
+    """Whether every second one is the upper half of a number, as of a vocabulary below 2^18."""
+    low, high = ids[0::2], ids[1::2]
+    return len(ids) > 15 and bool((high < 4).all() and (low > 3).any())
+
+
+def _find(paths: tuple[Path, ...]) -> dict[str, list[Path]]:
+    """The files of each side, in the order of their names."""
+    if len(paths) == 2:
+        return {"train": [paths[0]], "val": [paths[1]]}
+    if len(paths) != 1 or not paths[0].is_dir():
+        named = " ".join(map(str, paths)) or "nothing"
+        raise ConfigError(
+            f"import needs a folder with train.bin and val.bin, or two files, those for training "
+            f"first; not {named}"
+        )
+    found = {}
+    for side in SIDES:
+        exact = paths[0] / f"{side}.bin"
+        found[side] = [exact] if exact.exists() else sorted(paths[0].glob(f"*{side}*.bin"))
+        if not found[side]:
+            raise ConfigError(
+                f"{paths[0]} has neither {side}.bin nor another *{side}*.bin; pass two files, "
+                "those for training first"
+            )
+    return found
+
+
+def _open(path: Path) -> IdFile:
+    try:
+        if not path.is_file():
+            raise ConfigError(f"{path} is not a file; pass token ids, as nanoGPT or llm.c has them")
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            head = file.read(4 * HEADER)
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+    if packed := compression(head):
+        raise ConfigError(f"{path} is {packed}; unpack it, and pass what comes out")
+    if head.startswith(b"\x93NUMPY"):
+        raise ConfigError(
+            f"{path} is a numpy array; write its ids alone, for example "
+            f"numpy.load({str(path)!r}).astype('uint16').tofile({str(free('ids.bin'))!r})"
+        )
+    numbers = np.frombuffer(head[: len(head) // 4 * 4], "<i4")
+    if len(numbers) and int(numbers[0]) in LLM_C:
+        return _open_llm_c(path, size, numbers)
+    if size % 2:
+        raise ConfigError(
+            f"{path} has {size} bytes, an odd number: it cannot be uint16 ids; was it copied whole?"
+        )
+    return IdFile(path, 0, size // 2, "<u2")
+
+
+def _open_llm_c(path: Path, size: int, numbers: np.ndarray[Any, Any]) -> IdFile:
+    version, dtype = LLM_C[int(numbers[0])]
+    if len(numbers) < HEADER:
+        raise ConfigError(f"{path} ends inside llm.c's header; was it copied whole?")
+    if numbers[1] != version:
+        raise ConfigError(
+            f"{path} is llm.c's, magic {numbers[0]}, but of version {numbers[1]}; {version} is "
+            "known here"
+        )
+    held = (size - 4 * HEADER) / np.dtype(dtype).itemsize
+    if held != numbers[2]:
+        raise ConfigError(
+            f"{path} says that it has {numbers[2]} ids, and has {held:g}; was it copied whole?"
+        )
+    return IdFile(path, 4 * HEADER, int(numbers[2]), dtype)
+
+
+def _tokenizer(name: str, vocab_size: int | None) -> Tokenizer:
+    if name == "ids":
+        if vocab_size is None:
+            raise ConfigError(
+                "--tokenizer ids needs --vocab-size, the number of different ids that there can be"
+            )
+        return IdsTokenizer(vocab_size)
+    if vocab_size is not None:
+        raise ConfigError(
+            f"vocab_size={vocab_size} is for --tokenizer ids; leave it out, the tokenizer "
+            f"{name!r} has its own"
+        )
+    if name == "bytes":
+        return BytesTokenizer()
+    path = Path(name)
+    path = path / BPETokenizer.FILE if path.is_dir() else path
+    if not name or not path.is_file():
+        raise ConfigError(
+            f"tokenizer={name!r} must be {TOKENIZERS}; for ids of gpt2's, take the tokenizer.json "
+            "of openai-community/gpt2"
+        )
+    tokenizer = BPETokenizer.load(path)
+    if tokenizer.vocab_size > LARGEST_VOCAB:
+        raise ConfigError(
+            f"{path} has {tokenizer.vocab_size} tokens, and ids are stored as uint16: a tokenizer "
+            f"can have {LARGEST_VOCAB} at most; encode the texts with one that has, for example "
+            "--tokenizer bpe --vocab-size 32768"
+        )
+    return tokenizer

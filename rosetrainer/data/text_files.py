@@ -1,0 +1,192 @@
+"""Files of text, opened as what they are: packed or not, one text or JSON lines or parquet."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import stat
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from rosetrainer.data.file_kinds import (
+    HEAD,
+    compression,
+    is_parquet,
+    refuse_markup,
+    refuse_no_text,
+)
+from rosetrainer.data.text_encoding import byte_order_mark, decode
+from rosetrainer.durable_files import free
+from rosetrainer.validation import ConfigError
+
+LARGEST_UNPACKED = 1 << 30  # bytes: a packed file of 1 MB can hold a thousand times as much
+LONGEST_LINE = 1 << 28
+JSON_LINES = (".jsonl", ".ndjson")
+MODULES = {"gzip": "gzip", "bzip2": "bz2", "xz": "lzma"}  # that open each
+
+
+@dataclass(frozen=True)
+class TextFile:
+    """A file that can be read: what it holds, and how it is packed."""
+
+    path: Path
+    form: Literal["text", "lines", "parquet"]
+    packed: str | None
+
+    def read(self) -> str:
+        """All of it as one text. Raises ConfigError if that is none."""
+        with self.open() as stream:
+            data = stream.read(LARGEST_UNPACKED + 1 if self.packed else -1)
+        if self.packed and len(data) > LARGEST_UNPACKED:
+            raise ConfigError(
+                f"{self.path} unpacks to more than {LARGEST_UNPACKED >> 20} MiB; if it should, "
+                f"{_unpacking(self.path, self.packed)}"
+            )
+        return self._decode(data)
+
+    def lines(self) -> Iterator[tuple[int, str]]:
+        """Its lines that are not blank, and their numbers from 1 on. Raises ConfigError."""
+        with self.open() as stream:
+            marked = byte_order_mark(stream.read(4))[0] != "utf-8"
+            stream.seek(0)
+            if marked:  # UTF-16, rare, and rarely large
+                yield from _numbered(self.read().split("\n"))
+            else:
+                yield from _numbered(self._short_lines(stream))
+
+    def _short_lines(self, stream: IO[bytes]) -> Iterator[str]:
+        offset = 0
+        while line := stream.readline(LONGEST_LINE + 1):
+            if len(line) > LONGEST_LINE:
+                raise ConfigError(
+                    f"{self.path} has a line of more than {LONGEST_LINE >> 20} MiB, at offset "
+                    f"{offset}; a line of JSON can hold that much at most"
+                )
+            yield self._decode(line, offset)
+            offset += len(line)
+
+    def _decode(self, data: bytes, offset: int = 0) -> str:
+        with _of_unpacked(self.path, self.packed):
+            return decode(data, self.path, offset)
+
+    @contextmanager
+    def open(self) -> Iterator[IO[bytes]]:
+        """Its bytes, unpacked. Raises ConfigError where they cannot be read."""
+        module = self._module()
+        damage = (EOFError, OSError, zlib.error, getattr(module, "LZMAError", EOFError))
+        try:
+            with (module.open if module else open)(self.path, "rb") as stream:
+                yield stream
+        except damage as error:
+            reason = getattr(error, "strerror", None)
+            if reason:
+                raise ConfigError(f"cannot read {self.path}: {reason}; pass a text file") from None
+            raise ConfigError(
+                f"{self.path} is {self.packed}, but damaged or cut off ({error}); was it copied "
+                "whole?"
+            ) from None
+
+    def _module(self) -> Any:
+        if self.packed is None:
+            return None
+        name = MODULES[self.packed]
+        try:
+            return import_module(name)
+        except ImportError:
+            raise ConfigError(
+                f"{self.path} is {self.packed}, and this Python was built without {name}; "
+                f"{_unpacking(self.path, self.packed)}"
+            ) from None
+
+
+def recognise(path: Path, as_text: bool = False) -> TextFile:
+    """The file as what it is, by its bytes. as_text: JSON lines, JSON and markup are text too.
+
+    Raises ConfigError for what is no text, with what helps for its kind.
+    """
+    _check_regular(path)
+    head = _head(TextFile(path, "text", None))
+    packed = compression(head)
+    if packed:
+        head = _head(TextFile(path, "text", packed))
+        if compression(head):
+            raise ConfigError(f"{path} is packed twice; {_unpacking(path, packed)}")
+    if is_parquet(head):
+        if packed:
+            raise ConfigError(f"{path} is parquet inside {packed}; {_unpacking(path, packed)}")
+        return TextFile(path, "parquet", None)
+    with _of_unpacked(path, packed):
+        refuse_no_text(path, head)
+    file = TextFile(path, "text", packed)
+    if as_text:
+        return file
+    if _holds_json_lines(file, head):
+        return TextFile(path, "lines", packed)
+    with _of_unpacked(path, packed):
+        refuse_markup(path, _as_utf8(head))
+    return file
+
+
+def _unpacking(path: Path, packed: str) -> str:
+    unpacked = free("unpacked")
+    return f"`{packed} -dc < {shlex.quote(str(path))} > {unpacked}`, and pass {unpacked}"
+
+
+@contextmanager
+def _of_unpacked(path: Path, packed: str | None) -> Iterator[None]:
+    """What helps for the content of a packed file helps once it is unpacked, which comes first."""
+    try:
+        yield
+    except ConfigError as error:
+        if packed is None:
+            raise
+        what = str(error).partition("; ")[0]
+        raise ConfigError(f"{what}, inside {packed}; {_unpacking(path, packed)}") from None
+
+
+def _numbered(lines: Iterable[str]) -> Iterator[tuple[int, str]]:
+    return ((number, line) for number, line in enumerate(lines, 1) if line.strip())
+
+
+def _check_regular(path: Path) -> None:
+    """Raises ConfigError unless path is a file; reading a pipe, say, would wait for ever."""
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}; pass a text file") from None
+    if stat.S_ISDIR(mode):
+        raise ConfigError(f"{path} is a directory; pass text files, for example {path}/*.txt")
+    if not stat.S_ISREG(mode):
+        raise ConfigError(
+            f"{path} is a pipe or a device, and a text is read more than once; write it to a file, "
+            "and pass that"
+        )
+
+
+def _head(file: TextFile) -> bytes:
+    with file.open() as stream:
+        head: bytes = stream.read(HEAD)
+        return head
+
+
+def _as_utf8(head: bytes) -> bytes:
+    encoding, mark = byte_order_mark(head)
+    return head[mark:].decode(encoding, "replace").encode()
+
+
+def _holds_json_lines(file: TextFile, head: bytes) -> bool:
+    """Whether its name says so, or its first line is a JSON object."""
+    if set(JSON_LINES) & set(file.path.suffixes):
+        return True
+    if not _as_utf8(head).lstrip().startswith(b"{"):
+        return False
+    try:
+        _, first = next(file.lines())
+        return isinstance(json.loads(first), dict)
+    except (ConfigError, ValueError, RecursionError, StopIteration):
+        return False  # then it is read as a text, and what is wrong with it is said

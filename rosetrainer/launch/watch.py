@@ -1,0 +1,219 @@
+"""Ranks that hang, or that the others wait for: noticed, and named."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+import torch
+import torch.distributed as dist
+
+from rosetrainer.heartbeat import HEARTBEAT, IdleClock
+from rosetrainer.launch import process_group
+from rosetrainer.launch.failures import FAILURES, answer
+from rosetrainer.launch.process_group import START_SECONDS, store_host
+from rosetrainer.launch.rank import RankError, end_rank
+from rosetrainer.parallel import comm
+from rosetrainer.parallel.context import Axis, ParallelContext
+
+POLL_SECONDS = 0.25
+LEAST_ANSWER_SECONDS, MOST_ANSWER_SECONDS = 4.0, 30.0
+"""How long the ranks have to answer another one: a tenth of the timeout, between these."""
+
+SILENT_SECONDS = 5.0
+"""How long a rank stays that leaves it to another one, which may come to it later, to tell."""
+
+WAITING = (
+    str(Path(torch.__file__).parent / "distributed"),
+    comm.__file__,
+    process_group.__file__,
+)
+"""Where a rank stands that waits for others."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """How a rank stands when another one asks."""
+
+    begun: int
+    """Collectives."""
+    idle: float
+    """Seconds without a sign of work."""
+    waits: bool
+    place: str
+
+
+class HangWatch:
+    """Ends this rank when no rank makes progress, and names the rank at fault.
+
+    Progress is a collective begun, a beat, or processor time, see IdleClock. A rank without any
+    for so many seconds asks all others in the store, where a thread of each looks for such a
+    question. If one of them is at work the rank waits on: others wait for whoever saves, say.
+    """
+
+    def __init__(self, store: dist.Store, world: Axis, seconds: float):
+        # A connection of its own: while the main thread waits in the store it holds the other one.
+        self._store = store.clone()  # type: ignore[attr-defined]
+        self._world, self._seconds = world, seconds
+        self._patience = min(max(seconds / 10, LEAST_ANSWER_SECONDS), MOST_ANSWER_SECONDS)
+        self._axes: Sequence[Axis] = (world,)
+        self._on_cuda = False
+        self._idle, self._answered, self._asked_at = 0.0, 0, -math.inf
+        self._ended = threading.Event()
+        self._store.set(f"here/{world.rank}", "")
+        parts = (self._look, self._reply)
+        self._threads = [threading.Thread(target=p, name="hang watch", daemon=True) for p in parts]
+        for thread in self._threads:
+            thread.start()
+
+    def follow(self, context: ParallelContext) -> None:
+        """Counts the collectives of its axes as well."""
+        self._axes = (self._world, *context.axes)
+        self._on_cuda = context.device.type == "cuda"
+
+    def close(self) -> None:
+        self._ended.set()
+        for thread in self._threads:  # one alive when the interpreter ends can abort the process
+            thread.join(self._patience)
+
+    def _begun(self) -> int:
+        return sum(axis.ledger.begun for axis in self._axes)
+
+    def _look(self) -> None:
+        """Asks the others when this rank has been idle for too long."""
+        clock, ask_at = IdleClock(self._seconds, time.monotonic()), 0.0
+        while not self._ended.wait(POLL_SECONDS):
+            processor = processor_seconds(self._on_cuda)
+            count = self._begun() + HEARTBEAT.count()
+            self._idle = clock.look(time.monotonic(), count, processor)
+            # A little later, for ranks that wait for the same one stopped within a moment.
+            if self._idle >= self._seconds + 2 * POLL_SECONDS and time.monotonic() >= ask_at:
+                ask_at = time.monotonic()
+                ask_at += self._ask()
+
+    def _ask(self) -> float:
+        """Ends this process if all hang; else gives the seconds until asking again makes sense."""
+        found = answer(self._ask_if_there, self._patience + 2 * LEAST_ANSWER_SECONDS)
+        if found is None:
+            self._end(f"{store_host()} does not answer" if self._world.rank == 1 else "")
+        answers, here = found
+        if not answers:  # the store has ended, with a rank that had a reason, and told it
+            self._end("")
+        at_work = min((one.idle for one in answers.values()), default=self._idle)
+        if at_work < self._seconds:
+            return self._seconds - at_work
+        if len(here) == self._world.size or self._idle >= START_SECONDS:
+            fault, why = at_fault(answers, here, self._world.size)
+            # Where nobody keeps the store any more, it has ended with the rank that was first.
+            first = answer(lambda: self._store.add(FAILURES, 1), LEAST_ANSWER_SECONDS) == 1
+            self._end(f"rank {fault} {why}" if first else "")
+        return START_SECONDS - self._idle
+
+    def _ask_if_there(self) -> tuple[dict[int, Answer], set[int]]:
+        """No answers at all if nobody keeps the store any more."""
+        try:
+            return self._ask_all()
+        except (RuntimeError, OSError):
+            return {}, set()
+
+    def _ask_all(self) -> tuple[dict[int, Answer], set[int]]:
+        """What each rank that answers says, and which ranks have ever come."""
+        number, ranks = self._answered + 1, range(self._world.size)
+        self._store.set(f"asked/{number}", "")
+        keys = [f"answer/{number}/{rank}" for rank in ranks]
+        deadline = time.monotonic() + self._patience
+        while not (complete := self._store.check(keys)) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        said = [rank for rank in ranks if complete or self._store.check([keys[rank]])]
+        texts = self._store.multi_get([keys[rank] for rank in said])
+        here = ranks if complete else [r for r in ranks if self._store.check([f"here/{r}"])]
+        return {r: Answer(**json.loads(t)) for r, t in zip(said, texts, strict=True)}, set(here)
+
+    def _reply(self) -> None:
+        """Answers every question that a rank has asked, until the store is gone."""
+        every = min(max(self._seconds / 10, POLL_SECONDS), LEAST_ANSWER_SECONDS / 2)
+        with suppress(RuntimeError, OSError):
+            while not self._ended.wait(every):
+                while self._store.check([f"asked/{self._answered + 1}"]):
+                    frame = sys._current_frames()[threading.main_thread().ident or 0]
+                    waits = frame.f_code.co_filename.startswith(WAITING)
+                    own = Answer(self._begun(), self._idle, waits, place_of(frame))
+                    key = f"answer/{self._answered + 1}/{self._world.rank}"
+                    self._store.set(key, json.dumps(asdict(own)))
+                    self._answered, self._asked_at = self._answered + 1, time.monotonic()
+
+    def was_asked(self) -> bool:
+        """Whether another rank has asked, so lately that it may have ended all since."""
+        return time.monotonic() - self._asked_at < 2 * MOST_ANSWER_SECONDS
+
+    def _end(self, who: str) -> NoReturn:
+        if not who:
+            time.sleep(SILENT_SECONDS)  # its end is not to be told as the cause
+            end_rank(RankError(""))
+        text = (
+            f"no progress for {self._seconds:g} s: {who}; all ranks end, and the same command goes "
+            f"on from the last checkpoint; --timeout gives slower ranks more time"
+        )
+        end_rank(RankError(text))
+
+
+def processor_seconds(on_cuda: bool) -> float | None:
+    """The main thread's processor time; None where a thread that waits uses it, or none is told.
+
+    On Linux with the time for which it was ready and the processors were taken: on a crowded
+    machine a rank at work has little more. Waiting for a GPU takes all of a core, so that only a
+    compilation is told from it.
+    """
+    main = threading.main_thread()
+    if on_cuda and not _compiles(sys._current_frames().get(main.ident or 0)):
+        return None
+    with suppress(OSError):
+        ran, queued, _ = Path(f"/proc/self/task/{main.native_id}/schedstat").read_text().split()
+        return (int(ran) + int(queued)) / 1e9
+    if not hasattr(time, "pthread_getcpuclockid"):
+        return None
+    return time.clock_gettime(time.pthread_getcpuclockid(main.ident or 0))
+
+
+def _compiles(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if any(part in frame.f_code.co_filename for part in ("/_dynamo/", "/_inductor/")):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def place_of(frame: FrameType) -> str:
+    """Where a thread stands: the innermost line of this package, as "micro_batches, data.py:12"."""
+    own = Path(__file__).parent.parent
+    found: FrameType | None = frame
+    while found is not None and own not in Path(found.f_code.co_filename).parents:
+        found = found.f_back
+    found = found or frame
+    return f"{found.f_code.co_name}, {Path(found.f_code.co_filename).name}:{found.f_lineno}"
+
+
+def at_fault(answers: dict[int, Answer], here: set[int], world_size: int) -> tuple[int, str]:
+    """The rank that hangs, and how one can tell: out of the answers, and of who has ever come."""
+    if missing := [rank for rank in range(world_size) if rank not in here]:
+        return missing[0], "has not come to the others"
+    if silent := [rank for rank in range(world_size) if rank not in answers]:
+        return silent[0], "gives no sign of life"
+    # Of those that have begun equally many the one that does not wait: not all waiting is counted.
+    rank = min(answers, key=lambda r: (answers[r].begun, answers[r].waits))
+    stands = f"it stands in {answers[rank].place}"
+    if answers[rank].begun < max(one.begun for one in answers.values()):
+        begun = answers[rank].begun
+        return rank, f"has not come to collective {begun + 1}, in which others wait; {stands}"
+    if answers[rank].waits:
+        return rank, "waits like all others: a connection may be lost"
+    return rank, f"does not come to where others wait; {stands}"

@@ -1,0 +1,1 @@
+"""Optimizers: adamw, muon, clip (the true global norm), optimizer (decay groups, schedule)."""

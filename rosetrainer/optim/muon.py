@@ -1,0 +1,134 @@
+"""Muon for the matrices between embedding and head, AdamW for everything else.
+
+Shape letters: n matrices of one shape, r rows, c columns.
+
+"Muon: An optimizer for hidden layers in neural networks" (Jordan et al.): the step of a matrix is
+its momentum with all singular values brought near one, by products of matrices alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rosetrainer.optim.adamw import AdamW
+from rosetrainer.parallel.context import Axis
+from rosetrainer.parallel.tensor_parallel import ColumnParallelLinear, RowParallelLinear, shard_spec
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # the paper's: steep at zero, flat enough around one
+ITERATIONS = 5
+STACK_BYTES = 2**24  # of whole matrices at once: larger stacks are no faster
+
+
+class Muon(AdamW):
+    """One optimizer: groups with "momentum" hold matrices for Muon, all others are AdamW's.
+
+    A cut matrix is gathered over tp first, so that every layout makes the same step, and q, k and
+    v of a fused projection are matrices of their own. Decay is AdamW's, by the learning rate.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], tp: Axis, **adamw: Any) -> None:
+        super().__init__(groups, **adamw)
+        self._tp = tp
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One update of all parameters; the gradients of Muon's matrices are used up."""
+        for group in self.param_groups:
+            if "momentum" in group:
+                self._update_matrices(group)
+        super().step()  # passes over what has no gradient
+
+    def _update_matrices(self, group: dict[str, Any]) -> None:
+        parameters = group["params"]
+        gradients, buffers = [], []
+        for parameter in parameters:
+            assert parameter.grad is not None
+            state = self.state[parameter]
+            if "momentum_buffer" not in state:
+                state["momentum_buffer"] = torch.zeros_like(parameter)
+            gradients.append(parameter.grad)
+            buffers.append(state["momentum_buffer"])
+        torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
+        torch._foreach_lerp_(gradients, buffers, group["momentum"])  # Nesterov's
+        if group["weight_decay"]:
+            torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+        for together in stacks(parameters):
+            self._apply(together, group["lr"])
+
+    def _apply(self, parameters: Sequence[nn.Parameter], rate: float) -> None:
+        """Gathers the whole matrices of these parameters, and no others, and takes their step."""
+        matrices: list[Tensor] = []
+        for parameter in parameters:
+            assert parameter.grad is not None
+            spec = shard_spec(parameter)
+            whole = spec.unshard(parameter.grad, self._tp, "optimizer")
+            matrices += whole.unflatten(0, (spec.stride, -1)).unbind()
+            parameter.grad = None
+        steps = iter(orthogonalized(matrices))
+        for parameter in parameters:
+            spec = shard_spec(parameter)
+            whole = torch.cat([next(steps) for _ in range(spec.stride)])
+            parameter.sub_(spec.shard(whole), alpha=rate)
+
+
+def stacks(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """All parameters, in lists whose matrices have one shape, standing or lying, and so go through
+    the products together. A list of more than one has STACK_BYTES of whole matrices at most.
+    """
+    of_shape = defaultdict(list)
+    for parameter in parameters:
+        spec = shard_spec(parameter)
+        rows, columns = spec.dense_shape
+        of_shape[tuple(sorted((rows // spec.stride, columns)))].append(parameter)
+    for alike in of_shape.values():
+        chosen: list[nn.Parameter] = []
+        held = 0
+        for parameter in alike:
+            size = math.prod(shard_spec(parameter).dense_shape) * parameter.element_size()
+            if chosen and held + size > STACK_BYTES:
+                yield chosen
+                chosen, held = [], 0
+            chosen.append(parameter)
+            held += size
+        yield chosen
+
+
+def orthogonalized(matrices: Sequence[Tensor]) -> list[Tensor]:
+    """Each matrix (r, c) with its singular values near one, times sqrt(max(1, r/c)).
+
+    The factor makes a step change what a layer puts out by as much, whatever the shape. Matrices
+    of one shape, or of that shape lying down, go through the products together.
+    """
+    together = defaultdict(list)
+    for index, matrix in enumerate(matrices):
+        together[tuple(sorted(matrix.shape))].append(index)
+    found: dict[int, Tensor] = {}
+    for indices in together.values():
+        flat = [m if m.shape[0] <= m.shape[1] else m.T for m in map(matrices.__getitem__, indices)]
+        for index, result in zip(indices, newton_schulz(torch.stack(flat)), strict=True):
+            r, c = matrices[index].shape
+            found[index] = result if r <= c else result.T * math.sqrt(r / c)
+    return [found[index] for index in range(len(matrices))]
+
+
+def newton_schulz(x: Tensor) -> Tensor:
+    """(n, r, c), r <= c: p(p(..p(x))) for p(s) = a s + b s³ + c s⁵ acting on singular values."""
+    a, b, c = COEFFICIENTS
+    # A norm below 1e-15 may be wrong, for squares underflow; p takes no singular value above one.
+    x = x / x.flatten(1).norm(dim=1).clamp(min=1e-15)[:, None, None]
+    for _ in range(ITERATIONS):
+        square = x @ x.mT  # (n, r, r)
+        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
+    return x
+
+
+def hidden_layers(model: nn.Module) -> list[ColumnParallelLinear | RowParallelLinear]:
+    """Whose weights Muon takes: the linear layers, so all matrices but embeddings and head."""
+    kinds = (ColumnParallelLinear, RowParallelLinear)
+    return [layer for layer in model.modules() if isinstance(layer, kinds)]

@@ -1,0 +1,96 @@
+"""The gradient of a global batch: micro-batches on each rank, summed over the data-parallel axis.
+
+Every token of the global batch weighs the same, however it is spread over ranks and micro-batches:
+each rank divides by the step's global token count, and gradients are summed, not averaged.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from rosetrainer.config import IGNORED
+from rosetrainer.parallel.comm import all_reduce, all_reduce_
+from rosetrainer.parallel.context import ParallelContext
+from rosetrainer.parallel.dropout import Seed
+from rosetrainer.parallel.precision import Autocast, check_gradients
+from rosetrainer.parallel.tensor_parallel import shard_spec
+
+BUCKET_BYTES = 25 * 2**20  # as large as DistributedDataParallel's: few calls, little memory
+
+
+def accumulate_gradients(
+    model: nn.Module,
+    micro_batches: Sequence[tuple[Tensor, ...]],
+    context: ParallelContext,
+    autocast: Autocast = nullcontext,
+    seed: Seed = None,
+) -> float:
+    """Adds the global batch's gradient to every parameter's .grad; returns its mean loss in nats.
+
+    micro_batches: this rank's (input_ids, labels), each (b, T), or what else the model takes, the
+    labels last; all dp ranks have equally many.
+    The first micro-batches of all dp ranks are the global batch's first rows, in order of rank.
+    seed: for dropout, of the global batch. If the loss is not finite, gradients are not summed.
+    Raises NonFiniteGradientError on every rank if a gradient of one is not finite.
+    """
+    counts = [int((labels != IGNORED).sum()) for *_, labels in micro_batches]
+    local = torch.tensor(sum(counts), dtype=torch.float64)
+    tokens = max(float(_sum_over_dp(local, context)), 1.0)
+    total = torch.zeros((), dtype=torch.float64)
+    for index, ((*inputs, labels), count) in enumerate(zip(micro_batches, counts, strict=True)):
+        if seed:
+            first = (index * context.dp.size + context.dp.rank) * len(labels)
+            seed = replace(seed, first_row=first)
+        with autocast():
+            _, loss = model(*inputs, labels=labels, return_logits=False, seed=seed)
+        share = loss * (count / tokens)
+        share.backward()
+        total += share.detach().to("cpu", torch.float64)
+    mean = float(_sum_over_dp(total, context))
+    if math.isfinite(mean):
+        check_gradients(model, context)
+        reduce_gradients(model, context)
+    return mean
+
+
+def reduce_gradients(model: nn.Module, context: ParallelContext) -> None:
+    """Sums each gradient over the axes on which its shard spec says that it is partial."""
+    for axis in context.axes:
+        if axis.size == 1:
+            continue
+        partial = []
+        for name, parameter in model.named_parameters():
+            if axis.name in shard_spec(parameter).partial_over:
+                assert parameter.grad is not None, f"{name} has no gradient"
+                partial.append(parameter.grad)
+        for bucket in buckets(partial, BUCKET_BYTES):
+            flat = torch.cat([gradient.flatten() for gradient in bucket])
+            all_reduce_(flat, axis, "backward")
+            sizes = [gradient.numel() for gradient in bucket]
+            for gradient, summed in zip(bucket, flat.split(sizes), strict=True):
+                gradient.copy_(summed.view_as(gradient))
+
+
+def buckets(tensors: list[Tensor], limit_bytes: int) -> Iterator[list[Tensor]]:
+    """The tensors in order, in groups of one dtype and at most limit_bytes, or of one tensor."""
+    group: list[Tensor] = []
+    size = 0
+    for tensor in tensors:
+        more = tensor.numel() * tensor.element_size()
+        if group and (size + more > limit_bytes or tensor.dtype != group[0].dtype):
+            yield group
+            group, size = [], 0
+        group.append(tensor)
+        size += more
+    if group:
+        yield group
+
+
+def _sum_over_dp(scalar: Tensor, context: ParallelContext) -> Tensor:
+    return all_reduce(scalar.to(context.device), context.dp, "optimizer").cpu()

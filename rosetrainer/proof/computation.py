@@ -1,0 +1,250 @@
+"""Whether a layout computes what one process does: logits, gradients, and the updates they make.
+
+The measure is the dense oracle in float64. What a shorter dtype computes is held against it, and
+against the same dtype on one process, which has the same roundings in another order.
+Shape letters: R rows of the global batch, T tokens that are proven, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from rosetrainer.config import IGNORED, GPTConfig, OptimConfig
+from rosetrainer.hardware.onednn import fast_products
+from rosetrainer.models.attention import BLOCK, KEPT
+from rosetrainer.models.gpt import GPTModel
+from rosetrainer.models.layers import build_model
+from rosetrainer.optim.clip import clip_gradients
+from rosetrainer.optim.optimizer import build_optimizer
+from rosetrainer.parallel.context import ParallelContext
+from rosetrainer.parallel.data_parallel import accumulate_gradients
+from rosetrainer.parallel.dropout import DropoutSeed
+from rosetrainer.parallel.precision import Autocast, autocast_for
+from rosetrainer.parallel.tensor_parallel import draw_whole, gather_whole, load_whole, shard_spec
+from rosetrainer.proof.reference import ReferenceDropout
+from rosetrainer.proof.reference_rotary import build_reference
+
+LONGEST = KEPT + BLOCK  # the shortest length on which attention takes all of its ways
+SHORT = 32  # tokens of the updates after the first
+MICRO_BATCHES, ROWS, UPDATES = 2, 2, 3  # of a rank, of a micro-batch, of the optimizer
+RATE = 1e-3  # of the optimizer's updates: with larger ones rounding soon goes its own way
+NOISE = 1e-3  # of the largest gradient of all: one below it may be zero in truth
+MOVED = 0.2  # of its norm: as far as the SGD step moves each weight
+
+LOGITS, AHEAD, LOSS = "logits", "effect on earlier tokens", "loss"
+GRADIENTS, NORM = "gradients", "gradient norm"
+AFTER_SGD, UPDATED, MOVES = "after an SGD step", "after updates", "moved by updates"
+STAGES = (LOGITS, AHEAD, LOSS, GRADIENTS, NORM, AFTER_SGD, UPDATED, MOVES)
+Found = dict[tuple[str, str], Tensor]  # by stage and name
+
+
+@dataclass(frozen=True)
+class Pace:
+    """What all sides do alike: clip each step's gradient, and move by one rate for each weight."""
+
+    clips: list[float] = field(default_factory=list)
+    rates: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Proof:
+    """A layout on random weights, with biases that are not zero, and random batches.
+
+    config.context_length is T. Every rank computes the oracle, first of all: it sets the pace.
+    """
+
+    config: GPTConfig
+    context: ParallelContext
+    optim: OptimConfig
+    seed: int = 0
+    pace: Pace = field(default_factory=Pace)
+
+    @cached_property
+    def whole(self) -> dict[str, Tensor]:
+        model = build_model(self.config, ParallelContext(device=torch.device("meta")))
+        specs = {name: shard_spec(p) for name, p in model.named_parameters()}
+        noisy = {name: replace(spec, init_std=spec.init_std or 0.1) for name, spec in specs.items()}
+        return {name: draw_whole(spec, self.seed, name) for name, spec in noisy.items()}
+
+    @cached_property
+    def batches(self) -> list[tuple[Tensor, Tensor]]:
+        """Global batches (R, T), one of full length, then short ones.
+
+        Rows count unequally many tokens and the last row none; in the short ones, nor does the
+        last dp rank where there are several.
+        """
+        tp, dp = self.context.tp, self.context.dp
+        generator = torch.Generator().manual_seed(self.seed)
+        rows = MICRO_BATCHES * dp.size * ROWS
+        short = min(self.config.context_length, max(SHORT // tp.size, 1) * tp.size)
+        batches: list[tuple[Tensor, Tensor]] = []
+        for length in (self.config.context_length, *[short] * UPDATES):
+            shape = (2, rows, length)
+            ids, labels = torch.randint(self.config.vocab_size, shape, generator=generator)
+            for row in range(rows):
+                labels[row, : row * length // (rows - 1)] = IGNORED
+                silent = dp.size > 1 and row // ROWS % dp.size == dp.size - 1
+                if batches and silent:
+                    labels[row] = IGNORED
+            batches.append((ids.to(self.context.device), labels.to(self.context.device)))
+        return batches
+
+    def parts(self, context: ParallelContext) -> list[slice]:
+        """The rows of each micro-batch of a rank; one process has those of all ranks."""
+        micro_batches = MICRO_BATCHES * self.context.dp.size // context.dp.size
+        numbers = (i * context.dp.size + context.dp.rank for i in range(micro_batches))
+        return [slice(n * ROWS, (n + 1) * ROWS) for n in numbers]
+
+    @cached_property
+    def oracle(self) -> Found:
+        """What the dense model finds in float64; its weights are moved by our optimizer, alone."""
+        carrier = self.model(ParallelContext(device=self.context.device), torch.float64)
+        dense = build_reference(self.config).to(self.context.device).double()
+        own = [row for rows in self.parts(self.context) for row in range(rows.start, rows.stop)]
+        logits: dict[int, Tensor] = {}
+
+        def gradient(step: int) -> float:
+            dense.load_state_dict(gather_whole(carrier, ParallelContext().tp))
+            dense.zero_grad()
+            dropout = ReferenceDropout(self.config.dropout, self.seed, step)
+            ids, labels = self.batches[step]
+            tokens, total = int((labels != IGNORED).sum()), 0.0
+            for row in range(len(ids)):  # one at a time, for its activations are many
+                one = slice(row, row + 1)
+                found, mean = dense(ids[one], labels=labels[one], dropout=dropout, first_row=row)
+                share = mean * (int((labels[one] != IGNORED).sum()) / tokens)
+                share.backward()
+                total += float(share.detach())
+                if step == 0 and row in own:
+                    logits[row] = found.detach()
+            gradients = dict(dense.named_parameters())
+            for name, parameter in carrier.named_parameters():
+                whole = gradients[name].grad
+                assert whole is not None
+                parameter.grad = shard_spec(parameter).shard(whole)
+            return total
+
+        def clip(step: int) -> float:
+            gradients = {n: p.grad for n, p in carrier.named_parameters() if p.grad is not None}
+            norm = float(torch.cat([g.flatten() for g in gradients.values()]).norm())
+            self.pace.clips.append(norm / 2)
+            torch._foreach_mul_(list(gradients.values()), 0.5)
+            if step == 0:
+                for name, weight in carrier.named_parameters():
+                    least = max(float(gradients[name].norm()), NOISE * norm)
+                    size = float(weight.detach().norm())
+                    self.pace.rates[name] = MOVED * size / least if least else 0.0
+            return norm
+
+        found = self.course(carrier, ParallelContext(), gradient, clip)
+        return {(LOGITS, "logits"): torch.cat([logits[row] for row in own])} | found
+
+    def jittered(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The whole weights, each off by up to half of dtype's eps: as if they had been rounded."""
+        generator = torch.Generator().manual_seed(self.seed)
+        eps = torch.finfo(dtype).eps
+        return {
+            name: w * (1 + eps * (torch.rand(w.shape, generator=generator).double() - 0.5))
+            for name, w in self.whole.items()
+        }
+
+    def model(
+        self, context: ParallelContext, dtype: torch.dtype, whole: dict[str, Tensor] | None = None
+    ) -> GPTModel:
+        model = build_model(self.config, context)
+        if dtype == torch.float64:
+            model.double()
+        load_whole(model, whole or self.whole)
+        return model
+
+    def course(
+        self,
+        model: GPTModel,
+        context: ParallelContext,
+        gradient: Callable[[int], float],
+        clip: Callable[[int], float],
+    ) -> Found:
+        """One SGD step on the long batch, then updates of the optimizer on the short ones.
+
+        gradient: leaves a step's gradient in the model, returns the loss. clip: halves it, returns
+        its norm.
+        """
+        found: Found = {}
+        optimizer = build_optimizer(model, self.optim)
+        for group in optimizer.param_groups:
+            group["lr"] = RATE
+        for step in range(1 + UPDATES):
+            loss = gradient(step)
+            of_loss, of_gradients, of_norm = (
+                (LOSS, GRADIENTS, NORM) if step == 0 else [AFTER_SGD if step == 1 else UPDATED] * 3
+            )
+            found[of_loss, f"loss of step {step + 1}"] = self.scalar(loss)
+            if step < 2:
+                for name, whole in gather_whole(model, context.tp, gradients=True).items():
+                    found[of_gradients, f"gradient of {name}"] = whole.clone()
+            found[of_norm, f"gradient norm of step {step + 1}"] = self.scalar(clip(step))
+            if step:
+                optimizer.step()
+                optimizer.zero_grad()
+                continue
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    assert parameter.grad is not None
+                    parameter.sub_(parameter.grad, alpha=self.pace.rates[name])
+                    parameter.grad = None
+            before = {n: w.clone() for n, w in gather_whole(model, context.tp).items()}
+        for name, after in gather_whole(model, context.tp).items():
+            found[MOVES, f"move of {name}"] = after - before[name]
+        return found
+
+    def scalar(self, value: float) -> Tensor:
+        return torch.tensor(value, dtype=torch.float64, device=self.context.device)
+
+    def found(
+        self, context: ParallelContext, dtype: torch.dtype, whole: dict[str, Tensor] | None = None
+    ) -> Found:
+        """What our model finds in dtype, in the layout of context."""
+        model, autocast = self.model(context, dtype, whole), autocast_for(dtype, context.device)
+        parts = self.parts(context)
+
+        def gradient(step: int) -> float:
+            ids, labels = self.batches[step]
+            own = [(ids[rows], labels[rows]) for rows in parts]
+            return accumulate_gradients(model, own, context, autocast, DropoutSeed(self.seed, step))
+
+        def clip(step: int) -> float:
+            return clip_gradients(model, context.tp, self.pace.clips[step])
+
+        with fast_products(dtype, context.device):
+            found = self.logits(model, autocast)
+            return found | self.course(model, context, gradient, clip)
+
+    @torch.no_grad()
+    def logits(self, model: GPTModel, autocast: Autocast) -> Found:
+        """Those of the rows of this rank in the layout, and what they see of tokens to come.
+
+        Each row is computed twice, from its own place on with other tokens: before that place the
+        logits must not change, not by a bit.
+        """
+        ids, masks = self.batches[0][0], DropoutSeed(self.seed, 0)
+        rows, length = ids.shape
+        odd = torch.arange(1, 2 * rows, 2, device=ids.device)[:, None]
+        places = (odd * length // (2 * rows)).clamp(min=1)  # (R, 1)
+        before = torch.arange(length, device=ids.device) < places  # (R, T)
+        others = torch.where(before, ids, (ids + 1) % self.config.vocab_size)
+        whole, changes = [], []
+        for part in self.parts(self.context):
+            seed = replace(masks, first_row=part.start)
+            with autocast():
+                (some, _), (again, _) = (model(x[part], seed=seed) for x in (ids, others))
+            assert some is not None and again is not None
+            whole.append(some.double())
+            changes.append((again - some)[before[part]].abs().max().double())
+        logits = torch.cat(whole)
+        change = torch.stack(changes).max() / logits.abs().max()
+        return {(LOGITS, "logits"): logits, (AHEAD, "logits before a token that changed"): change}

@@ -1,0 +1,56 @@
+"""The loss on the validation text, each token once, and its distance from a known floor."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+
+from rosetrainer.config import IGNORED, TrainConfig
+from rosetrainer.data.batches import Corpus, leak_report, mean_and_error
+from rosetrainer.models.gpt import GPTModel
+from rosetrainer.parallel.comm import all_reduce
+from rosetrainer.parallel.context import ParallelContext
+from rosetrainer.parallel.precision import Autocast
+
+
+@torch.no_grad()
+def evaluate(
+    config: TrainConfig,
+    corpus: Corpus,
+    model: GPTModel,
+    context: ParallelContext,
+    autocast: Autocast,
+    breaks_off: Callable[[], bool] = lambda: False,
+) -> tuple[dict[str, float], str] | None:
+    """Figures by TensorBoard tag, and a remark where the corpus's floor is known.
+
+    breaks_off is asked before each batch, and says the same on all ranks; None if it says yes.
+    """
+    dp = context.dp
+    split = (config.run.eval_tokens, config.optim.micro_batch(dp.size), dp.rank, dp.size)
+    floors = corpus.floor_losses(*split) if corpus.has_floor else None
+    sums = torch.zeros(4, dtype=torch.float64)  # labels, loss, loss - floor, its square
+    for inputs, labels in corpus.val_batches(*split):
+        if breaks_off():
+            return None
+        target = torch.from_numpy(labels)
+        with autocast():
+            x = model.hidden(torch.from_numpy(inputs).to(context.device))
+            _, losses = model.output_head.loss(x, target.to(context.device))
+        losses = losses.flatten().to("cpu", torch.float64)  # 0 where there is no label
+        above = losses - torch.from_numpy(next(floors)).flatten() if floors else losses
+        count = (target != IGNORED).sum().double()
+        sums += torch.stack([count, losses.sum(), above.sum(), above.square().sum()])
+    count, loss, above, square = all_reduce(sums.to(context.device), dp, "evaluation").tolist()
+    figures = {"val/loss": loss / count}
+    if corpus.meta.bytes_per_token:  # what texts cut by different tokenizers have in common
+        figures["val/bits_per_byte"] = loss / count / math.log(2) / corpus.meta.bytes_per_token
+    if not floors:
+        return figures, ""
+    mean, error = mean_and_error(int(count), above, square)
+    figures["val/above_floor"] = mean
+    leak = leak_report(mean, error)
+    remark = f"  {mean:.4f} nats above the floor" + (f"\nwarning: {leak}" if leak else "")
+    return figures, remark

@@ -1,0 +1,148 @@
+"""What a run is: the settings and the data that decide its numbers."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rosetrainer.checkpoint.manifest import (
+    CheckpointError,
+    Manifest,
+    checkpoints,
+    read_manifest,
+    step_of,
+)
+from rosetrainer.checkpoint.run_folder import read_config, same_place
+from rosetrainer.config import TrainConfig
+from rosetrainer.data.batches import Corpus
+from rosetrainer.hardware.performance import choose_dtype
+from rosetrainer.training.run_log import LOG, last_evaluation
+from rosetrainer.validation import ConfigError
+
+DECISIVE = {
+    "model": None,
+    "optim": {"micro_batch_size"},
+    "run": {
+        *("data", "out", "eval_every", "eval_tokens", "device", "max_skipped", "checkpoint_every"),
+        *("keep", "resume", "async_checkpoint", "timeout", "check_replicas", "threads"),
+        *("compile", "profile", "dtype", "compute_dtype"),
+    },
+}
+"""The components that decide what a run computes, and their fields that do not.
+
+Of the dtype, what it came to decides: see differences.
+"""
+
+
+def settle_dtype(
+    config: TrainConfig, begun: str | None, device: torch.device
+) -> tuple[TrainConfig, str]:
+    """The config with what its dtype comes to, and a line if that is not what it would be here.
+
+    begun: the dtype of the run that is gone on with. Wherever it goes on, it keeps to that.
+    """
+    here = str(choose_dtype(config.run.dtype, device)).removeprefix("torch.")
+    dtype = begun if begun and config.run.dtype == "auto" else here
+    remark = ""
+    if dtype != here:
+        remark = f"dtype=auto is {here} here, but the run began in {dtype} and goes on in it"
+        remark += ", which may be slower here" * (dtype == "bfloat16")
+    run = replace(config.run, compute_dtype=dtype)  # type: ignore[arg-type]
+    return replace(config, run=run), remark
+
+
+def dtype_of(held: TrainConfig) -> str | None:
+    """In which a run computes; None if it has not written that down."""
+    return held.run.compute_dtype or (None if held.run.dtype == "auto" else held.run.dtype)
+
+
+def differences(held: TrainConfig, wanted: TrainConfig) -> list[str]:
+    """What decides the numbers of a run and differs: "seed=1 and not 2", ...
+
+    dtype=auto wants nothing: a run goes on in the dtype in which it began.
+    """
+    told = []
+    for name, free in DECISIVE.items():
+        old, new = asdict(getattr(held, name)), asdict(getattr(wanted, name))
+        told += [
+            f"{key}={new[key]} and not {old[key]}"
+            for key in new
+            if key not in (free or ()) and old[key] != new[key]
+        ]
+    dtype, begun = wanted.run.dtype, dtype_of(held)
+    if dtype != "auto" and begun and dtype != begun:
+        told.append(f"dtype={dtype} and not {begun}")
+    return told
+
+
+def check_same_run(where: Path, held: TrainConfig, wanted: TrainConfig, instead: str) -> None:
+    """Raises ConfigError unless they compute the same; a run may be given more steps.
+
+    instead: what the user can do who wants the new settings.
+    """
+    told = [one for one in differences(held, wanted) if not one.startswith("steps=")]
+    if told:
+        raise ConfigError(
+            f"this run has {', '.join(told)} like {where}; give the same flags to go on with that "
+            f"one, or {instead}"
+        )
+
+
+def check_data(where: Path, held: dict[str, Any], corpus: Corpus, instead: str) -> None:
+    """Raises ConfigError unless the corpus is the one that `held`, of a meta.json, describes."""
+    for name, digest in held["sha256"].items():
+        if corpus.meta.sha256.get(name) != digest:
+            raise ConfigError(
+                f"{corpus.folder / name} is not what {where} was trained on; give the same corpus, "
+                f"or {instead}"
+            )
+    for key in ("tokenizer", "characters"):
+        if key in held and held[key] != getattr(corpus.meta, key):
+            raise ConfigError(
+                f"{corpus.folder / 'meta.json'} has another {key} than {where}; give the same "
+                f"corpus, or {instead}"
+            )
+
+
+def check_fits(
+    where: Path, manifest: Manifest, config: TrainConfig, corpus: Corpus, instead: str
+) -> None:
+    """Raises ConfigError if the run cannot go on from there with this corpus and so few steps."""
+    if manifest.progress.step > config.run.steps:
+        raise ConfigError(
+            f"steps={config.run.steps} is less than the {manifest.progress.step} of {where}; give "
+            f"more steps, or {instead}"
+        )
+    check_data(where, {"sha256": manifest.progress.data}, corpus, instead)
+
+
+def newest_readable(candidates: list[Path]) -> tuple[Path, Manifest] | None:
+    """The first whose manifest can be read; of its files nothing is looked at."""
+    for candidate in candidates:
+        try:
+            return candidate, read_manifest(candidate)
+        except CheckpointError:
+            continue  # whoever loads it will say so
+    return None
+
+
+def has_ended(folder: Path, steps: int) -> bool:
+    """Whether the run came to its last step, and to that one's evaluation and checkpoint.
+
+    Its log says so even where all checkpoints are gone.
+    """
+    found = checkpoints(folder)
+    reached = step_of(found[0]) if found else steps
+    return reached >= steps and last_evaluation(folder / LOG) >= steps
+
+
+def began_so(out: Path, path: Path) -> bool:
+    """Whether the run there was begun, or last gone on with, by --resume of this very path."""
+    try:
+        held = read_config(out).run.resume
+    except ConfigError:
+        return False
+    return held == str(path) or same_place(Path(held), path)

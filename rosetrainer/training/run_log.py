@@ -1,0 +1,176 @@
+"""What a run says while it goes: the terminal, log.jsonl and TensorBoard. Rank 0 has one.
+
+log.jsonl is the truth: where a run goes on, TensorBoard's events are written anew out of it. Its
+readers would show twice what an appended file tells again, or lose it if the clock was set back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import secrets
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rosetrainer.durable_files import write_whole
+from rosetrainer.parallel.context import ParallelContext
+from rosetrainer.training.loss_curve import LossCurves
+from rosetrainer.training.screen import ProgressBar
+
+LOG = "log.jsonl"
+EVENTS = "events.out.tfevents.*"
+
+SLOW_SAVE_SECONDS = 10.0
+"""A checkpoint that held training for longer is told of."""
+
+
+class RunLog:
+    """A progress bar on a terminal, one line a step elsewhere; the same figures in both files."""
+
+    def __init__(self, folder: Path, steps: int, reached: int = 0) -> None:
+        """reached: steps that are done already; what the log says of later ones is taken back."""
+        self._folder, self._steps = folder, steps
+        cut_log(folder / LOG, reached)
+        self._events = events_of(folder)
+        self._file = (folder / LOG).open("a", buffering=1)
+        self._bar = ProgressBar(steps, reached)
+
+    def step(self, step: int, figures: dict[str, float]) -> None:
+        """figures: by TensorBoard tag; `train/loss` and `perf/tokens_per_s` among them."""
+        self._write(step, figures)
+        loss, speed = figures["train/loss"], figures["perf/tokens_per_s"]
+        if self._bar.shows:
+            self._bar.update(f"loss {loss:.3f}, {speed:,.0f} tokens/s")
+        else:
+            self.say(
+                f"step {step:5d}/{self._steps}  loss {loss:.6f}  lr {figures['train/lr']:.2e}  "
+                f"norm {figures['train/grad_norm']:.3f}  {speed:,.0f} tokens/s"
+            )
+
+    def skipped(self, step: int, count: int, why: str) -> None:
+        self._write(step, {"train/skipped": count})
+        self.say(f"step {step:5d}/{self._steps}  skipped, {why}")
+
+    def evaluation(self, step: int, figures: dict[str, float], remark: str) -> None:
+        self._write(step, figures)
+        bits = figures.get("val/bits_per_byte")
+        told = "" if bits is None else f" nats per token, {bits:.4f} bits per byte"
+        self.say(f"step {step:5d}/{self._steps}  val loss {figures['val/loss']:.6f}{told}{remark}")
+
+    def checkpoint(self, step: int, held: float, seconds: float) -> None:
+        """held: seconds that training was held; seconds: until it was on the disk."""
+        self._write(step, {"perf/checkpoint_s": seconds, "perf/checkpoint_held_s": held})
+        if held > SLOW_SAVE_SECONDS:
+            self.say(
+                f"step {step:5d}/{self._steps}  a checkpoint held training for {held:.0f} s; "
+                f"--async-checkpoint writes behind it, --checkpoint-every saves less often"
+            )
+
+    def curves(self) -> LossCurves:
+        """Of the whole run, whatever parts it had."""
+        return LossCurves.of(read_log(self._folder / LOG))
+
+    def say(self, line: str) -> None:
+        print(line)
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+        self._file.close()
+        self._events.close()
+        curves = self.curves()
+        if curves.can_be_drawn:
+            with contextlib.suppress(OSError):  # a full disk has been told of, and ends the run
+                curves.write(self._folder)
+
+    def _write(self, step: int, figures: dict[str, float]) -> None:
+        rounded = {tag: _rounded(tag, value) for tag, value in figures.items()}
+        line = {"step": step, "time": round(time.time(), 3), **rounded}
+        self._file.write(json.dumps(line) + "\n")
+        add_event(self._events, line)
+
+
+def read_log(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a log.jsonl; one that is torn, as where a process was killed, is left out."""
+    if not path.exists():
+        return
+    with path.open(errors="replace") as file:
+        for text in file:
+            with contextlib.suppress(ValueError):
+                line = json.loads(text)
+                if isinstance(line, dict) and isinstance(line.get("step"), int):
+                    yield line
+
+
+def cut_log(path: Path, reached: int) -> None:
+    """Keeps what a log says of steps up to `reached`: a run that goes on from there says the rest.
+
+    Each line that stays is whole and ends: the next one does not join it.
+    """
+    if path.exists():
+        kept = (json.dumps(line) + "\n" for line in read_log(path) if line["step"] <= reached)
+        write_whole(path, lambda part: _write_lines(part, kept))
+
+
+def _write_lines(path: Path, lines: Iterator[str]) -> None:
+    with path.open("w") as file:
+        file.writelines(lines)
+
+
+def has_evaluation(path: Path, step: int) -> bool:
+    """Whether the log has that of the step."""
+    return any("val/loss" in line and line["step"] == step for line in read_log(path))
+
+
+def events_of(folder: Path) -> Any:
+    """A writer of TensorBoard's events, in a file that tells what log.jsonl does; the only one."""
+    # Late, for its import is not needed to show a user's mistake.
+    from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+    from torch.utils.tensorboard import FileWriter
+
+    old = list(folder.glob(EVENTS))
+    events = FileWriter(str(folder), filename_suffix=f".{secrets.token_hex(4)}")
+    # A TensorBoard that is looking on forgets what it has read.
+    events.add_event(Event(session_log=SessionLog(status=SessionLog.START)), step=0)
+    for line in read_log(folder / LOG):
+        add_event(events, line)
+    events.flush()
+    for path in old:
+        path.unlink(missing_ok=True)
+    return events
+
+
+def add_event(events: Any, line: dict[str, Any]) -> None:
+    """What a line of the log says, at the time at which it said so."""
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    figures = {tag: value for tag, value in line.items() if "/" in tag}
+    values = [Summary.Value(tag=tag, simple_value=value) for tag, value in figures.items()]
+    events.add_summary(Summary(value=values), line["step"], line.get("time"))
+
+
+def last_evaluation(path: Path) -> int:
+    """The last step of which a log has an evaluation; 0 if there is none."""
+    return max((line["step"] for line in read_log(path) if "val/loss" in line), default=0)
+
+
+def _rounded(tag: str, value: float) -> float:
+    """Losses to six decimals, counts whole, the rest to six digits: a learning rate is small."""
+    if tag.endswith("loss"):
+        return round(value, 6)
+    return int(value) if value == int(value) else float(f"{value:.6g}")
+
+
+def traffic(context: ParallelContext) -> dict[str, float]:
+    """Payload bytes since the last call, by axis and operation; empties the ledgers."""
+    moved: dict[str, float] = {}
+    for axis in context.axes:
+        for (operation, _), entry in axis.ledger.entries.items():
+            tag = f"comm/bytes_per_step/{axis.name}_{operation}"
+            moved[tag] = moved.get(tag, 0) + entry.payload_bytes
+        axis.ledger.clear()
+    return moved

@@ -1,0 +1,137 @@
+"""fp32 products by oneDNN: the same numbers as F.linear's, taken where they are meant to be."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracle import random_batch, tiny_config
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from rosetrainer.hardware import onednn
+from rosetrainer.hardware.onednn import fast_products
+from rosetrainer.models.gpt import GPTModel
+from rosetrainer.parallel.context import ParallelContext
+from rosetrainer.parallel.data_parallel import accumulate_gradients
+from rosetrainer.parallel.tensor_parallel import init_weights
+
+pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN")
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def amd(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onednn, "is_amd", lambda: True)
+
+
+class Operators(TorchDispatchMode):
+    """The names of all that runs, backward too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+    def of_onednn(self) -> int:
+        return self.names.count("mkldnn._linear_pointwise.default")
+
+
+def value_and_gradients(upstream: Tensor, *inputs: Tensor) -> list[Tensor]:
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in inputs]
+    y = F.linear(*leaves)
+    y.backward(upstream)
+    gradients = [leaf.grad for leaf in leaves if leaf.grad is not None]
+    assert len(gradients) == len(leaves)
+    return [y.detach(), *gradients]
+
+
+@pytest.mark.parametrize("shape", [(7,), (3, 5), (1,), (0,)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_values_and_gradients_are_rounded_and_no_more(
+    amd: None, shape: tuple[int, ...], bias: bool
+) -> None:
+    generator = torch.Generator().manual_seed(1)
+    n_in, n_out = 33, 20
+    sizes = [(*shape, n_in), (n_out, n_in), *([(n_out,)] if bias else [])]
+    inputs = [torch.randn(size, generator=generator) for size in sizes]
+    upstream = torch.randn(*shape, n_out, generator=generator)
+    with fast_products(torch.float32, CPU), Operators() as seen:
+        ours = value_and_gradients(upstream, *inputs)
+    assert seen.of_onednn() == 2
+    exact = value_and_gradients(upstream.double(), *(tensor.double() for tensor in inputs))
+    # A sum of n products is wrong by at most n roundings of the sum without signs.
+    magnitudes = value_and_gradients(upstream.double().abs(), *(t.double().abs() for t in inputs))
+    n = max(n_in, n_out, upstream.shape[:-1].numel()) + 1
+    for mine, truth, magnitude in zip(ours, exact, magnitudes, strict=True):
+        assert ((mine - truth).abs() <= n * 2**-24 * magnitude).all()
+
+
+def test_a_view_that_is_not_contiguous_is_read_as_it_is(amd: None) -> None:
+    x, weight = torch.randn(4, 6, 5).transpose(0, 1), torch.randn(5, 3).T
+    with fast_products(torch.float32, CPU), Operators() as seen:
+        found = F.linear(x, weight)
+    assert seen.of_onednn() == 1
+    assert torch.allclose(found, F.linear(x, weight), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_dtypes_stay_with_torch(amd: None, dtype: torch.dtype) -> None:
+    x, weight = torch.randn(4, 5, dtype=dtype), torch.randn(3, 5, dtype=dtype)
+    with fast_products(torch.float32, CPU), Operators() as seen:
+        found = F.linear(x, weight)
+    assert seen.of_onednn() == 0
+    assert torch.equal(found, F.linear(x, weight))
+
+
+@pytest.mark.parametrize("recompute", ["none", "attention", "block"])
+def test_a_model_s_products_run_there_and_it_trains_as_before(amd: None, recompute: str) -> None:
+    gradients = []
+    context = replace(ParallelContext(), recompute=recompute)
+    batch = [random_batch(tiny_config(), 2)]
+    for dtype in (torch.float64, torch.float32):  # what the context is made for, not the model
+        model = GPTModel(tiny_config(), context)
+        init_weights(model, seed=1)
+        with fast_products(dtype, CPU), Operators() as seen:
+            accumulate_gradients(model, batch, context)
+        gradients.append([p.grad for p in model.parameters()])
+    times = 3 if recompute == "block" else 2
+    assert seen.of_onednn() >= times * 4 * tiny_config().n_layers
+    for ours, torchs in zip(*gradients, strict=True):
+        assert ours is not None and torchs is not None
+        assert torch.allclose(ours, torchs, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("maker", "dtype", "device", "expected"),
+    [
+        (True, torch.float32, "cpu", True),
+        (False, torch.float32, "cpu", False),
+        (True, torch.bfloat16, "cpu", False),
+        (True, torch.float64, "cpu", False),
+        (True, torch.float32, "cuda", False),
+    ],
+)
+def test_it_is_taken_for_fp32_on_an_amd_processor_only(
+    monkeypatch: pytest.MonkeyPatch, maker: bool, dtype: torch.dtype, device: str, expected: bool
+) -> None:
+    monkeypatch.setattr(onednn, "is_amd", lambda: maker)
+    before = F.linear
+    with fast_products(dtype, torch.device(device)):
+        assert (F.linear is onednn.linear) == expected
+    assert F.linear is before
+
+
+def test_the_maker_is_read_from_what_linux_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    for maker, expected in (("AuthenticAMD", True), ("GenuineIntel", False)):
+        words = ["vendor_id", ":", maker]
+        monkeypatch.setattr(onednn, "cpu_words", lambda words=words: words)
+        assert onednn.is_amd.__wrapped__() == expected

@@ -1,0 +1,134 @@
+"""Precision and figures: what is chosen, what it does to a layer, and how speed is counted."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+from oracle import random_batch, tiny_config
+from ranks import run_ranks
+
+from rosetrainer.config import GPTConfig
+from rosetrainer.hardware import performance
+from rosetrainer.hardware.performance import (
+    choose_dtype,
+    flops_per_token,
+    keep_freed_memory,
+    matmul_peak,
+    set_threads,
+)
+from rosetrainer.models.gpt import GPTModel
+from rosetrainer.parallel.context import ParallelContext
+from rosetrainer.parallel.data_parallel import accumulate_gradients
+from rosetrainer.parallel.precision import autocast_for
+from rosetrainer.parallel.tensor_parallel import init_weights
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "expected"),
+    [
+        ({"amx_bf16": True}, torch.bfloat16),
+        ({"avx512_bf16": True}, torch.bfloat16),
+        ({"amx_bf16": False, "avx512_bf16": False, "avx512_f": True}, torch.float32),
+        ({}, torch.float32),
+    ],
+)
+def test_auto_is_bf16_only_where_it_is_native(
+    monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, bool], expected: torch.dtype
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    assert choose_dtype("auto", CPU) == expected
+    assert choose_dtype("float64", CPU) == torch.float64
+
+
+@pytest.mark.parametrize("wanted", ["float32", "bfloat16"])
+def test_training_multiplies_in_the_dtype_over_fp32_parameters(wanted: str) -> None:
+    dtype = choose_dtype(wanted, CPU)
+    model = GPTModel(tiny_config())
+    init_weights(model, seed=1)
+    seen = set()
+    layer = model.get_submodule("blocks.0.feed_forward.dense_h_to_4h")
+    layer.register_forward_hook(lambda module, args, output: seen.add(output.dtype))
+    autocast = autocast_for(dtype, CPU)
+    accumulate_gradients(model, [random_batch(tiny_config(), 2)], ParallelContext(), autocast)
+    assert seen == {dtype}
+    for parameter in model.parameters():
+        assert parameter.dtype == torch.float32
+        assert parameter.grad is not None
+        assert parameter.grad.dtype == torch.float32
+
+
+def test_bf16_stays_near_fp32() -> None:
+    model = GPTModel(tiny_config())
+    init_weights(model, seed=1)
+    losses = []
+    for wanted in ("float32", "bfloat16"):
+        autocast = autocast_for(choose_dtype(wanted, CPU), CPU)
+        batch = [random_batch(tiny_config(), 4)]
+        losses.append(accumulate_gradients(model, batch, ParallelContext(), autocast))
+    assert losses[0] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=2e-3)
+
+
+def test_a_token_s_operations_worked_by_hand() -> None:
+    config = GPTConfig(vocab_size=10, context_length=8, n_layers=3, n_heads=2, d_model=4, d_ff=6)
+    block = 4 * 12 + 4 * 4 + 4 * 6 + 6 * 4  # q k v, dense, and the two of the feed-forward layer
+    attention = 3 * 12 * 8 * 4  # layers x 12 x T x (heads x width)
+    assert flops_per_token(config) == 6 * (3 * block + 10 * 4) + attention
+
+
+def test_the_peak_is_a_rate_of_this_machine() -> None:
+    assert 1e8 < matmul_peak(CPU, torch.float32, seconds=0.05) < 1e14
+
+
+def pages_taken_again(keep: bool) -> int:
+    """Pages that the system has to give when 64 MiB are freed and taken ten times."""
+    if keep:
+        keep_freed_memory()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        torch.ones(2**24)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="glibc's malloc only")
+def test_freed_memory_is_taken_again_without_asking_the_system() -> None:
+    pages = 2**26 // resource.getpagesize()
+    assert run_ranks(1, pages_taken_again, True)[0] < 3 * pages  # it may take them elsewhere once
+    assert run_ranks(1, pages_taken_again, False)[0] >= 10 * pages, "control: glibc's default"
+
+
+def test_threads_are_what_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_num_threads()
+    try:
+        set_threads(2)
+        assert torch.get_num_threads() == 2
+        set_threads(0)  # OMP_NUM_THREADS is set, so nothing changes
+        assert torch.get_num_threads() == 2
+        monkeypatch.delenv("OMP_NUM_THREADS")
+        for name, value in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 64)):
+            monkeypatch.setenv(name, str(value))
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "64")
+        set_threads(0)
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_native_bf16_reads_the_processor_where_torch_does_not_tell(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    cpuinfo = tmp_path / "cpuinfo"
+    monkeypatch.setattr(performance, "Path", lambda _: cpuinfo)
+    assert not performance.has_native_bf16(CPU)
+    cpuinfo.write_text("flags : fpu avx512f avx512_bf16 amx_tile")
+    assert performance.has_native_bf16(CPU)
+    cpuinfo.write_text("flags : fpu avx512f " + json.dumps({}))
+    assert not performance.has_native_bf16(CPU)

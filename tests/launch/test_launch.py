@@ -1,0 +1,591 @@
+"""Ranks that end well, badly, or not at all: what is printed, which status, what is left behind.
+
+Where a test looks at several launches they run side by side: they spend their time on waiting.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import cast
+
+import pytest
+import torch.distributed as dist
+from ranks import LONGEST_SECONDS
+
+from rosetrainer.environment import usable_cores
+from rosetrainer.launch import ending
+from rosetrainer.launch.failures import told_once
+from rosetrainer.launch.launcher import launch
+from rosetrainer.launch.rank import STOP_TIME, RankError, is_out_of_memory
+from rosetrainer.launch.stop import StopTime
+from rosetrainer.parallel.context import Axis
+from rosetrainer.validation import ConfigError
+
+ROOT = Path(__file__).resolve().parents[2]
+LESS_MEMORY = {"--micro-batch-size", "--recompute", "block,", "--tp-size", "plan`"}
+CORES = usable_cores()
+
+
+@dataclass
+class Probe:
+    """A running launch_probe.py, and the folder in which its ranks write their pids."""
+
+    process: subprocess.Popen[str]
+    folder: Path
+
+    def pids(self) -> list[int]:
+        return [int(file.read_text()) for file in self.folder.iterdir()]
+
+    def pid(self, rank: int) -> int:
+        return int((self.folder / str(rank)).read_text())
+
+    def alive(self) -> list[int]:
+        return [pid for pid in self.pids() if is_alive(pid)]
+
+    def started(self, nproc: int) -> None:
+        wait_until(lambda: len(self.pids()) == nproc or self.process.poll() is not None)
+        assert self.process.poll() is None, self.ended()
+
+    def saved(self) -> None:
+        """Lets ranks that save come to their end."""
+        self.folder.with_suffix(".saved").touch()
+
+    def ended(self) -> tuple[int, str, str]:
+        """(status, standard output, standard error)"""
+        output, errors = self.process.communicate(timeout=LONGEST_SECONDS)
+        return self.process.returncode, output, errors
+
+
+Start = Callable[..., Probe]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Starts launch_probe.py; afterwards no process of it may be left.
+
+    The launcher has no time limits but those that a test gives it: what ends ranks is then told by
+    their end, however slow the machine.
+    """
+    probes: list[Probe] = []
+
+    def start(*words: str, **settings: str) -> Probe:
+        folder = tmp_path / f"pids{len(probes)}"
+        folder.mkdir()
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("OMP_")}
+        environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+        environment["PROBE_PIDS"] = str(folder)
+        environment["TMPDIR"] = str(tmp_path)  # a killed launcher leaves its folder
+        limits = ("GRACE_SECONDS", "STOPPED_SECONDS", "STOP_SECONDS", "ONE_WISH_SECONDS")
+        environment |= dict.fromkeys([*limits, "PROBE_GRACE"], "1e6")
+        process = subprocess.Popen(
+            [sys.executable, "-m", "launch_probe", *words],
+            cwd=ROOT,
+            env=environment | settings,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        probes.append(Probe(process, folder))
+        return probes[-1]
+
+    yield start
+    left = [pid for probe in probes for pid in probe.alive()]
+    running = [probe.process.pid for probe in probes if probe.process.poll() is None]
+    for pid in left + running:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    for probe in probes:
+        probe.process.communicate()
+    assert not left
+
+
+def state(pid: int) -> str:
+    """The process's letter in ps, or nothing if it is gone."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        if Path("/proc/self/stat").exists():
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        command = ["ps", "-o", "state=", "-p", str(pid)]
+        return subprocess.run(command, capture_output=True, text=True).stdout[:1]
+    return ""
+
+
+def is_alive(pid: int) -> bool:
+    """False for a zombie too: in a container nobody may collect an orphan."""
+    return state(pid) not in ("", "Z")
+
+
+def listening(pid: int) -> list[str]:
+    """The addresses, in the kernel's hexadecimal digits, on which this process listens."""
+    own = set()
+    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            own.add(os.readlink(descriptor))
+    sockets = [
+        line.split()
+        for table in ("tcp", "tcp6")
+        for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]
+    ]
+    is_listening = "0A"
+    return [
+        s[1].split(":")[0] for s in sockets if s[3] == is_listening and f"socket:[{s[9]}]" in own
+    ]
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + LONGEST_SECONDS
+    while not condition():
+        assert time.monotonic() < end, "it never came to be so"
+        time.sleep(0.005)
+
+
+def test_good_run_is_silent_and_shares_the_cores(start: Start) -> None:
+    words = ["${local_rank}", "$$", "a b"]
+    status, output, errors = start("launch", "2", "show", *words).ended()
+    assert (status, errors) == (0, "")
+    threads = max(1, CORES // 2)
+    assert sorted(output.splitlines()) == [
+        f"rank {rank} of 2, threads {threads}, {words}" for rank in range(2)
+    ]
+
+
+def test_threads_of_the_user_win(start: Start) -> None:
+    environment = start("launch", "1", "show", OMP_NUM_THREADS="7")
+    flag = start("launch", "1", "show", OMP_NUM_THREADS="7", PROBE_THREADS="5")
+    assert environment.ended() == (0, "rank 0 of 1, threads 7, []\n", "")
+    assert flag.ended() == (0, "rank 0 of 1, threads 5, []\n", "")
+
+
+def test_first_error_is_shown_once(start: Start) -> None:
+    """Whether the other ranks sleep, or fail because of the first one."""
+    for probe in [start("launch", "3", "crash", others) for others in ("sleep", "connection")]:
+        status, output, errors = probe.ended()
+        assert (status, output) == (1, "")
+        assert errors.startswith("error: rank 1 of 3 failed:\nTraceback (most recent call last):\n")
+        assert errors.endswith("\nRuntimeError: boom\n")
+        assert errors.count("Traceback") == errors.count("RuntimeError: boom") == 1
+
+
+def test_killed_rank_is_named(start: Start) -> None:
+    probes = [start("launch", "2", "killed", others) for others in ("sleep", "connection")]
+    probes.append(start("launch", "2", "killed", "seen late", LOOK_SECONDS="2"))
+    for probe in probes:
+        status, output, errors = probe.ended()
+        assert (status, output) == (1, "")
+        assert errors.startswith(
+            "error: rank 1 was killed by signal 9 (SIGKILL); if the machine ran"
+        )
+        assert errors.count("\n") == 1
+        assert LESS_MEMORY <= set(errors.split())
+
+
+def test_a_rank_without_memory_is_told_what_needs_less(start: Start) -> None:
+    launched, alone = start("launch", "2", "starved"), start("starved", WORLD_SIZE="1", RANK="0")
+    for probe, rank in ((launched, "1 of 2"), (alone, "0 of 1")):
+        status, output, errors = probe.ended()
+        assert (status, output) == (1, "")
+        line = f"error: rank {rank} ran out of memory when it asked for 4611686018427387904 bytes"
+        assert errors.startswith(line)
+        assert errors.count("\n") == 2
+        assert LESS_MEMORY <= set(errors.split())
+
+
+def test_every_kind_of_want_of_memory_is_known() -> None:
+    import torch
+
+    with pytest.raises(RuntimeError) as cpu:
+        torch.empty(2**60)
+    with pytest.raises(MemoryError) as python:
+        bytearray(2**62)
+    wants = [
+        *(cpu.value, python.value, OSError(errno.ENOMEM, "Cannot allocate memory")),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a"),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:75] DefaultCPUAllocator: not enough memory"),
+    ]
+    for want in wants:
+        assert is_out_of_memory(want), want
+        world = Axis("world", 4, 3)
+        with pytest.raises(RankError) as told, told_once(None, world):
+            raise want
+        assert str(told.value).startswith("rank 3 of 4 ran out of memory")
+        assert told.value.status == 1
+    assert not is_out_of_memory(RuntimeError("boom"))
+    assert not is_out_of_memory(OSError(errno.ENOENT, "No such file"))
+
+
+def test_where_the_rank_that_kept_the_store_has_ended_all_the_others_are_silent() -> None:
+    """It asked them first. Where nobody asked, as where it was killed, they say what they saw."""
+
+    class Gone:
+        def add(self, *_: object) -> int:
+            raise dist.DistNetworkError(text)
+
+    text = "Failed to recv, got 0 bytes. Connection was likely closed."
+    told = []
+    for asked in (False, True):
+        with (
+            pytest.raises(RankError) as caught,
+            told_once(Gone(), Axis("world", 4, 3), partial(bool, asked)),  # type: ignore[arg-type]
+        ):
+            raise dist.DistNetworkError(text)
+        told.append(str(caught.value))
+    assert told == [
+        "rank 3 has lost its connection to another rank, which has ended; the same command goes on "
+        "from the last checkpoint",
+        "",
+    ]
+
+
+def test_status_of_a_rank_is_kept(start: Start) -> None:
+    mistake = start("launch", "2", "mistake")
+    three, two = start("launch", "2", "status", "3"), start("launch", "2", "status", "2")
+    assert mistake.ended() == (2, "", "error: tp_size=3 does not fit; tp_size can be 1 or 2\n")
+    assert three.ended() == (1, "", "error: rank 1 ended with exit status 3\n")
+    assert two.ended() == (2, "", "error: rank 1 ended with exit status 2\n")
+
+
+def test_explained_error_is_shown_without_a_traceback(start: Start) -> None:
+    """Once, by the rank that explains it, even if another one has ended before."""
+    one, none = start("launch", "2", "explained", "1"), start("launch", "2", "explained")
+    assert one.ended() == (1, "", "error: the disk is full\n")
+    status, _, errors = none.ended()
+    assert status == 1
+    assert re.fullmatch(r"error: rank [01] ended with exit status 1\n", errors)
+
+
+def test_closed_pipe_is_no_error(start: Start) -> None:
+    """`| head`: nothing to say, although rank 1 then complains about rank 0."""
+    probe = start("launch", "2", "pipe")
+    assert probe.process.stdout is not None
+    probe.process.stdout.readline()
+    probe.process.stdout.close()
+    assert probe.process.wait(LONGEST_SECONDS) == 128 + signal.SIGPIPE
+    assert probe.process.stderr is not None
+    assert probe.process.stderr.read() == ""
+
+
+def test_rank_that_does_not_follow_a_failed_one_is_ended(start: Start) -> None:
+    """One that ignores SIGTERM, and one that is suspended."""
+    cases = (["stubborn"], ["suspended", "crash"])
+    begun = time.monotonic()
+    probes = [start("launch", "2", *words, GRACE_SECONDS="1") for words in cases]
+    for probe in probes:
+        probe.started(2)
+    pace = time.monotonic() - begun
+    for probe in probes:
+        status, _, errors = probe.ended()
+        assert status == 1
+        assert errors.endswith("\nRuntimeError: boom\n")
+        assert not probe.alive()
+    assert time.monotonic() - begun < 1 + 10 * pace
+
+
+def test_signal_ends_all_ranks(start: Start) -> None:
+    said = {"SIGINT": "interrupted", "SIGTERM": "stopped by SIGTERM", "SIGHUP": "stopped by SIGHUP"}
+    probes = {name: start("launch", "2", "sleep") for name in said}
+    for name, probe in probes.items():
+        probe.started(2)
+        assert all(os.getpgid(pid) == pid for pid in probe.pids())  # not in the terminal's group
+        for _ in range(2):  # a terminal and a parent may both send it
+            probe.process.send_signal(signal.Signals[name])
+        if name == "SIGTERM":  # a machine that shuts down sends it to everyone
+            for pid in probe.pids():
+                os.kill(pid, signal.SIGTERM)
+        expected = (128 + signal.Signals[name], "", f"{said[name]}; all ranks have ended\n")
+        assert probe.ended() == expected
+        assert not probe.alive()
+
+
+def test_ignored_signal_stays_ignored(start: Start) -> None:
+    probe = start("launch", "2", "sleep", PROBE_NOHUP="1")
+    probe.started(2)
+    probe.process.send_signal(signal.SIGHUP)
+    assert len(probe.alive()) == 2
+    probe.process.terminate()  # of two that are not ignored, the first is told
+    assert probe.ended() == (143, "", "stopped by SIGTERM; all ranks have ended\n")
+
+
+def test_ranks_save_before_they_leave(start: Start) -> None:
+    """Two signals soon after each other are one wish; a rank's failure meanwhile is not shown."""
+    saved, interrupted = "saved after SIGTERM\n", "saved after SIGINT\n"
+    expected = {
+        ("graceful", "SIGTERM"): (0, saved * 2, "stopped by SIGTERM; all ranks have ended\n"),
+        ("graceful", "SIGINT"): (130, interrupted * 2, "interrupted; all ranks have ended\n"),
+        ("graceful", "SIGHUP"): (129, saved * 2, "stopped by SIGHUP; all ranks have ended\n"),
+        ("save_fails", "SIGTERM"): (143, saved, "stopped by SIGTERM; all ranks have ended\n"),
+    }
+    probes = {case: start("launch", "2", case[0]) for case in expected}
+    for probe in probes.values():
+        probe.started(2)
+    for _ in range(2):
+        for (_, name), probe in probes.items():
+            probe.process.send_signal(signal.Signals[name])
+        time.sleep(0.3)
+    for case, probe in probes.items():
+        probe.saved()
+        assert probe.ended() == expected[case], case
+        assert not probe.alive()
+
+
+def test_a_long_wait_for_a_step_and_a_save_is_announced(start: Start) -> None:
+    probe = start("launch", "2", "slow_step", "34", STOP_SECONDS="1", PROBE_GRACE="1e6")
+    probe.started(2)
+    probe.process.send_signal(signal.SIGINT)
+    assert probe.process.stderr is not None
+    assert probe.process.stderr.readline() == (
+        "finishing the step under way, then saving: about 34 s; a second signal, or Ctrl-C, ends "
+        "at once\n"
+    )
+    probe.saved()
+    expected = (130, "saved after SIGINT\n" * 2, "interrupted; all ranks have ended\n")
+    assert probe.ended() == expected
+
+
+@dataclass
+class VirtualRank:
+    """A rank that a signal stops in the middle of a step, in the time of a `VirtualTime`."""
+
+    time: VirtualTime
+    seconds: float
+    """From the signal until it has saved."""
+    pid: int = 0
+    signalled: float | None = None
+    returncode: int | None = None
+
+    def send_signal(self, signum: int) -> None:
+        self.signalled = self.time.now
+
+    def poll(self) -> int | None:
+        since = self.time.now if self.signalled is None else self.signalled
+        if self.returncode is None and self.time.now >= since + self.seconds:
+            self.returncode = 0
+        return self.returncode
+
+    def kill(self) -> None:
+        if self.returncode is None:
+            self.returncode = -signal.SIGKILL
+
+    def wait(self) -> None:
+        """It has ended."""
+
+
+class VirtualTime:
+    now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.mark.parametrize(
+    ("told", "takes", "grace", "status", "ends"),
+    [
+        (0.0, 8.0, 120.0, 0, "all ranks have ended"),
+        (0.0, 10.0, 120.0, 143, "all ranks have ended, ranks 0, 1 were killed"),  # not told: 9 s
+        (34.0, 50.0, 120.0, 0, "all ranks have ended"),  # half as much again
+        (34.0, 52.0, 120.0, 143, "all ranks have ended, ranks 0, 1 were killed"),
+        (2.0, 8.0, 120.0, 0, "all ranks have ended"),
+        (100.0, 119.0, 120.0, 0, "all ranks have ended"),
+        (200.0, 200.0, 250.0, 0, "all ranks have ended"),
+        (200.0, 200.0, 30.0, 143, "were killed after 30 s; --grace gives them longer"),
+        (34.0, 6.0, 5.0, 143, "were killed after 5 s; --grace gives them longer"),
+    ],
+)
+def test_ranks_are_waited_for_as_long_as_a_step_and_a_save_take(
+    told: float,
+    takes: float,
+    grace: float,
+    status: int,
+    ends: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    virtual = VirtualTime()
+    monkeypatch.setattr(ending, "time", virtual)
+    monkeypatch.setattr(ending, "is_stopped", lambda pid: False)
+    ranks = [VirtualRank(virtual, takes) for _ in range(2)]
+    if told:
+        (tmp_path / STOP_TIME).write_text(str(told))
+    received = [(int(signal.SIGTERM), 0.0)]
+    assert ending.stop(cast(ending.Ranks, ranks), received, str(tmp_path), grace) == status
+    errors = capsys.readouterr().err
+    assert errors.endswith(f"{ends}\n")
+    assert ("finishing the step under way" in errors) == (told >= 9)
+    assert (f"ends at once; --grace gives {grace:g} s\n" in errors) == (told >= 9 and told > grace)
+    assert status or virtual.now < takes + 0.1  # never longer than needed
+
+
+def test_how_long_a_stop_takes_follows_what_was_measured() -> None:
+    stop = StopTime()
+    assert stop.left(100.0) == 0
+    stop.begin_step(100.0)
+    assert stop.left(130.0) == 30 + 30  # the first one: as long again, and a save like a step
+    stop.end_step(140.0)
+    assert stop.left(141.0) == 40 + 40  # between two steps: the next one may begin
+    stop.save = 4.0
+    stop.begin_step(150.0)
+    assert stop.left(160.0) == 30 + 4
+    assert stop.left(200.0) == 50 + 4  # longer than the one before
+    stop.end_step(184.0)
+    stop.begin_step(200.0)
+    assert stop.left(210.0) == 24 + 4
+
+
+def test_a_step_and_a_save_beyond_the_grace_time_are_told_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def warnings(grace: float) -> list[str]:
+        stop = StopTime()
+        stop.grace, stop.save = grace, 12.0
+        told = []
+        for began in (0.0, 100.0, 200.0):
+            stop.begin_step(began)
+            stop.end_step(began + 34.0)
+            told.append(stop.warning())
+        return told
+
+    assert warnings(60) == ["", "", ""]
+    first, second, third = warnings(30)
+    assert (first, third) == ("", "")  # the first step compiles
+    assert second.startswith("warning: a step takes 34.0 s and a save 12.0 s, and --grace gives 30")
+    assert "set --grace 69" in second
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    told = warnings(120)[1]
+    assert "torchrun's --shutdown-timeout gives 30 s" in told
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "100")
+    assert warnings(120) == ["", "", ""]
+
+
+def test_signal_while_ranks_start(start: Start) -> None:
+    """No rank is left behind, and none prints what Python prints of a KeyboardInterrupt."""
+    said = {"SIGINT": "interrupted", "SIGTERM": "stopped by SIGTERM"}
+    probes = {name: start("launch", "4", "sleep", PROBE_IS_SIGNALLED_EARLY="1") for name in said}
+    for name, probe in probes.items():
+        wait_until(probe.folder.with_suffix(".starting").exists)
+        probe.process.send_signal(signal.Signals[name])
+    for name, probe in probes.items():
+        expected = (128 + signal.Signals[name], "", f"{said[name]}; all ranks have ended\n")
+        assert probe.ended() == expected
+        assert len(probe.pids()) < 4
+
+
+def test_second_signal_ends_ranks_at_once(start: Start) -> None:
+    names = ("SIGINT", "SIGTERM")
+    probes = {name: start("launch", "2", "deaf", ONE_WISH_SECONDS="0.2") for name in names}
+    for name, probe in probes.items():
+        probe.started(2)
+        probe.process.send_signal(signal.Signals[name])
+    time.sleep(0.4)
+    for probe in probes.values():
+        assert len(probe.alive()) == 2
+        probe.process.send_signal(signal.SIGINT)
+    assert probes["SIGINT"].ended() == (130, "", "interrupted; all ranks were killed\n")
+    assert probes["SIGTERM"].ended() == (143, "", "stopped by SIGTERM; all ranks were killed\n")
+    assert not any(probe.alive() for probe in probes.values())
+
+
+def test_rank_that_does_not_leave_is_killed_and_named(start: Start) -> None:
+    """A suspended one early, its peer soon after; others when the time for saving is over."""
+    cases = {
+        "peer leaves": (["suspended", "graceful"], 1.0, "rank 0 was", "saved after SIGTERM\n"),
+        "peer stays": (["suspended"], 1.0 + 1.0, "ranks 0, 1 were", ""),
+        "collective": (["collective"], 2.0, "ranks 0, 1 were", ""),
+    }
+    limits = {
+        "peer leaves": {"STOPPED_SECONDS": "1"},
+        "peer stays": {"STOPPED_SECONDS": "1", "GRACE_SECONDS": "1"},
+        "collective": {"STOP_SECONDS": "2"},
+    }
+    begun = time.monotonic()
+    probes = {name: start("launch", "2", *cases[name][0], **limits[name]) for name in cases}
+    for name, probe in probes.items():
+        probe.started(2)
+        if "suspended" in cases[name][0]:
+            wait_until(lambda probe=probe: state(probe.pid(0)) == "T")  # type: ignore[misc]
+    pace = time.monotonic() - begun
+    begun = time.monotonic()
+    for probe in probes.values():
+        probe.saved()
+        probe.process.terminate()
+    for name, (_, seconds, killed, output) in cases.items():
+        line = f"stopped by SIGTERM; all ranks have ended, {killed} killed\n"
+        assert probes[name].ended() == (143, output, line)
+        assert seconds - 0.1 < time.monotonic() - begun < seconds + 1 + 10 * pace, name
+        assert not probes[name].alive()
+
+
+def test_ranks_in_a_collective_end_with_the_launcher(start: Start) -> None:
+    """Even if the launcher is killed, and the ranks wait for each other and ignore SIGTERM."""
+    probe = start("launch", "2", "collective")
+    probe.started(2)
+    time.sleep(0.2)
+    probe.process.kill()
+    wait_until(lambda: not probe.alive())
+
+
+@pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="looks at Linux's sockets")
+def test_nothing_listens_beyond_this_machine(start: Start) -> None:
+    loopback = {"0100007F", "0" * 24 + "01000000", "0000000000000000FFFF00000100007F"}
+    probe = start("launch", "2", "collective")
+    probe.started(2)
+    assert listening(probe.process.pid) == []
+    addresses = [address for pid in probe.pids() for address in listening(pid)]
+    assert addresses  # gloo's own
+    assert set(addresses) <= loopback
+    probe.process.kill()
+    wait_until(lambda: not probe.alive())
+
+
+def test_launcher_imports_no_torch() -> None:
+    code = "import sys; from rosetrainer.launch import launcher; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_under_torchrun_a_silent_rank_waits_for_the_one_that_speaks(start: Start) -> None:
+    """The first rank to end would make torchrun end the others, unheard."""
+    torchrun = {"WORLD_SIZE": "1", "TORCHELASTIC_RUN_ID": "x"}
+    silent = start("mistake", RANK="1", LOCAL_RANK="1", **torchrun)
+    speaks = start("mistake", RANK="0", LOCAL_RANK="0", **torchrun)
+    assert speaks.ended() == (2, "", "error: tp_size=3 does not fit; tp_size can be 1 or 2\n")
+    time.sleep(0.5)
+    assert silent.process.poll() is None
+    silent.process.terminate()
+    assert silent.ended() == (-signal.SIGTERM, "", "")
+
+
+def test_without_the_launcher(start: Start) -> None:
+    """One process, and torchrun's ranks: one of each machine speaks for all."""
+    alone = start("mistake", WORLD_SIZE="1")
+    rank_1 = start("mistake", WORLD_SIZE="1", RANK="1", LOCAL_RANK="1")
+    interrupted = start("interrupt")
+    crashed = start("crash", WORLD_SIZE="1", RANK="1")
+    explained = start("explained", "1", WORLD_SIZE="1", RANK="1", LOCAL_RANK="1")
+    silent = start("explained", WORLD_SIZE="1")
+    assert alone.ended() == (2, "", "error: tp_size=3 does not fit; tp_size can be 1 or 2\n")
+    assert rank_1.ended() == (2, "", "")
+    assert interrupted.ended() == (130, "", "interrupted\n")
+    assert explained.ended() == (1, "", "error: the disk is full\n")
+    assert silent.ended() == (1, "", "")
+    status, _, errors = crashed.ended()
+    assert status == 1
+    assert errors.endswith("RuntimeError: boom\n")
+
+
+def test_no_ranks() -> None:
+    with pytest.raises(ConfigError, match="nproc=0 must be 1 or more"):
+        launch(0, ["train"])

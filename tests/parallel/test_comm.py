@@ -1,0 +1,117 @@
+"""The collectives: what each computes forward and backward, and what the ledger says of it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from ranks import RankFailure, run_ranks
+
+from rosetrainer.parallel import comm
+from rosetrainer.parallel.context import Axis, init_tensor_parallel
+
+
+def check_regions() -> None:
+    tp = init_tensor_parallel().tp
+    n, r = tp.size, tp.rank
+    generator = torch.Generator().manual_seed(r)
+    own = torch.randn(2, 3, generator=generator)  # differs from rank to rank
+    everyone = [torch.randn(2, 3, generator=torch.Generator().manual_seed(i)) for i in range(n)]
+    up = torch.randn(2, 3, generator=torch.Generator().manual_seed(100 + r))
+    ups = [torch.randn(2, 3, generator=torch.Generator().manual_seed(100 + i)) for i in range(n)]
+    wide, wide_up = torch.cat(everyone, -1), torch.cat(ups, -1)
+
+    def both(function, x, upstream):
+        x = x.clone().requires_grad_()
+        y = function(x, tp)
+        y.backward(upstream)
+        return y.detach(), x.grad
+
+    y, grad = both(comm.copy_to_tensor_parallel_region, own, up)
+    assert torch.equal(y, own)
+    torch.testing.assert_close(grad, sum(ups))
+    y, grad = both(comm.reduce_from_tensor_parallel_region, own, up)
+    torch.testing.assert_close(y, sum(everyone))
+    assert torch.equal(grad, up)
+    y, grad = both(comm.gather_from_tensor_parallel_region, own, wide_up)
+    assert torch.equal(y, wide)
+    assert torch.equal(grad, wide_up[:, 3 * r : 3 * r + 3])
+    y, grad = both(comm.scatter_to_tensor_parallel_region, wide, up)
+    assert torch.equal(y, wide[:, 3 * r : 3 * r + 3])
+    assert torch.equal(grad, wide_up)
+
+    small, large = 2 * 3 * 4, 2 * 3 * 4 * n
+    counted = {key: (t.calls, t.payload_bytes) for key, t in tp.ledger.entries.items()}
+    assert counted == {
+        ("all_reduce", "backward"): (1, small),
+        ("all_reduce", "forward"): (1, small),
+        ("all_gather", "forward"): (1, large),
+        ("all_gather", "backward"): (1, large),
+    }
+
+
+@pytest.mark.parametrize("n_ranks", [2, 4])
+def test_regions_forward_backward_and_counted(n_ranks: int) -> None:
+    run_ranks(n_ranks, check_regions)
+
+
+def check_primitives() -> None:
+    tp = init_tensor_parallel().tp
+    n, r = tp.size, tp.rank
+    # Not contiguous, and the caller's own: it must come back as it was.
+    x = (torch.arange(12.0).reshape(3, 4) + 100 * r).T
+    before = x.clone()
+    total = comm.all_reduce(x, tp, "forward")
+    assert torch.equal(total, n * (before - 100 * r) + 100 * n * (n - 1) / 2)
+    for dim in (0, 1, -1):
+        whole = comm.all_gather(x, tp, "forward", dim)
+        parts = [before - 100 * r + 100 * i for i in range(n)]
+        assert torch.equal(whole, torch.cat(parts, dim))
+        scattered = comm.reduce_scatter(whole, tp, "forward", dim)
+        assert torch.equal(scattered, n * before)
+    assert torch.equal(x, before)
+    first = comm.broadcast_(x.clone().contiguous(), tp, "forward")
+    assert torch.equal(first, before - 100 * r)
+    for dtype in (torch.float64, torch.bfloat16, torch.int64):
+        assert comm.all_reduce(torch.ones(3, dtype=dtype), tp, "forward").eq(n).all()
+
+
+@pytest.mark.parametrize("n_ranks", [2, 4])
+def test_primitives_leave_the_caller_s_tensor_alone(n_ranks: int) -> None:
+    run_ranks(n_ranks, check_primitives)
+
+
+def test_an_axis_of_one_rank_communicates_and_counts_nothing() -> None:
+    axis, x = Axis("tp"), torch.arange(6.0).reshape(2, 3)
+    for function in (
+        comm.copy_to_tensor_parallel_region,
+        comm.reduce_from_tensor_parallel_region,
+        comm.gather_from_tensor_parallel_region,
+        comm.scatter_to_tensor_parallel_region,
+    ):
+        assert function(x, axis) is x
+    for collective in (comm.all_reduce, comm.all_gather, comm.reduce_scatter):
+        assert torch.equal(collective(x, axis, "forward"), x)
+    assert not axis.ledger.entries
+
+
+def fail_on_rank_one() -> None:
+    tp = init_tensor_parallel().tp
+    if tp.rank == 1:
+        raise ValueError("rank one's own words")
+    comm.all_reduce(torch.ones(1), tp, "forward")
+
+
+def test_the_harness_tells_a_rank_s_own_traceback_and_ends_the_others() -> None:
+    with pytest.raises(RankFailure, match=r"rank 1 of 2:\n(.|\n)*rank one's own words"):
+        run_ranks(2, fail_on_rank_one)
+
+
+def exit_silently() -> None:
+    import os
+
+    os._exit(7)
+
+
+def test_the_harness_notices_a_rank_that_dies_without_a_word() -> None:
+    with pytest.raises(RankFailure, match="died without a word, exit code 7"):
+        run_ranks(2, exit_silently)

@@ -1,0 +1,63 @@
+"""Every layout equals one process, and moves and holds what the closed forms say."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import lattice
+import pytest
+from once import Once
+
+from rosetrainer.planner.layout import Plan, Work, plan
+
+Results = dict[lattice.Layout, list[dict[str, Any]]]
+
+
+@pytest.fixture(scope="session")
+def results(once: Once) -> Results:
+    found: Results = once("lattice", lambda _: lattice.results())
+    return found
+
+
+@pytest.mark.parametrize("layout", lattice.layouts(), ids=str)
+def test_a_layout_computes_what_one_process_does(layout: lattice.Layout, results: Results) -> None:
+    """Logits, losses, norms, gradients; weights and Adam's moments after three updates."""
+    for rank, found in enumerate(results[layout]):
+        wrong = {what: e for what, e in found["errors"].items() if not lattice.is_equal(e)}
+        assert not wrong, f"rank {rank}: {wrong}"
+
+
+def plan_of(layout: lattice.Layout) -> Plan:
+    rows = lattice.ROWS // layout.ranks[1] // layout.micro_batches
+    source = lattice.S if layout.encoder_decoder else 0
+    work = Work(rows, lattice.T, layout.micro_batches, source, 8, 8)
+    return plan(layout.model, layout.parallel, work)
+
+
+@pytest.mark.parametrize("layout", lattice.layouts(), ids=str)
+def test_the_ledger_and_the_memory_are_those_that_were_counted(
+    layout: lattice.Layout, results: Results
+) -> None:
+    predicted = plan_of(layout)
+    for found in results[layout]:
+        assert dict(found["ledger"]) == predicted.ledger
+        held = {**found["held"], "activations": found["kept"]}
+        assert held == predicted.memory
+
+
+def test_every_pair_of_settings_is_met(
+    results: Results, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And the table: the worst error of each layout, over all ranks and checks."""
+    names = list(lattice.FACTORS)
+    for first, second in itertools.combinations(names, 2):
+        met = {(getattr(one, first), getattr(one, second)) for one in lattice.layouts()}
+        assert met == set(itertools.product(lattice.FACTORS[first], lattice.FACTORS[second]))
+    with capsys.disabled():
+        print("\nworst difference / largest value, in float64, after three updates")
+        for layout in lattice.layouts():
+            ranks = [found["errors"] for found in results[layout]]
+            worst = {what: max(errors[what] for errors in ranks) for what in ranks[0]}
+            what = max(worst, key=lambda name: worst[name])
+            print(f"  {worst[what]:.1e} {what:10} {layout}")

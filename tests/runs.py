@@ -1,0 +1,100 @@
+"""Small training runs in this process, which tests break and look into."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import LONGEST_SECONDS
+from safetensors.torch import save_file
+
+from rosetrainer.checkpoint.manifest import check_files, read_manifest
+from rosetrainer.checkpoint.saver import read_whole
+from rosetrainer.config import GPTConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
+from rosetrainer.launch.stop import STOP
+from rosetrainer.training import trainer
+from rosetrainer.training.setup import check_config, train
+
+MODEL = GPTConfig(context_length=16, n_layers=2, n_heads=4, d_model=32)
+
+
+def config_for(data: Path, out: Path, **run: object) -> TrainConfig:
+    values: dict[str, object] = {"steps": 6, "eval_every": 3, "eval_tokens": 9 * 16} | run
+    return TrainConfig(
+        MODEL,
+        ParallelConfig(),
+        OptimConfig(warmup_steps=2, global_batch_size=8, micro_batch_size=2),
+        RunConfig(data=data, out=out, **values),  # type: ignore[arg-type]
+    )
+
+
+class Killed(BaseException):
+    """Ends a run as a kill does: nothing is saved."""
+
+
+def tiny(data: Path, out: Path, **run: Any) -> TrainConfig:
+    values: dict[str, Any] = {"steps": 5, "eval_every": 3, "checkpoint_every": 2, "device": "cpu"}
+    return TrainConfig(
+        GPTConfig(context_length=8, n_layers=1, n_heads=2, d_model=8),
+        optim=OptimConfig(warmup_steps=2, global_batch_size=2),
+        run=RunConfig(data=data, out=out, eval_tokens=16, **(values | run)),
+    )
+
+
+def run_once(config: TrainConfig, killed_in: int = 0) -> None:
+    original = trainer.train_step
+
+    def train_step(*arguments: Any) -> dict[str, float]:
+        if arguments[-1] + 1 == killed_in:
+            raise Killed
+        return original(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "train_step", train_step)
+        patch.setattr("rosetrainer.training.setup.matmul_peak", lambda *_: 1.0)
+        try:
+            train(*check_config(config, 1))
+        except Killed:
+            assert killed_in
+
+
+STEPS = 6
+
+
+def train_here(config: TrainConfig, world: int, stop_after: int) -> dict[int, float]:
+    found = {}
+    original = trainer.train_step
+
+    def train_step(*arguments: Any) -> dict[str, float]:
+        figures = original(*arguments)
+        found[arguments[-1] + 1] = figures["train/loss"]
+        if arguments[-1] + 1 == stop_after:
+            STOP.signal = trainer.signal.SIGTERM
+        return figures
+
+    def slow_save(*arguments: Any) -> None:
+        """Ends after training has gone on, where it goes on."""
+        steps, end = len(found), time.monotonic() + LONGEST_SECONDS
+        while len(found) == steps < STEPS and STOP.signal is None and time.monotonic() < end:
+            time.sleep(0.01)
+        save_file(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "train_step", train_step)
+        if config.run.async_checkpoint:
+            patch.setattr("rosetrainer.checkpoint.slices.save_file", slow_save)
+        patch.setattr(
+            "rosetrainer.training.setup.matmul_peak", lambda *_: 1.0
+        )  # a third of a second
+        train(*check_config(config, world))
+    return found
+
+
+def state(folder: Path) -> dict[str, torch.Tensor]:
+    """All parameters and moments, whole."""
+    manifest = read_manifest(folder)
+    check_files(folder, manifest)
+    return {name: read_whole(folder, manifest, name) for name in manifest.tensors}
