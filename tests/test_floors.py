@@ -30,7 +30,6 @@ UPWARDS = {  # still to be turned round
     ("launch.failures", "parallel.context"),
     ("launch.watch", "parallel.comm"),
     ("launch.watch", "parallel.context"),
-    ("training.setup", "commands.parity"),
 }
 MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path

@@ -33,8 +33,6 @@ class TrainCommand:
     """Start this many ranks on this machine; leave it out under torchrun."""
     grace: Count = GRACE
     """Most seconds for a step and a save after a signal; Slurm gives 30, spot machines to 120."""
-    prove: bool = False
-    """First show who holds what, and that this layout computes what one process does."""
 
 
 T = TypeVar("T", bound=TrainCommand)
@@ -71,7 +69,7 @@ def run_rank_of(command: TrainCommand, world_size: int) -> int:
     gc.freeze()
     gc.enable()
     keep_freed_memory()
-    _, stopped_by = train(*check_config(command.config, world_size), command.prove)
+    _, stopped_by = train(*check_config(command.config, world_size))
     return stop_status(stopped_by)
 
 

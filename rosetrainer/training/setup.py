@@ -72,9 +72,7 @@ def check_config(config: TrainConfig, world_size: int) -> tuple[TrainConfig, Cor
     return config, corpus
 
 
-def train(
-    config: TrainConfig, corpus: Corpus, prove_first: bool = False
-) -> tuple[GPTModel, signal.Signals | None]:
+def train(config: TrainConfig, corpus: Corpus) -> tuple[GPTModel, signal.Signals | None]:
     """Trains on every rank; rank 0 writes the run folder.
 
     Gives the model, and the signal that stopped training before its end. Raises RankError.
@@ -98,7 +96,7 @@ def train(
             print(remark)
         failures.folder = place.folder
         with place.lock or nullcontext():
-            return run_here(config, corpus, place, watch, world, prove_first)
+            return run_here(config, corpus, place, watch, world)
 
 
 def run_here(
@@ -107,7 +105,6 @@ def run_here(
     place: Place,
     watch: HangWatch | None,
     world: Axis,
-    prove_first: bool,
 ) -> tuple[GPTModel, signal.Signals | None]:
     """Sets up what the loop needs, and runs it."""
     timeout = config.run.timeout + PATIENCE_SECONDS
@@ -119,10 +116,6 @@ def run_here(
     speaks = context.rank == 0
     if speaks:
         print(describe(context, dtype, config.run.device))
-    if prove_first:
-        from rosetrainer.commands.parity import show_proof  # which not every run has to wait for
-
-        show_proof(config.model, context, dtype, config.optim)
     model = build_model(config.model, context)
     if dtype == torch.float64:
         model.double()

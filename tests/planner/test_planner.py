@@ -82,7 +82,7 @@ def test_the_command_prints_both_tables(capsys: pytest.CaptureFixture[str]) -> N
 
 def test_the_command_takes_all_flags_of_train(capsys: pytest.CaptureFixture[str]) -> None:
     """As a run that is out of memory advises."""
-    flags = ["--nproc", "4", "--dp-size", "2", "--grace", "9", "--prove", "--preset", "default"]
+    flags = ["--nproc", "4", "--dp-size", "2", "--grace", "9", "--preset", "default"]
     assert plan_command([*flags, "--vocabulary", "99"]) == 0
     assert "2 tensor-parallel x 2 data-parallel ranks, V 99" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="world size 4 is not tp_size x dp_size = 3 x 1"):

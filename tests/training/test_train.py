@@ -345,12 +345,10 @@ def test_under_torchrun_only_rank_0_speaks_of_a_mistake(tmp_path: Path) -> None:
 def test_nproc_trains_and_generate_writes_the_same_at_any_tp_size(
     markov: Path, tmp_path: Path
 ) -> None:
-    flags = ["--data", str(markov), *SMALL, "--nproc", "2", "--prove"]
+    flags = ["--data", str(markov), *SMALL, "--nproc", "2"]
     done = start("-m", "rosetrainer", "train", *flags, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
-    assert "blocks.0.attention.query_key_value.weight   3 x 16 x 16  [:, 0:8, :]" in done.stdout
-    assert "yes: what is left is rounding" in done.stdout
     texts = []
     for ranks in ([], ["--nproc", "2"]):
         done = start(
