@@ -27,10 +27,10 @@ from rosetrainer.parallel.tensor_parallel import ShardSpec, shard_spec
 
 
 class Saver:
-    """Saves the model and its optimizer, now or behind the training that goes on.
+    """Saves the model and its optimizer, before training goes on or in a thread beside it.
 
-    run: the run folder, the same on every rank. attempt: a word that no other process of this run
-    has used, the same on every rank. All ranks call `save` at the same steps.
+    run: the run folder, the same on every rank. attempt: a name that no other
+    process of this run has used, the same on every rank. All ranks call `save` at the same steps.
     """
 
     def __init__(
@@ -47,17 +47,17 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         self.saved: list[tuple[int, float, float]] = []
-        """(step, seconds that training was held, seconds until it was on the disk), not yet told"""
+        """(step, seconds that training was blocked, seconds until on the disk), not yet reported"""
 
     def save(self, progress: Progress) -> None:
         """Raises CheckpointError if this save, or the one before it, could not be written."""
         started = time.perf_counter()
-        # At the end no training is left that it could go on behind.
+        # After the last step there is no training for it to overlap with.
         behind = self._config.async_checkpoint and progress.step < self._config.steps
         self.join()
         self.check()
         tensors, slices, need = owned_slices(self._model, self._optimizer, self._context, behind)
-        held = time.perf_counter() - started
+        blocked = time.perf_counter() - started
 
         def write() -> None:
             draft = Draft(self._run, progress.step, self._attempt)
@@ -69,7 +69,7 @@ class Saver:
                 written = draft.complete(self._context.world_size, progress)
                 retain(self._run, self._config.keep, written)
             seconds = time.perf_counter() - started
-            self.saved.append((progress.step, held if behind else seconds, seconds))
+            self.saved.append((progress.step, blocked if behind else seconds, seconds))
 
         if not behind:
             write()
@@ -91,7 +91,7 @@ class Saver:
             self._thread = None
 
     def check(self) -> None:
-        """Raises what went wrong behind training."""
+        """Raises the error of a save in the thread."""
         if self._error is not None:
             raise self._error
 
@@ -99,15 +99,15 @@ class Saver:
 def owned_slices(
     model: nn.Module, optimizer: AdamW, context: ParallelContext, copy: bool
 ) -> tuple[dict[str, Tensor], dict[str, Any], int]:
-    """This rank's share of the state: tensors on the CPU by global name, and where they belong.
+    """What this rank writes: tensors on the CPU by global name, and their slices of the whole.
 
-    And the bytes that all ranks' shares take. A moment's name is its parameter's and its own:
+    And the bytes that all ranks write. A moment's name is its parameter's and its own:
     blocks.0.attention.dense.weight/exp_avg. copy: the tensors must not change with the model.
     """
     tensors, slices = {}, {}
     everything = list(whole_state(model, optimizer))
     need = sum(math.prod(spec.shape) * tensor.element_size() for _, tensor, spec in everything)
-    writers = share_out([spec for _, _, spec in everything], context)
+    writers = assign_writers([spec for _, _, spec in everything], context)
     for (name, tensor, spec), writer in zip(everything, writers, strict=True):
         start, stop = own_range(spec)
         if start == stop or writer != context.rank:
@@ -142,10 +142,10 @@ def own_range(spec: ShardSpec) -> tuple[int, int]:
     return start, stop
 
 
-def share_out(specs: Sequence[ShardSpec], context: ParallelContext) -> list[int]:
-    """Who writes: for each tensor, one of the ranks that hold the same part of it as this one.
+def assign_writers(specs: Sequence[ShardSpec], context: ParallelContext) -> list[int]:
+    """For each tensor the rank that writes the part which this rank holds.
 
-    It is the rank that has the least to write so far; all ranks come to the same answer.
+    Of all that hold it, the one with the least to write so far; every rank computes the same.
     """
     dp, tp = context.dp, context.tp
     load, writers = [0] * context.world_size, []

@@ -1,8 +1,8 @@
 """A checkpoint on disk: a file of each rank and a manifest, there whole or not at all.
 
 out/RUN/step_000100/ is written under a hidden name, synced, the manifest last, then renamed. Ranks
-leave word of their files beside them, so that no collective is needed and a save can go on behind
-training.
+publish the metadata of their files beside them, so no collective is needed and a save can overlap
+with training.
 """
 
 from __future__ import annotations
@@ -69,9 +69,9 @@ class Draft:
     def write_part(
         self, rank: int, tensors: dict[str, Tensor], slices: dict[str, Any], need: int
     ) -> None:
-        """Writes this rank's file, and word of it. need: the bytes of all ranks' tensors.
+        """Writes this rank's file, then its metadata. need: the bytes of all ranks' tensors.
 
-        Raises CheckpointError, and leaves nothing but word of that.
+        Raises CheckpointError, and leaves nothing but metadata with the error.
         """
         name = f"rank_{rank:05d}.safetensors"
         path, has = self.folder / name, room(self.run)
@@ -79,8 +79,8 @@ class Draft:
             self.folder.mkdir(exist_ok=True)
             write_whole(path, lambda part: save_file(tensors, part))
             size, mtime_ns = mark_of(path)
-            word = {"size": size, "mtime_ns": mtime_ns, "sha256": sha256_of(path), "slices": slices}
-            self._leave(name, word)
+            facts = {"size": size, "mtime_ns": mtime_ns, "sha256": sha256_of(path)}
+            self._publish_metadata(name, facts | {"slices": slices})
         except (OSError, SafetensorError) as error:
             path.unlink(missing_ok=True)
             text = (
@@ -89,21 +89,23 @@ class Draft:
                 f"same command goes on"
             )
             with contextlib.suppress(OSError):
-                self._leave(name, {"error": text})
+                self._publish_metadata(name, {"error": text})
             raise CheckpointError(text) from None
 
-    def _leave(self, name: str, word: dict[str, Any]) -> None:
-        """The last thing that a rank does in the folder: rank 0 renames it as soon as it has read
-        the word. So that is whole, and not synced, which would look for the folder once more."""
+    def _publish_metadata(self, name: str, metadata: dict[str, Any]) -> None:
+        """For rank 0, which renames the folder once it has read that of all: a rank's last access.
+
+        It appears whole, and is not synced: by then the folder may have its final name.
+        """
         part = self.folder / f".{name}.json.part"
-        part.write_text(json.dumps(word))
+        part.write_text(json.dumps(metadata))
         part.replace(self.folder / f"{name}.json")
 
     def complete(self, world_size: int, progress: Progress) -> Written:
-        """Waits for the word of all ranks, writes the manifest, and gives the folder its name.
+        """Waits for the metadata of all ranks, writes the manifest, and gives the folder its name.
 
-        A rank that hangs is the hang watch's. Raises CheckpointError, and leaves nothing, if one
-        could not write.
+        The hang watch ends a run in which a rank hangs. Raises CheckpointError, and leaves
+        nothing, if one could not write.
         """
         files: dict[str, Any] = {}
         marks = {}
@@ -111,12 +113,12 @@ class Draft:
         try:
             for rank in range(world_size):
                 name = f"rank_{rank:05d}.safetensors"
-                word = self._word_of(name)
-                for tensor, facts in word.pop("slices").items():
+                metadata = self._await_metadata(name)
+                for tensor, facts in metadata.pop("slices").items():
                     one = {"file": name, "start": facts.pop("start"), "stop": facts.pop("stop")}
                     tensors.setdefault(tensor, facts | {"slices": []})["slices"].append(one)
-                marks[name] = word["size"], word.pop("mtime_ns")
-                files[name] = word
+                marks[name] = metadata["size"], metadata.pop("mtime_ns")
+                files[name] = metadata
             stands = json.loads(json.dumps(asdict(progress), default=str))
             values = {"format": FORMAT, "progress": stands, "files": files, "tensors": tensors}
             content = with_own_hash(values)
@@ -138,22 +140,22 @@ class Draft:
         sync_folder(self.run)
         return final
 
-    def _word_of(self, name: str) -> dict[str, Any]:
+    def _await_metadata(self, name: str) -> dict[str, Any]:
         path, pause = self.folder / f"{name}.json", 0.002
         while not path.exists():
             time.sleep(pause)
             pause = min(2 * pause, 0.1)  # a rank that waits must not look like one at work
-        word: dict[str, Any] = json.loads(path.read_text())
+        metadata: dict[str, Any] = json.loads(path.read_text())
         path.unlink()
-        if "error" in word:
-            raise CheckpointError(word["error"])
-        return word
+        if "error" in metadata:
+            raise CheckpointError(metadata["error"])
+        return metadata
 
 
 def retain(run: Path, keep: int, written: Written | None = None) -> None:
     """Removes checkpoints but the newest `keep`, and none if not one of those is sound.
 
-    written: what this process has just written, which need not be read once more.
+    written: what this process has just written, which need not be read again.
     """
     kept, others = checkpoints(run)[:keep], checkpoints(run)[keep:]
     known = [folder for folder in kept if written and written.is_whole(folder)]

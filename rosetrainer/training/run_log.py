@@ -23,7 +23,7 @@ LOG = "log.jsonl"
 EVENTS = "events.out.tfevents.*"
 
 SLOW_SAVE_SECONDS = 10.0
-"""A checkpoint that held training for longer is told of."""
+"""A checkpoint that blocks training for longer is reported on the screen."""
 
 
 class RunLog:
@@ -59,13 +59,14 @@ class RunLog:
         told = "" if bits is None else f" nats per token, {bits:.4f} bits per byte"
         self.say(f"step {step:5d}/{self._steps}  val loss {figures['val/loss']:.6f}{told}{remark}")
 
-    def checkpoint(self, step: int, held: float, seconds: float) -> None:
-        """held: seconds that training was held; seconds: until it was on the disk."""
-        self._write(step, {"perf/checkpoint_s": seconds, "perf/checkpoint_held_s": held})
-        if held > SLOW_SAVE_SECONDS:
+    def checkpoint(self, step: int, blocked: float, seconds: float) -> None:
+        """blocked: seconds for which training stood still; seconds: until it was on the disk."""
+        self._write(step, {"perf/checkpoint_s": seconds, "perf/checkpoint_blocked_s": blocked})
+        if blocked > SLOW_SAVE_SECONDS:
             self.say(
-                f"step {step:5d}/{self._steps}  a checkpoint held training for {held:.0f} s; "
-                f"--async-checkpoint writes behind it, --checkpoint-every saves less often"
+                f"step {step:5d}/{self._steps}  training blocked for {blocked:.0f} s by a "
+                f"checkpoint; --async-checkpoint overlaps the two, --checkpoint-every saves "
+                f"less often"
             )
 
     def curves(self) -> LossCurves:

@@ -133,12 +133,14 @@ def test_of_checkpoints_only_a_slow_one_is_said(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with RunLog(tmp_path, 9) as log:
-        log.checkpoint(2, held=0.25, seconds=90.0)
+        log.checkpoint(2, blocked=0.25, seconds=90.0)
         assert capsys.readouterr().out == ""
-        log.checkpoint(4, held=12.0, seconds=12.5)
-    assert capsys.readouterr().out.startswith("step     4/9  a checkpoint held training for 12 s; ")
+        log.checkpoint(4, blocked=12.0, seconds=12.5)
+    assert capsys.readouterr().out.startswith(
+        "step     4/9  training blocked for 12 s by a checkpoint; "
+    )
     told = assert_told_alike(tmp_path)
-    assert told["perf/checkpoint_held_s", 2] == 0.25 and told["perf/checkpoint_s", 4] == 12.5
+    assert told["perf/checkpoint_blocked_s", 2] == 0.25 and told["perf/checkpoint_s", 4] == 12.5
 
 
 def broken_resumed_and_extended(data: Path, out: Path) -> list[str]:
