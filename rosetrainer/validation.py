@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from types import UnionType
@@ -114,6 +115,19 @@ def _mismatch(hint: Any, value: Any) -> str:
     ok = isinstance(value, hint) and (hint is not int or not isinstance(value, bool))
     named = {int: "an integer", bool: "true or false", Path: "a path", str: "a text"}
     return "" if ok else named.get(hint, f"a {hint.__name__}")
+
+
+def unknown_setting(config: Any, known: Mapping[str, tuple[Any, ...] | None]) -> str:
+    """The first setting of config that `known` leaves out, "activation=silu, only for gelu", or "".
+
+    known: for each field the values that are taken into account, None for all; a field that is not
+    there has to keep its default.
+    """
+    for f in fields(config):
+        value, values = getattr(config, f.name), known.get(f.name, (f.default,))
+        if values is not None and value not in values:
+            return f"{f.name}={value}, only for {one_of(values)}"
+    return ""
 
 
 def divisors(n: int) -> list[int]:

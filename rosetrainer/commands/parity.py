@@ -38,6 +38,7 @@ from rosetrainer.proof.computation import (
     UPDATES,
     Proof,
 )
+from rosetrainer.proof.reference_rotary import check_oracle
 from rosetrainer.validation import LocalRanks, check_fields
 
 
@@ -160,6 +161,7 @@ def main(argv: list[str]) -> int:
     world_size, starts = ranks_to_start("parity", argv, command.nproc, command.parallel)
     tp_size, _ = command.parallel.resolve(world_size)
     command.model.check(tp_size, command.parallel.sequence_parallel)
+    check_oracle(command.model)
     if starts:
         return launch(world_size, ["parity", *argv])
     # The one process that every rank compares with: its position table can be a short one.

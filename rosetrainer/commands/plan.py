@@ -11,6 +11,7 @@ from rosetrainer.config import TrainConfig
 from rosetrainer.data.batches import open_corpus
 from rosetrainer.hardware.performance import choose_dtype
 from rosetrainer.planner.layout import Plan, Work, plan
+from rosetrainer.planner.settings import check_settings
 from rosetrainer.validation import ConfigError, Count, check_fields
 
 MOST_LOGITS = 2**42  # of a micro-batch: they are counted chunk by chunk
@@ -38,11 +39,6 @@ def main(argv: list[str]) -> int:
     vocabulary = command.vocabulary or corpus_vocabulary(config)
     config = replace(config, model=replace(config.model, vocab_size=vocabulary), parallel=parallel)
     config.check(tp_size * dp_size)
-    if config.model.architecture != "gpt2" or config.optim.optimizer != "adamw":
-        raise ConfigError(
-            f"architecture={config.model.architecture} with optimizer={config.optim.optimizer} has "
-            "no closed form here; plan knows gpt2 with adamw"
-        )
     rows = config.optim.micro_batch(dp_size)
     logits = rows * config.model.context_length * vocabulary
     if logits > MOST_LOGITS:
@@ -64,7 +60,8 @@ def corpus_vocabulary(config: TrainConfig) -> int:
 
 
 def plan_training(config: TrainConfig, dtype: torch.dtype) -> Plan:
-    """The plan of one of the ranks that config asks for."""
+    """The plan of one of the ranks that config asks for. Raises ConfigError as check_settings."""
+    check_settings(config.optim)
     dp = config.parallel.dp_size or 1
     work = Work(
         config.optim.micro_batch(dp),

@@ -1,4 +1,4 @@
 """What a layout moves and holds: pure functions of the config, no process is started.
 
-layout sums it up; attention and loss have closed forms of their own.
+layout sums it up; attention and loss have closed forms of their own; settings names what they know.
 """

@@ -17,6 +17,7 @@ from rosetrainer.parallel.data_parallel import BUCKET_BYTES
 from rosetrainer.parallel.vocab_parallel import PADDED_TO
 from rosetrainer.planner.attention import bytes_of_scores
 from rosetrainer.planner.loss import bytes_of_sums
+from rosetrainer.planner.settings import check_settings
 
 LedgerTable = dict[tuple[str, str, str], tuple[int, int]]  # axis, operation, phase: calls, bytes
 Moved = tuple[str, str, list[int]]  # operation, phase, payload bytes of each call
@@ -58,8 +59,9 @@ class Plan:
 
 
 def plan(model: GPTConfig, parallel: ParallelConfig, work: Work) -> Plan:
-    """The plan of one rank. parallel.tp_size and dp_size are given."""
+    """The plan of one rank; tp_size and dp_size are given. Raises ConfigError as check_settings."""
     assert parallel.tp_size and parallel.dp_size
+    check_settings(model, parallel)
     sizes = list(parameters(model, parallel.tp_size, bool(work.source_tokens)))
     held = sum(p.elements for p in sizes) * work.weight_bytes
     memory = {

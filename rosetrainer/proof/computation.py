@@ -104,7 +104,7 @@ class Proof:
     def oracle(self) -> Found:
         """What the dense model finds in float64; its weights are moved by our optimizer, alone."""
         carrier = self.model(ParallelContext(device=self.context.device), torch.float64)
-        dense = build_reference(self.config).to(self.context.device).double()
+        dense = build_reference(self.config, self.whole).to(self.context.device).double()
         own = [row for rows in self.parts(self.context) for row in range(rows.start, rows.stop)]
         logits: dict[int, Tensor] = {}
 

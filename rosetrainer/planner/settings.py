@@ -1,0 +1,50 @@
+"""Which settings the closed forms know: a config with another one is refused, not half planned."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rosetrainer.config import GPTConfig, OptimConfig, ParallelConfig
+from rosetrainer.validation import ConfigError, unknown_setting
+
+# Fields that change what a step moves or a rank holds, and at which values they are planned.
+COUNTED: dict[type, dict[str, tuple[str, ...] | None]] = {
+    GPTConfig: {
+        **dict.fromkeys(("vocab_size", "context_length", "n_layers", "n_heads", "d_model")),
+        **dict.fromkeys(("d_head", "d_ff", "bias", "tied", "dropout")),
+        "architecture": ("gpt2",),
+    },
+    ParallelConfig: {
+        **dict.fromkeys(("tp_size", "dp_size", "sequence_parallel", "overlap")),
+        "recompute": ("none", "attention", "block"),
+    },
+    OptimConfig: {
+        **dict.fromkeys(("global_batch_size", "micro_batch_size")),
+        "optimizer": ("adamw",),
+    },
+}
+# Fields that change neither.
+WITHOUT_EFFECT: dict[type, tuple[str, ...]] = {
+    GPTConfig: ("rotary_base",),
+    ParallelConfig: (),
+    OptimConfig: (
+        *("learning_rate", "min_lr_ratio", "warmup_steps", "schedule", "head_learning_rate"),
+        *("weight_decay", "beta1", "beta2", "eps", "grad_clip"),
+        *("muon_learning_rate", "muon_momentum"),
+    ),
+}
+
+
+def check_settings(*configs: Any) -> None:
+    """Raises ConfigError for a setting that the closed forms leave out.
+
+    configs: of the types in COUNTED.
+    """
+    for config in configs:
+        kind = type(config)
+        known = COUNTED[kind] | dict.fromkeys(WITHOUT_EFFECT[kind])
+        if setting := unknown_setting(config, known):
+            raise ConfigError(
+                f"plan has no closed form for {setting}; one belongs in "
+                "rosetrainer/planner/layout.py, and its name in settings.py beside it"
+            )
