@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from ladder import STEPS, StepError, diff, read
+from pictures.album import write_pictures
 
 
 def excerpt(path: Path, name: str) -> str:
@@ -53,6 +54,7 @@ def readme(steps: list[Path]) -> None:
     for step in steps:
         for page in pages(step):
             page.write_text(written_anew(page))
+    write_pictures(steps)
 
 
 def says(page: Path) -> dict[str, object]:

@@ -7,7 +7,7 @@ for readers
   break NN            plants a known mistake, and shows what turns red and what stays green
 
 for keepers
-  readme [NN]         writes each page's diff and excerpts from the real files
+  readme [NN]         writes each page's diff, excerpts and picture from the real files
   propagate           carries a fix from its step to those that grow out of it, and to the package
   check               all of it holds: fresh pages, both languages, 200 lines, the core, propagate
   rehearse            runs each step's tests and a short training, on 1, 2 and 4 ranks

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ladder import STEPS, StepError, added_code, find, folders, parent, python_files, read
 from pages import pages, says, written_anew
+from pictures.album import check_pictures
 
 PACKAGE = STEPS.parent / "rosetrainer"
 LARGEST = 200  # added lines of code
@@ -94,6 +95,7 @@ def check() -> None:
             if re.search(r"^\s*(from|import) rosetrainer", path.read_text(), re.M):
                 raise StepError(f"{step.name}/{path.name} imports the package")
         with_mistake(step)
+    check_pictures()
     for name, path in CORE.items():
         ours = body_and_imports(as_package(last_with(name).read_text()))
         if ours != body_and_imports((PACKAGE / path).read_text()):

@@ -1,0 +1,49 @@
+"""Which picture belongs to which step, and whether it is fresh."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from ladder import STEPS, StepError, folders
+
+from pictures import attention, first, later, layers, road
+
+STEP_PICTURES: dict[str, Callable[[], str]] = {
+    "00": first.two_ranks,
+    "01": first.minimal_gpt,
+    "02": first.labels,
+    "03": first.data_parallel,
+    "04": layers.column_parallel,
+    "05": layers.gathered_layers,
+    "06": layers.row_parallel,
+    "07": layers.feed_forward,
+    "08": attention.gathered_attention,
+    "09": attention.parallel_attention,
+    "10": attention.cross_attention,
+    "18": later.resharded,
+}
+
+
+def drawn(steps: list[Path]) -> Iterator[tuple[Path, str]]:
+    """(file, SVG) of each of these steps, and of the ladder where all are drawn."""
+    for step in steps:
+        if draw := STEP_PICTURES.get(step.name[:2]):
+            yield step / "picture.svg", draw()
+    if steps == folders():
+        yield STEPS / "ladder.svg", road.the_ladder()
+
+
+def write_pictures(steps: list[Path]) -> None:
+    for path, svg in drawn(steps):
+        path.write_text(svg)
+
+
+def check_pictures() -> None:
+    """Raises StepError for a picture that is stale, or that a page does not show."""
+    for path, svg in drawn(folders()):
+        if not path.exists() or path.read_text() != svg:
+            raise StepError(f"{path.relative_to(STEPS)} is stale; run steps.py readme")
+        for page in (path.parent / "README.md", path.parent / "README.zh.md"):
+            if page.exists() and f"]({path.name})" not in page.read_text():
+                raise StepError(f"{page.relative_to(STEPS)} does not show {path.name}")

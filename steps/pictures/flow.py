@@ -1,0 +1,188 @@
+"""What the ranks hold, column by column: forward from left to right, backward under it.
+
+A rank is a lane. A collective is one dark shape over all lanes; where a region function does
+nothing in this direction, or takes a slice without communication, it is only outlined.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from pictures.canvas import WIDTH, Box, Canvas
+from pictures.grids import Grid
+
+MARGIN, LABEL, PAD, NOTE = 10, 24, 8, 16
+GATE = 26  # the width of a collective
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A column: the name and the letter (R, I, V, P) of a tensor, and what each rank has of it."""
+
+    name: str
+    letter: str
+    parts: list[Grid]
+    notes: Sequence[str] = ()  # a short text for each rank, under the grid
+
+    @property
+    def w(self) -> float:
+        """Of the widest part; the letter needs room too."""
+        return max(*(part.w for part in self.parts), 8 * len(self.name) + 22 if self.letter else 0)
+
+    @property
+    def h(self) -> float:
+        return max(part.h for part in self.parts) + (2 * NOTE if self.notes else 0)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A column in which each rank has two tensors, one above the other."""
+
+    upper: Tensor
+    lower: Tensor
+
+    @property
+    def w(self) -> float:
+        return max(self.upper.w, self.lower.w)
+
+    @property
+    def h(self) -> float:
+        return self.upper.h + self.lower.h + LABEL + PAD
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A column: a collective, or a region function that communicates nothing this way."""
+
+    name: str  # of the collective; empty if there is none
+    region: str = ""  # f, g
+    w: float = GATE
+    h: float = 0
+
+
+Column = Tensor | Pair | Gate
+
+
+def places(columns: Sequence[Column]) -> list[float]:
+    """The left edge of each column; the gaps between them are equal."""
+    gap = (WIDTH - 2 * MARGIN - 2 * PAD - sum(c.w for c in columns)) / (len(columns) - 1)
+    edges, x = [], float(MARGIN + PAD)
+    for column in columns:
+        edges.append(x)
+        x += column.w + gap
+    return edges
+
+
+def lane_height(columns: Sequence[Column]) -> float:
+    """Room for the highest column, and at the left end for the rank's name above the label."""
+    return max(columns[0].h + 16, *(column.h for column in columns)) + LABEL + 2 * PAD
+
+
+def lanes(canvas: Canvas, top: float, height: float, ranks: int = 2) -> list[Box]:
+    boxes = []
+    for rank in range(ranks):
+        box = Box(MARGIN, top + rank * (height + 4), WIDTH - 2 * MARGIN, height)
+        boxes.append(canvas.rect(box, f"l{rank}", 6))
+        canvas.text(box.x + 6, box.y + 10, f"rank {rank}", "small faint", "start")
+    return boxes
+
+
+def draw_gate(canvas: Canvas, gate: Gate, box: Box) -> None:
+    if not gate.name:
+        canvas.rect(box, "open", 6)
+        canvas.text(box.cx, box.cy, gate.region, "faint")
+        return
+    canvas.rect(box, "gate", 6)
+    canvas.upright(box.cx, box.cy, gate.name, "on")
+    if gate.region:
+        canvas.text(box.cx, box.y + 14, gate.region, "on bold")
+
+
+def draw_pass(
+    canvas: Canvas, top: float, columns: Sequence[Column], edges: list[float], leftwards: bool
+) -> float:
+    """One direction, all ranks; returns where it ends."""
+    height = lane_height(columns)
+    boxes = lanes(canvas, top, height, ranks_of(columns))
+    for rank, lane in enumerate(boxes):
+        placed = [
+            place(canvas, column, x, lane, rank) for column, x in zip(columns, edges, strict=True)
+        ]
+        for before, after in pairwise(placed):
+            for number in range(max(len(before), len(after))):
+                start, end = (
+                    before[min(number, len(before) - 1)],
+                    after[min(number, len(after) - 1)],
+                )
+                y0 = start.cy if start.h else end.cy
+                y1 = end.cy if end.h else y0
+                ends = [(start.right + 2, y0), (end.x - 2, y1)]
+                canvas.line(*(reversed(ends) if leftwards else ends))
+    bottom = boxes[-1].bottom
+    for column, x in zip(columns, edges, strict=True):
+        if isinstance(column, Gate):
+            draw_gate(canvas, column, Box(x, top + 4, column.w, bottom - top - 8))
+    return bottom
+
+
+def ranks_of(columns: Sequence[Column]) -> int:
+    return max(len(column.parts) for column in columns if isinstance(column, Tensor))
+
+
+def place(canvas: Canvas, column: Column, x: float, lane: Box, rank: int) -> list[Box]:
+    """Draws what a rank has of a column; a box of no height stands for a collective."""
+    middle = lane.y + LABEL + (lane.h - LABEL) / 2
+    if isinstance(column, Gate):
+        return [Box(x, middle, column.w, 0)]
+    if isinstance(column, Pair):
+        apart = (column.h - LABEL) / 4 + LABEL / 2
+        upper = tensor_at(canvas, column.upper, x + column.w / 2, middle - apart, rank)
+        return [upper, tensor_at(canvas, column.lower, x + column.w / 2, middle + apart, rank)]
+    return [tensor_at(canvas, column, x + column.w / 2, middle, rank)]
+
+
+def tensor_at(canvas: Canvas, tensor: Tensor, cx: float, cy: float, rank: int) -> Box:
+    part = tensor.parts[rank]
+    box = canvas.grid(
+        cx - part.w / 2, cy - part.h / 2, part.kinds, part.entries, part.size, part.small
+    )
+    label(canvas, tensor, box)
+    if tensor.notes:
+        canvas.text(box.cx, box.bottom + 9, tensor.notes[rank], "small")
+    return box
+
+
+def label(canvas: Canvas, tensor: Tensor, box: Box) -> None:
+    """The name above the grid, the letter beside it."""
+    y = box.y - 13
+    if not tensor.letter:
+        canvas.text(box.cx, y, tensor.name)
+        return
+    width = 8 * len(tensor.name)
+    canvas.text(box.cx - 11, y, tensor.name)
+    canvas.badge(box.cx + width / 2 + 1, y, tensor.letter)
+
+
+def draw_both(forward: Sequence[Column], backward: Sequence[Column]) -> str:
+    """The SVG of a forward pass and, column for column under it, the backward pass."""
+    pairs = zip(forward, backward, strict=True)
+    edges = places([max(pair, key=lambda column: column.w) for pair in pairs])
+    canvas = Canvas(2 * MARGIN + height_of(forward) + 24 + height_of(backward))
+    bottom = draw_pass(canvas, MARGIN, forward, edges, leftwards=False)
+    draw_pass(canvas, bottom + 24, backward, edges, leftwards=True)
+    return canvas.svg()
+
+
+def draw_rows(*rows: Sequence[Column]) -> str:
+    """The SVG of a forward pass that is too long for one line."""
+    canvas = Canvas(2 * MARGIN + sum(map(height_of, rows)) + 24 * (len(rows) - 1))
+    top: float = MARGIN
+    for columns in rows:
+        top = draw_pass(canvas, top, columns, places(columns), leftwards=False) + 24
+    return canvas.svg()
+
+
+def height_of(columns: Sequence[Column]) -> float:
+    return ranks_of(columns) * (lane_height(columns) + 4) - 4

@@ -1,0 +1,104 @@
+"""Each page of the steps shows a picture that a program made: fresh, legible, in no language."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+STEPS = sorted(path for path in (ROOT / "steps").glob("[0-9][0-9]_*"))
+PICTURES = sorted((ROOT / "steps").glob("**/*.svg"))
+ENGLISH = {"rank", "all", "reduce", "gather", "scatter"}  # what a Chinese page writes so too
+SMALLEST = 12 * 358 / 480  # pixels of a letter on a telephone, 390 wide with 16 of margin
+
+
+def texts(picture: Path) -> list[str]:
+    tree = ElementTree.parse(picture)
+    return ["".join(node.itertext()) for node in tree.iter() if node.tag.endswith("}text")]
+
+
+def words_of_the_code() -> set[str]:
+    """Names in the steps' Python files and folders: both languages show them as they are."""
+    sources = [path.read_text() for path in (ROOT / "steps").glob("[0-9]*/*.py")]
+    return {*re.findall(r"[A-Za-z_]\w*", "\n".join(sources)), "rosetrainer"} | {
+        step.name[3:] for step in STEPS
+    }
+
+
+@pytest.mark.parametrize("page", ["README.md", "README.zh.md"])
+@pytest.mark.parametrize("step", [path.parent for path in PICTURES], ids=lambda step: step.name)
+def test_a_page_shows_its_picture_in_both_languages(step: Path, page: str) -> None:
+    name = "ladder.svg" if step.name == "steps" else "picture.svg"
+    text = (step / page).read_text()
+    assert len(re.findall(rf"^!\[[^]]+\]\({name}\)$", text, re.MULTILINE)) == 1
+    assert (step / name).exists()
+    assert "```mermaid" not in text
+
+
+@pytest.mark.parametrize("picture", PICTURES, ids=lambda path: path.parent.name)
+def test_a_picture_holds_letters_and_numbers_only(picture: Path) -> None:
+    known = words_of_the_code() | ENGLISH
+    for text in texts(picture):
+        for word in re.findall(r"[^\W\d]\w*", text):
+            name = re.sub(r"_\d+$", "", word)  # rank_00000
+            assert len(name) <= 3 or name in known, text
+        assert text.isascii() or set(text) - set(map(chr, range(128))) <= set("×²ᵀ…Σ"), text
+
+
+@pytest.mark.parametrize("picture", PICTURES, ids=lambda path: path.parent.name)
+def test_a_picture_follows_the_reader_s_scheme_and_fits_a_telephone(picture: Path) -> None:
+    source = picture.read_text()
+    root = ElementTree.fromstring(source)
+    width = float(root.attrib["viewBox"].split()[2])
+    assert "prefers-color-scheme:dark" in source
+    assert width <= 480 and float(root.attrib["width"]) <= 846
+    assert min(map(float, re.findall(r"font-size:(\d+)px", source))) * 358 / width >= SMALLEST
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    shutil.copytree(
+        ROOT / "steps", tmp_path / "steps", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    shutil.copytree(ROOT / "rosetrainer", tmp_path / "rosetrainer")
+    return tmp_path
+
+
+def steps(root: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "steps/steps.py", *words]
+    return subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+
+
+def test_check_fails_where_a_step_has_other_numbers_than_its_picture(copy: Path) -> None:
+    script = copy / "steps/00_two_ranks/two_ranks.py"
+    script.write_text(script.read_text().replace("TIMEOUT = 5.0", "TIMEOUT = 6.0"))
+    for _ in range(2):  # the diff first, then the picture
+        refused = steps(copy, "check").stderr
+        if refused.startswith("error: 00_two_ranks/README.md"):
+            pages = copy / "steps/00_two_ranks"
+            kept = (pages / "picture.svg").read_text()
+            assert steps(copy, "readme", "00").returncode == 0
+            assert "6 s" in (pages / "picture.svg").read_text()
+            (pages / "picture.svg").write_text(kept)
+    assert refused == "error: 00_two_ranks/picture.svg is stale; run steps.py readme\n"
+
+
+def test_check_fails_where_a_page_shows_no_picture(copy: Path) -> None:
+    page = copy / "steps/04_column_parallel_linear/README.zh.md"
+    page.write_text(page.read_text().replace("](picture.svg)", "](other.svg)"))
+    refused = steps(copy, "check").stderr
+    assert refused == "error: 04_column_parallel_linear/README.zh.md does not show picture.svg\n"
+
+
+def test_readme_draws_all_pictures_again(copy: Path) -> None:
+    before = {path: path.read_text() for path in copy.glob("steps/**/*.svg")}
+    for path in before:
+        path.unlink()
+    assert steps(copy, "readme").returncode == 0
+    assert {path: path.read_text() for path in copy.glob("steps/**/*.svg")} == before
