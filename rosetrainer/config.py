@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Annotated, Literal
+from dataclasses import dataclass, field, fields, replace
+from typing import Annotated, Any, Literal
 
 from tyro.conf import Suppress
 
 from rosetrainer.model_size import check_exists
+from rosetrainer.run_config import (
+    MAY_CHANGE,
+    CheckpointConfig,
+    EvaluationConfig,
+    HardwareConfig,
+    MonitorConfig,
+    PrecisionConfig,
+    RunConfig,
+)
 from rosetrainer.validation import (
     BelowOne,
     Bounds,
@@ -147,7 +155,7 @@ class OptimConfig:
     """Largest global gradient norm; 0 does not clip."""
     global_batch_size: Annotated[int, Bounds(1, 2**20)] = 16
     """Sequences in one update, over all ranks: the work is the same in every layout."""
-    micro_batch_size: Count | None = None
+    micro_batch_size: Annotated[Count | None, MAY_CHANGE] = None
     """Sequences in one forward pass of a rank; global_batch_size / dp_size unless given."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """muon: Muon for the matrices of the blocks, AdamW for the rest."""
@@ -182,59 +190,40 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
-class RunConfig:
-    """The run: data, length, precision, where results go."""
-
-    data: Path = Path("data/python-docs")
-    """Folder that `prepare` wrote."""
-    out: Path | None = None
-    """Folder of the run; unless given, this command's unfinished out/run-NNN or a new one."""
-    steps: Count = 200
-    """Updates."""
-    eval_every: CountOrZero = 50
-    """Steps between two evaluations; 0 evaluates only at the end."""
-    eval_tokens: Count = 65536
-    """Validation tokens of an evaluation, from the start of val.bin."""
-    seed: CountOrZero = 1337
-    """Decides the initial weights and the order of the data."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto takes CUDA when each local rank has a GPU of its own."""
-    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
-    """bfloat16 is autocast over fp32 parameters; auto takes it where the hardware multiplies it."""
-    compute_dtype: Suppress[Literal["float32", "bfloat16", "float64"] | None] = None
-    """What dtype has come to; a run that goes on keeps to it."""
-    deterministic: bool = False
-    """Only kernels that give the same bits each time. CPUs do anyway; on CUDA it costs speed."""
-    compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile of each block; auto: on where it is faster and possible, CUDA at tp_size 1."""
-    max_skipped: CountOrZero = 0
-    """Steps with nan or inf in a gradient that may be skipped before the run stops."""
-    checkpoint_every: CountOrZero = 50
-    """Steps between two checkpoints; one comes at the end, and when a signal stops the run."""
-    keep: Count = 2
-    """Checkpoints that stay; older ones are removed."""
-    resume: str = "auto"
-    """auto goes on where this command was interrupted; never; or a checkpoint's or run's PATH."""
-    async_checkpoint: bool = False
-    """Checkpoints are written while training goes on; takes memory for a second copy."""
-    timeout: Count = 600
-    """Seconds without progress after which ranks that hang are ended."""
-    check_replicas: CountOrZero = 0
-    """Steps between two comparisons of what several ranks hold alike; 0 never compares."""
-    profile: CountOrZero = 0
-    """Steps that torch.profiler records, after five that are not: a trace and a table."""
-    threads: Annotated[int, Bounds(0, 1024)] = 0
-    """CPU threads of a rank; 0 shares the cores among the local ranks."""
-
-
-@dataclass(frozen=True)
 class TrainConfig:
-    """Everything that decides a training run."""
+    """Everything that decides a training run. No two components have a setting of one name."""
 
     model: GPTConfig = field(default_factory=GPTConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    parallel: Annotated[ParallelConfig, MAY_CHANGE] = field(default_factory=ParallelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    hardware: Annotated[HardwareConfig, MAY_CHANGE] = field(default_factory=HardwareConfig)
+    evaluation: Annotated[EvaluationConfig, MAY_CHANGE] = field(default_factory=EvaluationConfig)
+    checkpoint: Annotated[CheckpointConfig, MAY_CHANGE] = field(default_factory=CheckpointConfig)
+    monitor: Annotated[MonitorConfig, MAY_CHANGE] = field(default_factory=MonitorConfig)
+
+    def with_settings(self, **settings: Any) -> TrainConfig:
+        """A copy in which settings, named as in their components, have other values."""
+        changed = {}
+        for part in fields(self):
+            component = getattr(self, part.name)
+            own = {f.name: settings.pop(f.name) for f in fields(component) if f.name in settings}
+            changed[part.name] = replace(component, **own)
+        assert not settings, f"no component has {', '.join(settings)}"
+        return TrainConfig(**changed)
+
+    @classmethod
+    def upgrade(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """What an older version wrote, which kept the settings of all later components in `run`."""
+        run = values.get("run")
+        if not isinstance(run, dict) or "monitor" in values:
+            return values
+        values = values | {"run": {**run}}
+        for part in fields(cls)[4:]:
+            names = {f.name for f in fields(part.default_factory)} & set(run)  # type: ignore
+            values[part.name] = {name: values["run"].pop(name) for name in names}
+        return values
 
     def check(self, world_size: int) -> None:
         """Raises ConfigError for anything that cannot work with world_size ranks."""

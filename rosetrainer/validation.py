@@ -60,6 +60,7 @@ def config_from_dict(cls: type[T], values: Any, where: str) -> T:
     """The dataclass cls (nested ones too) out of values; `where` names them in a ConfigError."""
     if not isinstance(values, dict):
         raise ConfigError(f"{where} should hold an object, not {type(values).__name__}")
+    values = getattr(cls, "upgrade", dict)(values)
     hints = get_type_hints(cls)
     names = {f.name for f in fields(cls)}  # type: ignore[arg-type]
     if unknown := sorted(map(str, set(values) - names)):
@@ -84,8 +85,8 @@ def check_fields(config: Any) -> None:
     """
     hints = get_type_hints(type(config), include_extras=True)
     for f in fields(config):
-        value = getattr(config, f.name)
-        if is_dataclass(value) and isinstance(value, hints[f.name]):
+        value, hint = getattr(config, f.name), get_type_hints(type(config))[f.name]
+        if is_dataclass(hint) and isinstance(value, hint):  # type: ignore[arg-type]
             check_fields(value)
             continue
         problem = _mismatch(hints[f.name], value)

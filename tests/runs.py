@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from rosetrainer.checkpoint.manifest import check_files, read_manifest
 from rosetrainer.checkpoint.saver import read_whole
-from rosetrainer.config import GPTConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
+from rosetrainer.config import GPTConfig, OptimConfig, ParallelConfig, TrainConfig
 from rosetrainer.launch.stop import STOP
 from rosetrainer.training import trainer
 from rosetrainer.training.setup import check_config, train
@@ -27,8 +27,7 @@ def config_for(data: Path, out: Path, **run: object) -> TrainConfig:
         MODEL,
         ParallelConfig(),
         OptimConfig(warmup_steps=2, global_batch_size=8, micro_batch_size=2),
-        RunConfig(data=data, out=out, **values),  # type: ignore[arg-type]
-    )
+    ).with_settings(data=data, out=out, **values)
 
 
 class Killed(BaseException):
@@ -40,8 +39,7 @@ def tiny(data: Path, out: Path, **run: Any) -> TrainConfig:
     return TrainConfig(
         GPTConfig(context_length=8, n_layers=1, n_heads=2, d_model=8),
         optim=OptimConfig(warmup_steps=2, global_batch_size=2),
-        run=RunConfig(data=data, out=out, eval_tokens=16, **(values | run)),
-    )
+    ).with_settings(data=data, out=out, eval_tokens=16, **(values | run))
 
 
 def run_once(config: TrainConfig, killed_in: int = 0) -> None:
@@ -84,7 +82,7 @@ def train_here(config: TrainConfig, world: int, stop_after: int) -> dict[int, fl
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "train_step", train_step)
-        if config.run.async_checkpoint:
+        if config.checkpoint.async_checkpoint:
             patch.setattr("rosetrainer.checkpoint.slices.save_file", slow_save)
         patch.setattr(
             "rosetrainer.training.setup.matmul_peak", lambda *_: 1.0

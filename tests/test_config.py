@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import math
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 import pytest
@@ -13,7 +13,15 @@ import pytest
 from rosetrainer.__main__ import main
 from rosetrainer.commands.flags import parse_flags
 from rosetrainer.commands.generate import SamplingConfig
-from rosetrainer.config import GPTConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
+from rosetrainer.config import (
+    CheckpointConfig,
+    GPTConfig,
+    OptimConfig,
+    ParallelConfig,
+    RunConfig,
+    TrainConfig,
+)
+from rosetrainer.training.run_identity import MUST_MATCH_ON_RESUME
 from rosetrainer.validation import ConfigError, check_fields, config_from_dict
 
 STRANGE = [0, -1, 1.5, math.nan, math.inf, "4", True, [], 2**70]
@@ -90,7 +98,7 @@ def test_a_grid_of_bad_configs_raises_nothing_but_config_error() -> None:
         (RunConfig, {"steps": 2.0}, r"steps=2\.0 must be an integer"),
         (RunConfig, {"steps": True}, "steps=True must be an integer"),
         (RunConfig, {"steps": None}, "steps=None must be an integer"),
-        (RunConfig, {"resume": 3}, "resume=3 must be a text"),
+        (CheckpointConfig, {"resume": 3}, "resume=3 must be a text"),
         (RunConfig, {"steps": "x" * 999}, f"steps='{'x' * 79}... must be an integer"),
         (
             OptimConfig,
@@ -177,7 +185,7 @@ def test_a_flag_that_does_not_fit_where_the_terminal_has_ascii_only(
 
 def test_threads_are_no_more_than_a_machine_can_start() -> None:
     with pytest.raises(ConfigError, match="^threads=100000 must be from 0 to 1024$"):
-        TrainConfig(run=RunConfig(threads=100_000)).check(1)
+        TrainConfig().with_settings(threads=100_000).check(1)
 
 
 @pytest.mark.parametrize("command", ["train", "parity", "generate", "plan"])
@@ -197,3 +205,36 @@ def test_flags_reach_every_component() -> None:
 def test_a_config_file_that_is_not_ours_is_refused(values: Any) -> None:
     with pytest.raises(ConfigError):
         config_from_dict(TrainConfig, values, "config.json")
+
+
+def as_an_older_version_wrote_it(config: TrainConfig) -> dict[str, Any]:
+    """One component, `run`, for all that is not model, layout or optimizer."""
+    parts = asdict(config)
+    old = {name: parts.pop(name) for name in ("model", "parallel", "optim")}
+    return old | {"run": {key: value for part in parts.values() for key, value in part.items()}}
+
+
+def test_a_config_of_an_older_version_is_read() -> None:
+    config = TrainConfig().with_settings(n_layers=3, steps=7, keep=5, compute_dtype="bfloat16")
+    old = as_an_older_version_wrote_it(config)
+    assert len(old["run"]) == 20
+    assert config_from_dict(TrainConfig, old, "config.json") == config
+    old["run"]["flux"] = 7
+    with pytest.raises(ConfigError, match="^config.json: run has unknown keys flux$"):
+        config_from_dict(TrainConfig, old, "config.json")
+
+
+def test_no_two_components_have_a_setting_of_one_name() -> None:
+    names = [name for part in asdict(TrainConfig()).values() for name in part]
+    assert sorted(names) == sorted(set(names))
+
+
+def test_what_may_change_when_a_run_is_resumed_is_declared() -> None:
+    names = {name for part in asdict(TrainConfig()).values() for name in part}
+    must = {name for part in MUST_MATCH_ON_RESUME.values() for name in part}
+    layout = {f.name for f in fields(ParallelConfig)}
+    assert names - must - layout == {
+        *("micro_batch_size", "data", "out", "eval_every", "eval_tokens", "device", "max_skipped"),
+        *("checkpoint_every", "keep", "resume", "async_checkpoint", "timeout", "check_replicas"),
+        *("threads", "compile", "profile", "dtype", "compute_dtype"),
+    }

@@ -10,7 +10,7 @@ from ranks import run_ranks
 
 from rosetrainer.commands import checkpoint as checkpoint_command
 from rosetrainer.commands.prepare import main as prepare
-from rosetrainer.config import GPTConfig, OptimConfig, RunConfig, TrainConfig
+from rosetrainer.config import GPTConfig, OptimConfig, TrainConfig
 from rosetrainer.training.setup import check_config, train
 
 
@@ -23,8 +23,7 @@ def write_everything(folder: Path, umask: int) -> dict[str, int]:
     config = TrainConfig(
         GPTConfig(context_length=8, n_layers=1, n_heads=2, d_model=8),
         optim=OptimConfig(global_batch_size=2),
-        run=RunConfig(data=corpus, out=run, steps=7, eval_tokens=8, profile=1, device="cpu"),
-    )
+    ).with_settings(data=corpus, out=run, steps=7, eval_tokens=8, profile=1, device="cpu")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("rosetrainer.training.setup.matmul_peak", lambda *_: 1.0)
         train(*check_config(config, 1))

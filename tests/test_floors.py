@@ -11,7 +11,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "rosetrainer"
 GROUND = {
-    *("config", "validation", "environment", "cgroup", "durable_files", "heartbeat"),
+    *("config", "run_config", "validation", "environment", "cgroup", "durable_files", "heartbeat"),
     "model_size",
 }
 FLOORS = [  # from the top; what stands on one floor does not import each other's folders

@@ -24,7 +24,7 @@ from rosetrainer.checkpoint.manifest import (
 from rosetrainer.commands import checkpoint as checkpoint_command
 from rosetrainer.commands import generate, parity, plan
 from rosetrainer.commands import train as train_command
-from rosetrainer.config import GPTConfig, OptimConfig, RunConfig, TrainConfig
+from rosetrainer.config import GPTConfig, OptimConfig, TrainConfig
 from rosetrainer.model_size import parameter_count
 from rosetrainer.models.layers import build_model
 from rosetrainer.parallel.context import ParallelContext
@@ -39,8 +39,10 @@ HUGE = 2**40
 @pytest.fixture(scope="module")
 def run(markov: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "run"
-    how = RunConfig(markov, out, steps=1, eval_tokens=8, threads=1, dtype="float32")
-    train(*check_config(TrainConfig(SMALL, optim=OptimConfig(global_batch_size=1), run=how), 1))
+    config = TrainConfig(SMALL, optim=OptimConfig(global_batch_size=1)).with_settings(
+        data=markov, out=out, steps=1, eval_tokens=8, threads=1, dtype="float32"
+    )
+    train(*check_config(config, 1))
     return out
 
 

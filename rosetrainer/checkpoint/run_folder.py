@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import socket
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
@@ -123,7 +123,7 @@ def check_unlocked(folder: Path) -> None:
 def read_config(folder: Path) -> TrainConfig:
     """Raises ConfigError if it cannot be read, or is not of such a run."""
     path = folder / CONFIG
-    values = _read_json(path)
+    values = TrainConfig.upgrade(_read_json(path))
     if missing := [f.name for f in fields(TrainConfig) if f.name not in values]:
         raise ConfigError(f"{path} lacks {', '.join(missing)}: it is of another program")
     return config_from_dict(TrainConfig, values, str(path))
@@ -146,7 +146,7 @@ def describe_run(folder: Path, config: TrainConfig, corpus: Path) -> None:
     if (
         folder / CONFIG
     ).exists():  # what was first asked of the dtype tells one command from another
-        config = replace(config, run=replace(config.run, dtype=read_config(folder).run.dtype))
+        config = config.with_settings(dtype=read_config(folder).precision.dtype)
     text = json.dumps(asdict(config), indent=2, default=str) + "\n"
     write_whole(folder / CONFIG, lambda part: part.write_text(text))
     for name in (META, TOKENIZER):

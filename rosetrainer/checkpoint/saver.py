@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from rosetrainer.checkpoint.manifest import CheckpointError, Manifest, Progress, SavedTensor
 from rosetrainer.checkpoint.slices import Draft, retain
-from rosetrainer.config import RunConfig
+from rosetrainer.config import CheckpointConfig
 from rosetrainer.heartbeat import HEARTBEAT
 from rosetrainer.optim.adamw import AdamW
 from rosetrainer.parallel.context import ParallelContext
@@ -40,7 +40,7 @@ class Saver:
         model: nn.Module,
         optimizer: AdamW,
         context: ParallelContext,
-        config: RunConfig,
+        config: CheckpointConfig,
     ) -> None:
         self._run, self._attempt, self._config = run, attempt, config
         self._model, self._optimizer, self._context = model, optimizer, context
@@ -53,7 +53,7 @@ class Saver:
         """Raises CheckpointError if this save, or the one before it, could not be written."""
         started = time.perf_counter()
         # After the last step there is no training for it to overlap with.
-        behind = self._config.async_checkpoint and progress.step < self._config.steps
+        behind = self._config.async_checkpoint and progress.step < progress.config.run.steps
         self.join()
         self.check()
         tensors, slices, need = owned_slices(self._model, self._optimizer, self._context, behind)

@@ -37,7 +37,7 @@ def main(argv: list[str]) -> int:
         tp_size, dp_size = parallel.resolve(command.nproc)
     parallel = replace(parallel, tp_size=tp_size, dp_size=dp_size)
     vocabulary = command.vocabulary or corpus_vocabulary(config)
-    config = replace(config, model=replace(config.model, vocab_size=vocabulary), parallel=parallel)
+    config = replace(config.with_settings(vocab_size=vocabulary), parallel=parallel)
     config.check(tp_size * dp_size)
     rows = config.optim.micro_batch(dp_size)
     logits = rows * config.model.context_length * vocabulary
@@ -47,7 +47,7 @@ def main(argv: list[str]) -> int:
             f"are {logits:.1e} logits in a forward pass, at most {MOST_LOGITS:.1e} can be planned; "
             f"try a smaller micro_batch_size or context_length"
         )
-    dtype = choose_dtype(config.run.dtype, torch.device("cpu"))
+    dtype = choose_dtype(config.precision.dtype, torch.device("cpu"))
     print(describe(config, plan_training(config, dtype), dtype))
     return 0
 

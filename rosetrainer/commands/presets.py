@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from rosetrainer.config import GPTConfig, OptimConfig, RunConfig, TrainConfig
+from rosetrainer.config import (
+    CheckpointConfig,
+    EvaluationConfig,
+    GPTConfig,
+    OptimConfig,
+    RunConfig,
+    TrainConfig,
+)
 
 PRESETS = {
     "default": TrainConfig(),
@@ -34,6 +41,8 @@ PRESETS = {
             grad_clip=0.0,
             global_batch_size=48,
         ),
-        run=RunConfig(steps=160, eval_every=0, eval_tokens=2**20, checkpoint_every=0),
+        run=RunConfig(steps=160),
+        evaluation=EvaluationConfig(eval_every=0, eval_tokens=2**20),
+        checkpoint=CheckpointConfig(checkpoint_every=0),
     ),
 }

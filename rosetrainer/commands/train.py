@@ -55,7 +55,7 @@ def main(argv: list[str]) -> int:
         return run_rank_of(command, world_size)
     os.environ[READ] = json.dumps(asdict(command), default=str)
     STOP.release()
-    return launch(world_size, ["train", *argv], config.run.threads, grace=command.grace)
+    return launch(world_size, ["train", *argv], config.hardware.threads, grace=command.grace)
 
 
 def run_rank_of(command: TrainCommand, world_size: int) -> int:

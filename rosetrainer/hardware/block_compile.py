@@ -26,9 +26,9 @@ from rosetrainer.validation import ConfigError
 def compiles(config: TrainConfig, tp_size: int, device: torch.device) -> tuple[bool, str]:
     """(whether the blocks are compiled, one line about it: "" where nobody expects them to be).
 
-    Raises ConfigError if config.run.compile is "on" and it cannot be.
+    Raises ConfigError if config.hardware.compile is "on" and it cannot be.
     """
-    wanted = config.run.compile
+    wanted = config.hardware.compile
     if wanted == "off" or (wanted == "auto" and device.type != "cuda"):
         return False, ""
     problem = obstacle(config, tp_size) or missing_tool(device)
@@ -49,7 +49,7 @@ def obstacle(config: TrainConfig, tp_size: int) -> str:
         return f"dropout={config.model.dropout}, whose masks are keyed in Python; dropout can be 0"
     if config.parallel.recompute == "attention":
         return "recompute=attention, a part of a block; recompute can be none or block"
-    if config.run.deterministic:
+    if config.precision.deterministic:
         return "deterministic=True, as kernels are chosen by their time; it can be False"
     return ""
 

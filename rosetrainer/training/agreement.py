@@ -94,7 +94,7 @@ def given_settings(config: TrainConfig, corpus: Corpus) -> dict[str, Any]:
 
 def resolved_settings(config: TrainConfig, world: Axis, device: torch.device) -> dict[str, Any]:
     """What decides the bits that this rank computes, and does not follow from the flags alone."""
-    dtype = config.run.compute_dtype
+    dtype = config.precision.compute_dtype
     assert dtype, "settle_dtype comes first"
     tp_size, _ = config.parallel.resolve(world.size)
     on_cpu = device.type == "cpu"

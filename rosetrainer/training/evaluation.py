@@ -29,7 +29,7 @@ def evaluate(
     breaks_off is asked before each batch, and says the same on all ranks; None if it says yes.
     """
     dp = context.dp
-    split = (config.run.eval_tokens, config.optim.micro_batch(dp.size), dp.rank, dp.size)
+    split = (config.evaluation.eval_tokens, config.optim.micro_batch(dp.size), dp.rank, dp.size)
     floors = corpus.floor_losses(*split) if corpus.has_floor else None
     sums = torch.zeros(4, dtype=torch.float64)  # labels, loss, loss - floor, its square
     for inputs, labels in corpus.val_batches(*split):

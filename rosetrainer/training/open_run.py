@@ -54,7 +54,7 @@ def find_beginning(config: TrainConfig, corpus: Corpus) -> Beginning:
 
     Nothing is written, so that a run that is refused leaves every folder as it was.
     """
-    resume, out = config.run.resume, config.run.out
+    resume, out = config.checkpoint.resume, config.run.out
     if resume not in ("auto", "never"):
         return _from_path(Path(resume), config, corpus)
     if out is None:
@@ -72,7 +72,7 @@ def _unfinished(config: TrainConfig, corpus: Corpus) -> Iterator[Beginning]:
     for folder in sorted(RUNS.glob("run-*"), key=lambda run: (len(run.name), run), reverse=True):
         try:
             held = read_config(folder)
-            of_another_dtype = config.run.dtype == "auto" and held.run.dtype != "auto"
+            of_another_dtype = config.precision.dtype == "auto" and held.precision.dtype != "auto"
             if of_another_dtype or has_ended(folder, config.run.steps) or differences(held, config):
                 continue
             check_unlocked(folder)
@@ -104,7 +104,7 @@ def _go_on(
         raise ConfigError(
             f"{folder} holds a finished run and no checkpoint to go on from; choose another --out"
         )
-    origin = held.run.resume
+    origin = held.checkpoint.resume
     if not (candidates or more or origin in ("auto", "never")):
         raise ConfigError(
             f"{folder} went on from {origin} and holds no checkpoint of its own; add --resume "

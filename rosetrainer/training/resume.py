@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -82,8 +82,7 @@ def _claim(config: TrainConfig, corpus: Corpus) -> tuple[Path, Beginning, IO[str
     folder = find_beginning(config, corpus).folder or new_run_folder(config.run.out)
     lock = lock_run(folder)
     try:
-        locked = replace(config, run=replace(config.run, out=folder))
-        return folder.absolute(), find_beginning(locked, corpus), lock
+        return folder.absolute(), find_beginning(config.with_settings(out=folder), corpus), lock
     except BaseException:
         lock.close()
         raise

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +19,15 @@ from rosetrainer.checkpoint.run_folder import read_config, same_place
 from rosetrainer.config import TrainConfig
 from rosetrainer.data.batches import Corpus
 from rosetrainer.hardware.performance import choose_dtype
+from rosetrainer.run_config import must_match_on_resume
 from rosetrainer.training.run_log import LOG, last_evaluation
 from rosetrainer.validation import ConfigError
 
-DECISIVE = {
-    "model": None,
-    "optim": {"micro_batch_size"},
-    "run": {
-        *("data", "out", "eval_every", "eval_tokens", "device", "max_skipped", "checkpoint_every"),
-        *("keep", "resume", "async_checkpoint", "timeout", "check_replicas", "threads"),
-        *("compile", "profile", "dtype", "compute_dtype"),
-    },
+MUST_MATCH_ON_RESUME = {
+    component: must_match_on_resume(type(getattr(TrainConfig(), component)))
+    for component in must_match_on_resume(TrainConfig)
 }
-"""The components that decide what a run computes, and their fields that do not.
-
-Of the dtype, what it came to decides: see differences.
-"""
+"""The settings that decide a run's numbers, by component; and the dtype that it resolved to."""
 
 
 def settle_dtype(
@@ -44,19 +37,19 @@ def settle_dtype(
 
     begun: the dtype of the run that is gone on with. Wherever it goes on, it keeps to that.
     """
-    here = str(choose_dtype(config.run.dtype, device)).removeprefix("torch.")
-    dtype = begun if begun and config.run.dtype == "auto" else here
+    here = str(choose_dtype(config.precision.dtype, device)).removeprefix("torch.")
+    dtype = begun if begun and config.precision.dtype == "auto" else here
     remark = ""
     if dtype != here:
         remark = f"dtype=auto is {here} here, but the run began in {dtype} and goes on in it"
         remark += ", which may be slower here" * (dtype == "bfloat16")
-    run = replace(config.run, compute_dtype=dtype)  # type: ignore[arg-type]
-    return replace(config, run=run), remark
+    return config.with_settings(compute_dtype=dtype), remark
 
 
 def dtype_of(held: TrainConfig) -> str | None:
     """In which a run computes; None if it has not written that down."""
-    return held.run.compute_dtype or (None if held.run.dtype == "auto" else held.run.dtype)
+    dtype = held.precision.dtype
+    return held.precision.compute_dtype or (None if dtype == "auto" else dtype)
 
 
 def differences(held: TrainConfig, wanted: TrainConfig) -> list[str]:
@@ -65,14 +58,10 @@ def differences(held: TrainConfig, wanted: TrainConfig) -> list[str]:
     dtype=auto wants nothing: a run goes on in the dtype in which it began.
     """
     told = []
-    for name, free in DECISIVE.items():
-        old, new = asdict(getattr(held, name)), asdict(getattr(wanted, name))
-        told += [
-            f"{key}={new[key]} and not {old[key]}"
-            for key in new
-            if key not in (free or ()) and old[key] != new[key]
-        ]
-    dtype, begun = wanted.run.dtype, dtype_of(held)
+    for component, keys in MUST_MATCH_ON_RESUME.items():
+        old, new = asdict(getattr(held, component)), asdict(getattr(wanted, component))
+        told += [f"{key}={new[key]} and not {old[key]}" for key in keys if old[key] != new[key]]
+    dtype, begun = wanted.precision.dtype, dtype_of(held)
     if dtype != "auto" and begun and dtype != begun:
         told.append(f"dtype={dtype} and not {begun}")
     return told
@@ -142,7 +131,7 @@ def has_ended(folder: Path, steps: int) -> bool:
 def began_so(out: Path, path: Path) -> bool:
     """Whether the run there was begun, or last gone on with, by --resume of this very path."""
     try:
-        held = read_config(out).run.resume
+        held = read_config(out).checkpoint.resume
     except ConfigError:
         return False
     return held == str(path) or same_place(Path(held), path)

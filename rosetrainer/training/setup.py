@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -56,17 +55,16 @@ def check_config(config: TrainConfig, world_size: int) -> tuple[TrainConfig, Cor
     """The config with the corpus's vocabulary, all of it checked. Raises ConfigError."""
     config.check(world_size)
     rank, _, local_rank, local_world_size = world_from_environment()
-    compiles(config, config.parallel.resolve(world_size)[0], own_device(config.run.device))
-    check_profile(config.run.profile, config.run.steps)
+    compiles(config, config.parallel.resolve(world_size)[0], own_device(config.hardware.device))
+    check_profile(config.monitor.profile, config.run.steps)
     corpus = open_corpus(config.run.data, config.model.context_length, read_all=local_rank == 0)
     corpus.tokenizer()  # better found broken now than by whoever wants text of the trained model
-    model = replace(config.model, vocab_size=corpus.meta.vocab_size)
-    config = replace(config, model=model)
-    if own_device(config.run.device).type == "cpu":
+    config = config.with_settings(vocab_size=corpus.meta.vocab_size)
+    if own_device(config.hardware.device).type == "cpu":
         each = 12 if config.optim.optimizer == "muon" else 16  # moments: one, or two
-        each *= 2 if config.run.dtype == "float64" else 1
+        each *= 2 if config.precision.dtype == "float64" else 1
         copies = local_world_size / config.parallel.resolve(world_size)[0]
-        check_memory(model, each, "weights, gradients and moments", copies)
+        check_memory(config.model, each, "weights, gradients and moments", copies)
     if rank == 0 and (folder := find_beginning(config, corpus).folder):
         check_unlocked(folder)
     return config, corpus
@@ -77,16 +75,16 @@ def train(config: TrainConfig, corpus: Corpus) -> tuple[GPTModel, signal.Signals
 
     Gives the model, and the signal that stopped training before its end. Raises RankError.
     """
-    if config.run.deterministic:
+    if config.precision.deterministic:
         be_deterministic()
-    set_threads(config.run.threads)
-    timeout, world = config.run.timeout, world_axis()
+    set_threads(config.hardware.threads)
+    timeout, world = config.monitor.timeout, world_axis()
     store = open_store(timeout)
     watch = HangWatch(store, world, timeout) if store is not None else None
     once = told_once(store, world, watch.was_asked) if watch else told_once(store, world)
     with own_screen() if world.rank == 0 else nullcontext(), once as failures:
-        meet(config.run.device, timeout + PATIENCE_SECONDS, store)
-        device = own_device(config.run.device)
+        meet(config.hardware.device, timeout + PATIENCE_SECONDS, store)
+        device = own_device(config.hardware.device)
         begun = find_beginning(config, corpus).dtype if world.rank == 0 else None
         begun = gather_texts(begun or "", world, device)[0]
         config, remark = settle_dtype(config, begun, device)
@@ -107,15 +105,15 @@ def run_here(
     world: Axis,
 ) -> tuple[GPTModel, signal.Signals | None]:
     """Sets up what the loop needs, and runs it."""
-    timeout = config.run.timeout + PATIENCE_SECONDS
-    context = init_parallel(config.parallel, config.run.device, timeout)
+    timeout = config.monitor.timeout + PATIENCE_SECONDS
+    context = init_parallel(config.parallel, config.hardware.device, timeout)
     if watch:
         watch.follow(context)
-    assert config.run.compute_dtype
-    dtype = choose_dtype(config.run.compute_dtype, context.device)
+    assert config.precision.compute_dtype
+    dtype = choose_dtype(config.precision.compute_dtype, context.device)
     speaks = context.rank == 0
     if speaks:
-        print(describe(context, dtype, config.run.device))
+        print(describe(context, dtype, config.hardware.device))
     model = build_model(config.model, context)
     if dtype == torch.float64:
         model.double()
@@ -138,9 +136,9 @@ def run_here(
                 print(line)
     peak = sum_over_ranks(matmul_peak(context.device, dtype), context)
     profile = None
-    if config.run.profile:
+    if config.monitor.profile:
         where = Path(shown(place.folder))
-        profile = StepProfile(config.run.profile, where, context.rank, context.device)
+        profile = StepProfile(config.monitor.profile, where, context.rank, context.device)
     with RunLog(place.folder, config.run.steps, step) if speaks else nullcontext() as log:
         loop = TrainingLoop(
             config=config,
@@ -151,7 +149,7 @@ def run_here(
             world=world,
             autocast=autocast_for(dtype, context.device),
             dtype=dtype,
-            saver=Saver(place.folder, place.attempt, model, optimizer, context, config.run),
+            saver=Saver(place.folder, place.attempt, model, optimizer, context, config.checkpoint),
             log=log,
             peak=peak,
             profile=profile,

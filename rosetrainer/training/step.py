@@ -72,10 +72,11 @@ def check_norm(norm: float, dtype: torch.dtype, config: TrainConfig) -> None:
 def check_skipped(
     skipped: int, error: NonFiniteGradientError, step: int, config: TrainConfig
 ) -> None:
-    """Raises ConfigError if more steps were skipped than config.run.max_skipped."""
-    if skipped > config.run.max_skipped:
+    """Raises ConfigError if more steps were skipped than config.monitor.max_skipped."""
+    most = config.monitor.max_skipped
+    if skipped > most:
         raise ConfigError(
-            f"step {step + 1}: {error}; skipped {skipped}, max_skipped={config.run.max_skipped}; "
+            f"step {step + 1}: {error}; skipped {skipped}, max_skipped={most}; "
             f"try a learning_rate below {config.optim.learning_rate:g} and a new --out; what was "
             f"saved before is kept"
         )

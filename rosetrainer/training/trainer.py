@@ -69,7 +69,7 @@ class TrainingLoop:
     def _steps(self) -> None:
         pace = Pace(self.world, (*self.context.axes, self.world), self.context.device)
         traffic(self.context)  # what came before the first step is not a step's
-        if self.step and not self.evaluated and self.due(self.config.run.eval_every):
+        if self.step and not self.evaluated and self.due(self.config.evaluation.eval_every):
             self.evaluate()  # a run that was killed may not have come to it
         while self.step < self.config.run.steps and not self.wants_to_stop():
             pace.begin()
@@ -80,12 +80,12 @@ class TrainingLoop:
             self.say(STOP.time.warning())
             if self.profile:
                 self.say(self.profile.after_step())
-            every = self.config.run.check_replicas
+            every = self.config.monitor.check_replicas
             if every and self.step % every == 0:
                 check_replicas(self.model, self.context, self.step)
-            if self.due(self.config.run.checkpoint_every):
+            if self.due(self.config.checkpoint.checkpoint_every):
                 self.save()
-            if self.due(self.config.run.eval_every):
+            if self.due(self.config.evaluation.eval_every):
                 self.evaluate()
             traffic(self.context)  # what was no step's
         if self.stopped and self.step > self.saved:

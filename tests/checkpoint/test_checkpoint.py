@@ -25,7 +25,7 @@ from rosetrainer.checkpoint.manifest import (
 )
 from rosetrainer.checkpoint.slices import Draft, Written, retain
 from rosetrainer.commands import checkpoint as checkpoint_command
-from rosetrainer.config import GPTConfig, OptimConfig, RunConfig, TrainConfig
+from rosetrainer.config import GPTConfig, OptimConfig, TrainConfig
 from rosetrainer.training.setup import check_config, train
 from rosetrainer.validation import ConfigError
 
@@ -36,16 +36,15 @@ def config(markov: Path, tmp_path: Path) -> TrainConfig:
     return TrainConfig(
         GPTConfig(context_length=8, n_layers=2, n_heads=4, d_model=16, dropout=0.1),
         optim=OptimConfig(warmup_steps=2, global_batch_size=4),
-        run=RunConfig(
-            data=markov,
-            out=tmp_path / "run",
-            steps=STEPS,
-            eval_every=0,
-            eval_tokens=64,
-            dtype="float64",
-            checkpoint_every=1,
-            threads=1,
-        ),
+    ).with_settings(
+        data=markov,
+        out=tmp_path / "run",
+        steps=STEPS,
+        eval_every=0,
+        eval_tokens=64,
+        dtype="float64",
+        checkpoint_every=1,
+        threads=1,
     )
 
 
@@ -53,8 +52,7 @@ def trained(
     config: TrainConfig, world: int, dp: int, stop_after: int, **run: Any
 ) -> dict[int, float]:
     """The exact losses by step on rank 0; the run is asked to stop after a step."""
-    parallel = replace(config.parallel, dp_size=dp)
-    config = replace(config, parallel=parallel, run=replace(config.run, **run))
+    config = config.with_settings(dp_size=dp, **run)
     return run_ranks(world, train_here, config, world, stop_after)[0]
 
 
@@ -228,11 +226,8 @@ def test_what_was_touched_since_it_was_written_is_read_again(
 
 def refusal(config: TrainConfig, **changes: Any) -> str:
     """The one line with which a run is refused."""
-    run = {k: v for k, v in changes.items() if hasattr(config.run, k)}
-    optim = {k: v for k, v in changes.items() if hasattr(config.optim, k)}
-    changed = replace(config, run=replace(config.run, **run), optim=replace(config.optim, **optim))
     with pytest.raises(ConfigError) as caught:
-        train(*check_config(changed, 1))
+        train(*check_config(config.with_settings(**changes), 1))
     assert "\n" not in str(caught.value)
     return str(caught.value)
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from rosetrainer.checkpoint import saver
 from rosetrainer.commands import checkpoint as checkpoint_command
 from rosetrainer.commands.generate import load_model
-from rosetrainer.config import GPTConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
+from rosetrainer.config import GPTConfig, OptimConfig, ParallelConfig, TrainConfig
 from rosetrainer.models.layers import build_model
 from rosetrainer.parallel.context import ParallelContext, init_parallel
 from rosetrainer.parallel.tensor_parallel import gather_whole, shard_spec
@@ -45,8 +45,7 @@ def config_for(data: Path, out: Path) -> TrainConfig:
         MODEL,
         ParallelConfig(tp_size=int(os.environ.get("WORLD_SIZE", "1"))),
         OptimConfig(global_batch_size=1, warmup_steps=1),
-        RunConfig(data=data, out=out, steps=2, eval_every=1, eval_tokens=4, dtype="float32"),
-    )
+    ).with_settings(data=data, out=out, steps=2, eval_every=1, eval_tokens=4, dtype="float32")
 
 
 def peaks_of_a_run(data: Path, out: Path) -> dict[str, int]:

@@ -15,7 +15,7 @@ from faults.harness import contents
 from rosetrainer.checkpoint import slices
 from rosetrainer.checkpoint.manifest import checkpoints, read_manifest
 from rosetrainer.commands.prepare import main as prepare
-from rosetrainer.config import GPTConfig, OptimConfig, RunConfig, TrainConfig
+from rosetrainer.config import GPTConfig, OptimConfig, TrainConfig
 from rosetrainer.training import resume, trainer
 from rosetrainer.training.run_log import has_evaluation
 from rosetrainer.training.setup import check_config, train
@@ -38,14 +38,13 @@ def config(markov: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tra
     return TrainConfig(
         GPTConfig(context_length=8, n_layers=1, n_heads=2, d_model=8),
         optim=OptimConfig(warmup_steps=2, global_batch_size=4),
-        run=RunConfig(
-            data=markov,
-            out=tmp_path / "run",
-            steps=STEPS,
-            eval_every=1,
-            eval_tokens=16,
-            checkpoint_every=0,
-        ),
+    ).with_settings(
+        data=markov,
+        out=tmp_path / "run",
+        steps=STEPS,
+        eval_every=1,
+        eval_tokens=16,
+        checkpoint_every=0,
     )
 
 
@@ -57,7 +56,7 @@ def other_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def with_run(config: TrainConfig, **run: Any) -> TrainConfig:
-    return replace(config, run=replace(config.run, **run))
+    return config.with_settings(**run)
 
 
 def start(config: TrainConfig, **run: Any) -> None:

@@ -44,7 +44,7 @@ def save_checkpoint(
 ) -> None:
     optimizer = build_optimizer(model, config.optim)
     progress = Progress(7, 7, 0, 7, "float32", {}, config)
-    Saver(folder, "once", model, optimizer, context, config.run).save(progress)
+    Saver(folder, "once", model, optimizer, context, config.checkpoint).save(progress)
 
 
 def load(folder: Path) -> bool:

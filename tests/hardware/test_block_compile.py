@@ -13,7 +13,7 @@ from oracle import assert_all_equal, assert_equal, dense_model, gradients, rando
 from runs import train_here
 from torch._dynamo.utils import counters
 
-from rosetrainer.config import GPTConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
+from rosetrainer.config import GPTConfig, OptimConfig, ParallelConfig, PrecisionConfig, TrainConfig
 from rosetrainer.hardware.block_compile import compile_blocks, compiles, missing_tool
 from rosetrainer.models.gpt import GPTModel
 from rosetrainer.parallel.context import ParallelContext
@@ -78,14 +78,11 @@ def test_training_compiled_gives_the_same_losses(
     monkeypatch.setattr("rosetrainer.training.trainer.evaluate", lambda *_: None)
     losses = {}
     for wanted in ("off", "on"):
-        run = RunConfig(
-            data=markov, out=tmp_path / wanted, steps=3, dtype="float32", checkpoint_every=0
-        )
         config = TrainConfig(
             GPTConfig(context_length=16, n_layers=2, n_heads=2, d_model=32),
             optim=OptimConfig(warmup_steps=0, global_batch_size=4, micro_batch_size=2),
-            run=replace(run, compile=wanted),
-        )
+        ).with_settings(data=markov, out=tmp_path / wanted, steps=3, compile=wanted)
+        config = config.with_settings(dtype="float32", checkpoint_every=0)
         losses[wanted] = train_here(config, 1, 0)
         assert bool(counters["stats"]) == (wanted == "on")
     assert losses["on"].keys() == losses["off"].keys() == {1, 2, 3}
@@ -106,7 +103,11 @@ REFUSED: dict[str, tuple[int, dict[str, Any], str]] = {
         {"parallel": ParallelConfig(recompute="attention")},
         "recompute=attention, a part of a block; recompute can be none or block",
     ),
-    "same bits": (1, {"run": RunConfig(deterministic=True)}, "deterministic=True, as kernels"),
+    "same bits": (
+        1,
+        {"precision": PrecisionConfig(deterministic=True)},
+        "deterministic=True, as kernels",
+    ),
 }
 
 
@@ -114,7 +115,7 @@ REFUSED: dict[str, tuple[int, dict[str, Any], str]] = {
 def test_what_cannot_be_compiled_is_refused_or_left_as_it_is(case: str) -> None:
     tp_size, parts, reason = REFUSED[case]
     config = replace(TrainConfig(), **parts)
-    on, off = (replace(config, run=replace(config.run, compile=c)) for c in ("on", "off"))
+    on, off = (config.with_settings(compile=c) for c in ("on", "off"))
     with pytest.raises(ConfigError, match="compile=on does not go with ") as caught:
         compiles(on, tp_size, CPU)
     assert reason in str(caught.value)
@@ -129,7 +130,7 @@ def test_what_cannot_be_compiled_is_refused_or_left_as_it_is(case: str) -> None:
 
 
 def test_a_missing_tool_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    on = replace(TrainConfig(), run=RunConfig(compile="on"))
+    on = TrainConfig().with_settings(compile="on")
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", "")
     with pytest.raises(ConfigError, match="a machine without (g|clang)\\+\\+; install one, or set"):

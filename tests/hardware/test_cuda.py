@@ -12,7 +12,7 @@ from oracle import assert_all_equal, assert_equal, dense_model, gradients, rando
 from runs import state, train_here
 
 from rosetrainer.commands.prepare import main as prepare
-from rosetrainer.config import GPTConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
+from rosetrainer.config import GPTConfig, OptimConfig, ParallelConfig, TrainConfig
 from rosetrainer.hardware.block_compile import compile_blocks, compiles
 from rosetrainer.hardware.performance import choose_dtype
 from rosetrainer.models.gpt import GPTModel
@@ -48,8 +48,9 @@ def test_dropout_s_masks_are_those_of_the_cpu() -> None:
 @pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16"])
 def test_one_gpu_trains(tmp_path: Path, dtype: str) -> None:
     prepare(["markov", "--out", str(tmp_path / "markov")])
-    run = RunConfig(data=tmp_path / "markov", out=tmp_path / "run", steps=30, dtype=dtype)  # type: ignore[arg-type]
-    config = TrainConfig(MODEL, optim=OptimConfig(learning_rate=1e-2), run=run)
+    config = TrainConfig(MODEL, optim=OptimConfig(learning_rate=1e-2)).with_settings(
+        data=tmp_path / "markov", out=tmp_path / "run", steps=30, dtype=dtype
+    )
     model, _ = train(*check_config(config, 1))
     assert model.token_embedding.weight.device.type == "cuda"
     assert choose_dtype("float32", torch.device("cuda")) == torch.float32
@@ -72,10 +73,15 @@ def test_compiled_training_gives_the_same_losses(
     losses = {}
     for wanted in ("off", "on"):
         shared = {"data": tmp_path / "markov", "steps": 6, "checkpoint_every": 0}
-        run = RunConfig(out=tmp_path / wanted, dtype=dtype, compile=wanted, **shared)  # type: ignore[arg-type]
         parallel = ParallelConfig(recompute=recompute)  # type: ignore[arg-type]
         optim = OptimConfig(warmup_steps=0, micro_batch_size=4)
-        losses[wanted] = train_here(TrainConfig(MODEL, parallel, optim, run), 1, 0)
+        losses[wanted] = train_here(
+            TrainConfig(MODEL, parallel, optim).with_settings(
+                out=tmp_path / wanted, dtype=dtype, compile=wanted, **shared
+            ),
+            1,
+            0,
+        )
     assert losses["on"].keys() == losses["off"].keys() == set(range(1, 7))
     # Six updates on: an update of Adam's can turn a rounding of a gradient near zero into a step.
     tolerance = {"float32": 1e-4, "bfloat16": 8 * torch.finfo(torch.bfloat16).eps}[dtype]
@@ -105,8 +111,10 @@ def test_head_and_loss_of_a_whole_vocabulary_are_the_oracle_s(compiled: bool) ->
 
 def test_a_profile_shows_the_kernels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prepare(["markov", "--out", str(tmp_path / "markov")])
-    run = RunConfig(data=tmp_path / "markov", out=tmp_path / "run", steps=8, profile=2)
-    train(*check_config(TrainConfig(MODEL, run=run), 1))
+    config = TrainConfig(MODEL).with_settings(
+        data=tmp_path / "markov", out=tmp_path / "run", steps=8, profile=2
+    )
+    train(*check_config(config, 1))
     trace = json.loads((tmp_path / "run" / "trace_rank_00000.json").read_text())
     assert any(event.get("cat") == "kernel" for event in trace["traceEvents"])
     (_, told) = capsys.readouterr().out.split("profile of 2 steps: ")
@@ -121,8 +129,9 @@ def test_a_deterministic_run_goes_on_bitwise(tmp_path: Path) -> None:
     shared = {"data": tmp_path / "markov", "steps": 6, "eval_every": 0, "deterministic": True}
     losses: dict[str, dict[int, float]] = {}
     for name, stops in (("whole", [0]), ("resumed", [3, 0])):
-        run = RunConfig(out=tmp_path / name, checkpoint_every=1, **shared)  # type: ignore[arg-type]
-        config = TrainConfig(replace(MODEL, dropout=0.1), run=run)
+        config = TrainConfig(replace(MODEL, dropout=0.1)).with_settings(
+            out=tmp_path / name, checkpoint_every=1, **shared
+        )
         losses[name] = {}
         for stop in stops:
             losses[name] |= train_here(config, 1, stop)

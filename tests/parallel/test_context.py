@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from ranks import run_ranks
 
-from rosetrainer.config import GPTConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
+from rosetrainer.config import GPTConfig, OptimConfig, ParallelConfig, TrainConfig
 from rosetrainer.environment import choose_device, world_from_environment
 from rosetrainer.launch.rank import MEETING
 from rosetrainer.parallel.context import ParallelContext, init_parallel, init_tensor_parallel
@@ -83,8 +83,9 @@ def time_limits(config: TrainConfig, meeting: str) -> list[float]:
 @pytest.mark.parametrize("tp_size", [2, 4])
 def test_the_time_limit_is_that_of_all_groups(tp_size: int, markov: Path, tmp_path: Path) -> None:
     model = GPTConfig(context_length=16, n_layers=1, n_heads=4, d_model=32)
-    run = RunConfig(data=markov, out=tmp_path / "run", timeout=7200, steps=1, eval_tokens=64)
-    config = TrainConfig(model, ParallelConfig(tp_size), OptimConfig(global_batch_size=4), run=run)
+    config = TrainConfig(model, ParallelConfig(tp_size), OptimConfig(global_batch_size=4))
+    run = {"data": markov, "out": tmp_path / "run"}
+    config = config.with_settings(timeout=7200, steps=1, eval_tokens=64, **run)
     meeting = tmp_path / "meeting"
     meeting.mkdir()
     for limits in run_ranks(4, time_limits, config, str(meeting)):

@@ -26,7 +26,7 @@ from ranks import run_ranks
 
 from rosetrainer.commands.generate import SamplingConfig, generate
 from rosetrainer.commands.prepare import main as prepare
-from rosetrainer.config import GPTConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
+from rosetrainer.config import GPTConfig, OptimConfig, ParallelConfig, TrainConfig
 from rosetrainer.data.batches import open_corpus
 from rosetrainer.models.gpt import GPTModel
 from rosetrainer.optim.optimizer import build_optimizer
@@ -232,13 +232,13 @@ def test_ranks_that_draw_differently_write_the_first_rank_s_text() -> None:
 def config(tmp_path: Path) -> TrainConfig:
     """Three steps of a tiny model in float64; only the end is evaluated."""
     prepare(["markov", "--train-tokens", "9000", "--val-tokens", "900", "--out", f"{tmp_path}/in"])
-    run = RunConfig(tmp_path / "in", tmp_path / "run", 3, 0, 64, dtype="float64", threads=1)
+    run = {"data": tmp_path / "in", "out": tmp_path / "run", "steps": 3}
+    run |= {"eval_every": 0, "eval_tokens": 64, "dtype": "float64", "threads": 1}
     return TrainConfig(
         GPTConfig(vocab_size=8, context_length=8, n_layers=1, n_heads=2, d_model=16),
         ParallelConfig(dp_size=2),
         OptimConfig(1e-4, warmup_steps=0, global_batch_size=4, micro_batch_size=1),
-        replace(run, check_replicas=1),
-    )
+    ).with_settings(check_replicas=1, **run)
 
 
 def train_watched(
@@ -280,8 +280,7 @@ def test_a_bad_step_is_skipped_where_asked_and_a_nan_loss_never(
     config: TrainConfig, case: str
 ) -> None:
     factor, bad_steps, max_skipped, dp_size, survived, error = POISONED[case]
-    run = replace(config.run, max_skipped=max_skipped)
-    config = replace(config, run=run, parallel=ParallelConfig(dp_size=dp_size))
+    config = config.with_settings(max_skipped=max_skipped, dp_size=dp_size)
     for seen, told in run_ranks(2, train_watched, config, factor, bad_steps):
         assert re.fullmatch(error, told)  # one line
         moved = [old != new for old, new in zip([[1.0] * 16, *seen], seen, strict=False)]
@@ -310,6 +309,6 @@ def test_training_drops_by_step_and_row_and_evaluation_drops_nothing(config: Tra
 
 def test_in_bfloat16_an_update_below_its_precision_is_not_lost(config: TrainConfig) -> None:
     """bf16 itself has nothing between 0.996 and 1: the weights have to stay fp32."""
-    config = replace(config, run=replace(config.run, dtype="bfloat16"), parallel=ParallelConfig())
+    config = config.with_settings(dtype="bfloat16", dp_size=None)
     ((seen, _),) = run_ranks(1, train_watched, config)
     assert all(0 < abs(weight - 1) < 1.1e-4 for weight in seen[0])

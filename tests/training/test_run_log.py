@@ -212,7 +212,7 @@ def test_bits_per_byte_are_the_nats_of_a_token_over_its_bytes(tmp_path: Path) ->
 def test_the_schedule_says_what_it_does() -> None:
     optim = OptimConfig(learning_rate=1e-3, warmup_steps=2, min_lr_ratio=0.1)
     config = TrainConfig(optim=optim, run=RunConfig(steps=100))
-    longer = replace(config, run=replace(config.run, steps=300))
+    longer = config.with_settings(steps=300)
     reached = mock.Mock(step=100, config=config)
     assert schedule_notes(config, None) == []
     assert schedule_notes(longer, mock.Mock(step=100, config=longer)) == []

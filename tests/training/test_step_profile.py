@@ -58,9 +58,9 @@ def test_each_rank_writes_its_trace_and_rank_0_prints_the_table(
 def test_a_profile_that_does_not_come_to_its_end_is_said(markov: Path, tmp_path: Path) -> None:
     out, said = tmp_path / "run", tmp_path / "said"
     config = config_for(markov, out, steps=WARM_UP + 2, eval_every=0, checkpoint_every=2)
-    run_ranks(1, train_and_listen, replace(config, run=replace(config.run, steps=4)), said)
-    run = replace(config.run, profile=2)  # goes on from step 4: three are left
-    run_ranks(1, train_and_listen, replace(config, run=run), said)
+    run_ranks(1, train_and_listen, config.with_settings(steps=4), said)
+    profiled = config.with_settings(profile=2)  # goes on from step 4: three are left
+    run_ranks(1, train_and_listen, profiled, said)
     assert said.read_text().count("no profile: training ended before its steps were recorded") == 1
     assert not list(out.glob("trace*"))
 

@@ -22,7 +22,7 @@ from rosetrainer.checkpoint.manifest import checkpoints, step_of
 from rosetrainer.commands.prepare import main as prepare
 from rosetrainer.commands.presets import PRESETS
 from rosetrainer.commands.train import main, parse_command
-from rosetrainer.config import GPTConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
+from rosetrainer.config import GPTConfig, OptimConfig, ParallelConfig, TrainConfig
 from rosetrainer.data.batches import open_corpus
 from rosetrainer.environment import python_command
 from rosetrainer.models.gpt import GPTModel
@@ -148,14 +148,13 @@ def test_on_a_markov_chain_the_loss_comes_near_the_floor_and_not_under_it(
     config = TrainConfig(
         GPTConfig(context_length=32, n_layers=1, n_heads=4, d_model=64),
         optim=OptimConfig(learning_rate=1e-2, global_batch_size=32),
-        run=RunConfig(
-            data=markov,
-            out=tmp_path / "run",
-            steps=320,
-            eval_every=0,
-            eval_tokens=60000,
-            dtype="float32",
-        ),
+    ).with_settings(
+        data=markov,
+        out=tmp_path / "run",
+        steps=320,
+        eval_every=0,
+        eval_tokens=60000,
+        dtype="float32",
     )
     run_ranks(2, train_to_the_floor, config)
     last = read_log(tmp_path / "run")[-1]

@@ -1,0 +1,98 @@
+"""Settings of a run beside its model, layout and optimizer: one dataclass for each subject."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal, get_args, get_type_hints
+
+from tyro.conf import Suppress
+
+from rosetrainer.validation import Bounds, Count, CountOrZero
+
+MAY_CHANGE = "may change when the run is resumed"
+"""In the Annotated of a field, or of a component: all other fields MUST_MATCH_ON_RESUME."""
+
+
+def must_match_on_resume(component: type) -> list[str]:
+    """The fields of a dataclass that decide the numbers of a run."""
+    hints = get_type_hints(component, include_extras=True)
+    return [name for name, hint in hints.items() if MAY_CHANGE not in get_args(hint)]
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The run: data, length, where results go."""
+
+    data: Annotated[Path, MAY_CHANGE] = Path("data/python-docs")
+    """Folder that `prepare` wrote."""
+    out: Annotated[Path | None, MAY_CHANGE] = None
+    """Folder of the run; unless given, this command's unfinished out/run-NNN or a new one."""
+    steps: Count = 200
+    """Updates."""
+    seed: CountOrZero = 1337
+    """Decides the initial weights and the order of the data."""
+
+
+@dataclass(frozen=True)
+class PrecisionConfig:
+    """The numbers that the run computes with."""
+
+    dtype: Annotated[Literal["auto", "float32", "bfloat16", "float64"], MAY_CHANGE] = "auto"
+    """bfloat16 is autocast over fp32 parameters; auto takes it where the hardware multiplies it."""
+    compute_dtype: Annotated[
+        Suppress[Literal["float32", "bfloat16", "float64"] | None], MAY_CHANGE
+    ] = None
+    """What dtype has resolved to. A resumed run keeps it: see run_identity.differences."""
+    deterministic: bool = False
+    """Only kernels that give the same bits each time. CPUs do anyway; on CUDA it costs speed."""
+
+
+@dataclass(frozen=True)
+class HardwareConfig:
+    """What the run computes on."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes CUDA when each local rank has a GPU of its own."""
+    threads: Annotated[int, Bounds(0, 1024)] = 0
+    """CPU threads of a rank; 0 shares the cores among the local ranks."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile of each block; auto: on where it is faster and possible, CUDA at tp_size 1."""
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """The loss on the validation text."""
+
+    eval_every: CountOrZero = 50
+    """Steps between two evaluations; 0 evaluates only at the end."""
+    eval_tokens: Count = 65536
+    """Validation tokens of an evaluation, from the start of val.bin."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """What is saved, and what a run is resumed from."""
+
+    checkpoint_every: CountOrZero = 50
+    """Steps between two checkpoints; one comes at the end, and when a signal stops the run."""
+    keep: Count = 2
+    """Checkpoints that stay; older ones are removed."""
+    resume: str = "auto"
+    """auto goes on where this command was interrupted; never; or a checkpoint's or run's PATH."""
+    async_checkpoint: bool = False
+    """Checkpoints are written while training goes on; takes memory for a second copy."""
+
+
+@dataclass(frozen=True)
+class MonitorConfig:
+    """What is watched while training goes on, and what ends it."""
+
+    max_skipped: CountOrZero = 0
+    """Steps with nan or inf in a gradient that may be skipped before the run stops."""
+    timeout: Count = 600
+    """Seconds without progress after which ranks that hang are ended."""
+    check_replicas: CountOrZero = 0
+    """Steps between two comparisons of what several ranks hold alike; 0 never compares."""
+    profile: CountOrZero = 0
+    """Steps that torch.profiler records, after five that are not: a trace and a table."""
