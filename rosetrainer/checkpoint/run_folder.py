@@ -14,7 +14,8 @@ from typing import IO, Any
 
 from rosetrainer.checkpoint.manifest import MANIFEST, STEP, found_in
 from rosetrainer.config import TrainConfig
-from rosetrainer.data.tokenizer import Tokenizer, load_tokenizer
+from rosetrainer.data.corpus import load_tokenizer
+from rosetrainer.data.tokenizer import Tokenizer
 from rosetrainer.durable_files import write_whole
 from rosetrainer.validation import ConfigError, config_from_dict
 

@@ -17,22 +17,23 @@ import io
 import json
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional
 
 from rosetrainer.commands.flags import parse_flags
-
-# numpy and the sources are imported where they are needed: a second call finds all made, at once.
+from rosetrainer.data import python_docs, shakespeare
 from rosetrainer.data.corpus_folder import must_make, new_folder, summary
+from rosetrainer.data.documents import Texts, one_text, read_one, read_texts
 from rosetrainer.environment import prepare_command, trainer_command
 from rosetrainer.validation import Bounds, ConfigError, check_fields
 
-if TYPE_CHECKING:
-    from rosetrainer.data.corpus_import import Source
-    from rosetrainer.data.documents import Texts
+# What needs numpy is imported late: a second call, which finds all made, answers at once.
+Writer = Callable[[Path], dict[str, Any]]
+"""Writes all of a corpus but meta.json into a folder, and gives the keys of that."""
 
 BPE_VOCAB = 4096
 
@@ -167,56 +168,46 @@ def main(argv: list[str]) -> None:
     check_fields(config.target)
     out = config.target.out or Path("data") / source
     started = time.perf_counter()
-    options, texts = _options(source, config)
+    options, write = _open(source, config)
     if not must_make(out, source, options, config.target.force):
         return
     with new_folder(out) as folder:
-        made = _write(folder, source, options, texts)
-        meta = {"source": source, "options": options, "dtype": "uint16", **made}
+        meta = {"source": source, "options": options, "dtype": "uint16", **write(folder)}
         (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
     print(f"{out}: {summary(meta)}, made in {time.perf_counter() - started:.1f} s")
 
 
-def _write(
-    folder: Path, source: str, options: dict[str, Any], texts: Texts | Source | None
-) -> dict[str, Any]:
-    """Writes all but meta.json, and gives its keys."""
-    if source == "markov":
-        from rosetrainer.data import markov
-
-        return markov.write_corpus(folder, options)
-    from rosetrainer.data import corpus_import, python_docs, shakespeare
-    from rosetrainer.data.documents import OneText
-    from rosetrainer.data.text_corpus import write_corpus
-
-    if isinstance(texts, corpus_import.Source):
-        return corpus_import.write_corpus(folder, texts)
-    if texts is None:
-        docs = source == "python-docs"
-        text = python_docs.python_docs() if docs else shakespeare.download()
-        texts = OneText(text, options["val_fraction"])
-    return write_corpus(folder, texts, options, python_docs=source == "python-docs")
-
-
-def _options(source: str, config: Any) -> tuple[dict[str, Any], Texts | Source | None]:
-    """What decides the corpus's content, and its texts if we have read them already."""
+def _open(source: str, config: Any) -> tuple[dict[str, Any], Writer]:
+    """What decides the corpus's content, and what writes it."""
     if source == "import":
-        from rosetrainer.data.corpus_import import open_source
+        from rosetrainer.data.token_import import open_source
 
         check_fields(config.ids)
         ids = open_source(config.paths, config.ids.tokenizer, config.ids.vocab_size)
-        return ids.options, ids
-    if source == "markov":
-        check_fields(config.chain)
-        size = config.chain.alphabet ** (config.chain.order + 1)
-        if size > 2**16:
-            raise ConfigError(
-                f"alphabet={config.chain.alphabet} and order={config.chain.order} make a table of "
-                f"{size} probabilities; alphabet^(order + 1) can be at most {2**16}"
-            )
-        return asdict(config.chain), None
+        return ids.options, ids.write
+    if source != "markov":
+        return _open_texts(source, config)
+    check_fields(config.chain)
+    size = config.chain.alphabet ** (config.chain.order + 1)
+    if size > 2**16:
+        raise ConfigError(
+            f"alphabet={config.chain.alphabet} and order={config.chain.order} make a table of "
+            f"{size} probabilities; alphabet^(order + 1) can be at most {2**16}"
+        )
+    options = asdict(config.chain)
+
+    def write(folder: Path) -> dict[str, Any]:
+        from rosetrainer.data.markov import write_corpus
+
+        return write_corpus(folder, options)
+
+    return options, write
+
+
+def _open_texts(source: str, config: Any) -> tuple[dict[str, Any], Writer]:
+    """As _open; texts of the user's are read once, the others when they are written."""
     check_fields(config.text)
-    options = asdict(config.text)
+    options, fraction = asdict(config.text), config.text.val_fraction
     if config.text.tokenizer == "bpe":
         options["vocab_size"] = config.text.vocab_size or BPE_VOCAB
     elif config.text.vocab_size is not None:
@@ -225,18 +216,26 @@ def _options(source: str, config: Any) -> tuple[dict[str, Any], Texts | Source |
             f"vocabulary of {config.text.tokenizer} follows from the text"
         )
     if source == "python-docs":
-        return options, None
-    from rosetrainer.data import documents, shakespeare
-
+        python = {"python": f"{sys.implementation.name} {sys.version.split()[0]}"}
+        docs = python_docs.python_docs
+        return options, lambda to: _write(to, one_text(docs(), fraction), options) | python
     if source == "shakespeare" and config.path is None:
-        return {**options, "text_sha256": shakespeare.SHA256}, None
-    texts: Texts
+        options["text_sha256"] = shakespeare.SHA256
+        download = shakespeare.download
+        return options, lambda to: _write(to, one_text(download(), fraction), options)
     if source == "shakespeare":
-        texts = documents.read_one(config.path, config.text.val_fraction)
+        texts = read_one(config.path, fraction)
     else:
         check_fields(config.reading)
         if not config.paths:
             raise ConfigError(f"file needs a path: {prepare_command()} file PATH...")
-        reading = (config.reading.text_key, config.text.val_fraction, config.reading.as_text)
-        texts = documents.read_texts(config.paths, *reading)
-    return {**options, "text_sha256": texts.sha256}, texts
+        reading = config.reading
+        texts = read_texts(config.paths, reading.text_key, fraction, reading.as_text)
+    options["text_sha256"] = texts.sha256
+    return options, lambda to: _write(to, texts, options)
+
+
+def _write(folder: Path, texts: Texts, options: dict[str, Any]) -> dict[str, Any]:
+    from rosetrainer.data.corpus_writer import write_texts
+
+    return write_texts(folder, texts, options)

@@ -1,7 +1,7 @@
-"""Corpora: from texts to token ids, and from those to batches.
+"""Corpora: from texts to token ids on disk, and from those to batches.
 
-Read tokenizer, batches. On disk: corpus_files, corpus_folder, token_writer. Where texts come from:
-file_kinds, text_encoding, text_files, document_files, documents, text_corpus, corpus_import,
-python_docs, shakespeare, markov. corpus_advice says what helps; text_parts and token_pieces serve
-the tokenizers.
+Read tokenizer and bpe, then corpus (what is on disk), token_file and batches. A corpus is made of
+documents, read by text_files, encoding and file_kinds, or of python_docs, shakespeare, markov or
+token_import; corpus_writer writes it, corpus_folder puts it in its place. advice says what helps
+where there is no corpus.
 """

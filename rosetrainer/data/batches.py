@@ -1,59 +1,27 @@
-"""Corpora: what `prepare` wrote, checked, and cut into batches.
+"""Batches of a corpus that `prepare` wrote: which tokens make up each row of each step.
 
-A corpus is a folder with nanoGPT's train.bin and val.bin (token ids, little-endian uint16, no
-header) and meta.json, which says what they hold.
-
-Shape letters: R rows of a batch, T context_length, N tokens of a file.
+Shape letters: R rows of a batch, T context_length.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from rosetrainer.config import IGNORED
-from rosetrainer.data.corpus_advice import damaged
-from rosetrainer.data.corpus_files import CorpusMeta, Int64s, TokenFile, read_meta
-from rosetrainer.data.tokenizer import Tokenizer, load_tokenizer
+from rosetrainer.data.advice import damaged
+from rosetrainer.data.corpus import CorpusMeta, load_tokenizer, read_meta
+from rosetrainer.data.markov import Floats, MarkovChain
+from rosetrainer.data.token_file import Int64s, TokenFile
+from rosetrainer.data.tokenizer import Tokenizer
 from rosetrainer.validation import ConfigError
-
-Floats = np.ndarray[Any, np.dtype[np.float64]]
-
-
-@dataclass(frozen=True)
-class MarkovChain:
-    """A chain of order k over A tokens: the last k tokens decide the next one's distribution.
-
-    probabilities is (A^k, A); row number: the last k tokens, oldest first, as digits to base A.
-    The first k tokens of a file are uniform and independent.
-    """
-
-    order: int
-    probabilities: Floats
-
-    def label_losses(self, tokens: Int64s) -> Floats:
-        """The true loss in nats of tokens[1:], (N,) -> (N - 1,): no model can do better.
-
-        The first k tokens have no k before them; uniform as they are, they cost ln A each.
-        """
-        alphabet = self.probabilities.shape[1]
-        count = max(len(tokens) - self.order, 0)
-        context = np.zeros(count, np.int64)
-        for age in range(self.order):
-            context = context * alphabet + tokens[age : age + count]
-        known = -np.log(self.probabilities[context, tokens[self.order :]])
-        first = np.full(min(self.order, len(tokens)) - 1, math.log(alphabet))
-        return np.concatenate([first, known])
 
 
 class Corpus:
-    """Batches out of a corpus that open_corpus has checked."""
+    """Batches of a corpus that open_corpus has checked."""
 
     def __init__(self, folder: Path, meta: CorpusMeta, files: list[TokenFile], context: int):
         self.folder, self.meta, self.context_length = folder, meta, context
@@ -163,27 +131,6 @@ def _epoch(seed: int, epoch: int, labels: int, length: int) -> tuple[int, Int64s
 
 def _philox(seed: int, epoch: int) -> np.random.Philox:
     return np.random.Philox(key=np.array([seed, epoch], np.uint64))
-
-
-def leak_report(mean: float, standard_error: float) -> str | None:
-    """One line if the model's loss lies under the floor by more than three standard errors.
-
-    mean and standard_error are those of the difference, model minus true chain, per token.
-    """
-    if not mean < -3 * standard_error:
-        return None
-    return (
-        f"the validation loss lies {-mean:.4f} nats under the floor (standard error "
-        f"{standard_error:.4f}), and no honest model can: labels leak into the inputs; look at the "
-        "causal mask and at the shift of the labels"
-    )
-
-
-def mean_and_error(count: int, total: float, total_of_squares: float) -> tuple[float, float]:
-    """Mean and standard error of `count` differences out of sums, which ranks can add up."""
-    mean = total / count
-    variance = max(total_of_squares / count - mean**2, 0.0)
-    return mean, math.sqrt(variance / count)
 
 
 def open_corpus(folder: Path, context_length: int, read_all: bool = True) -> Corpus:

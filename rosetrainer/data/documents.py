@@ -1,103 +1,113 @@
-"""The texts of a corpus: one that is cut in two, or documents of which each goes to one side."""
+"""The texts of a corpus: one that is cut in two, or documents of which each goes to one side.
+
+A document is a whole file, a line of JSON lines, or a row of parquet.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from abc import ABC, abstractmethod
-from collections.abc import Iterator
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from rosetrainer.data.document_files import texts_of
+from rosetrainer.data.encoding import unix_lines
 from rosetrainer.data.text_files import TextFile, recognise
+from rosetrainer.environment import python_command
 from rosetrainer.validation import ConfigError
 
 Side = Literal["train", "val"]
 
+ROWS = 256  # of parquet, in memory at once
 
-class Texts(ABC):
+
+@dataclass(frozen=True)
+class Texts:
     """What a corpus is made of."""
 
     sha256: str
     """Decides the content, the order included."""
     size: str
     """How much it is, in words."""
-    counts: dict[str, int] | None = None
-    """Documents of each side; None for one text."""
+    sides: Callable[[], Iterator[tuple[Side, str]]]
+    """Gives each text in the given order, with the side that it is for, as often as it is called.
 
-    @abstractmethod
-    def characters(self) -> set[str]: ...
-
-    @abstractmethod
-    def sides(self) -> Iterator[tuple[Side, str]]:
-        """Each text, in the order in which they were given, with the side it is for."""
+    Raises ConfigError if the files have changed since.
+    """
+    are_documents: bool = False
+    """Whether each text is a document, after which an id of its own stands."""
 
 
-class OneText(Texts):
-    """A text whose last part is kept for validation."""
+def one_text(text: str, val_fraction: float) -> Texts:
+    """A text whose last part is for validation."""
+    cut = int(len(text) * (1 - val_fraction))
 
-    def __init__(self, text: str, val_fraction: float):
-        self._text, self._cut = text, int(len(text) * (1 - val_fraction))
-        self.sha256 = hashlib.sha256(text.encode()).hexdigest()
-        self.size = f"a text of {len(text)} characters"
+    def sides() -> Iterator[tuple[Side, str]]:
+        yield "train", text[:cut]
+        yield "val", text[cut:]
 
-    def characters(self) -> set[str]:
-        return set(self._text)
-
-    def sides(self) -> Iterator[tuple[Side, str]]:
-        yield "train", self._text[: self._cut]
-        yield "val", self._text[self._cut :]
+    sha256 = hashlib.sha256(text.encode()).hexdigest()
+    return Texts(sha256, f"a text of {len(text)} characters", sides)
 
 
-class Documents(Texts):
-    """The documents of files, which are read again whenever they are gone through."""
+def read_one(path: Path, val_fraction: float, as_text: bool = False) -> Texts:
+    """A file as one text. Raises ConfigError."""
+    text = recognise(path, as_text).read()
+    if not text.strip():
+        what = "holds only white space" if text else "is empty"
+        raise ConfigError(f"{path} {what}; pass a file with text")
+    return one_text(text, val_fraction)
 
-    def __init__(self, files: tuple[TextFile, ...], key: str, val_fraction: float):
-        """Raises ConfigError for what cannot be read, and if a side would have no document."""
-        self._files, self._key = files, key
-        sizes: dict[bytes, int] = {}
-        repeats: dict[bytes, int] = {}  # beyond the first of equal documents
-        order = hashlib.sha256()
-        self.blank = 0
-        for text in self.texts():
-            digest = _digest(text)
-            order.update(digest)
-            if digest in sizes:
-                repeats[digest] = repeats.get(digest, 0) + 1
-            sizes[digest] = sizes.get(digest, 0) + len(text.encode())
-        self.sha256, self.number = order.hexdigest(), len(sizes) + sum(repeats.values())
-        self.size = f"{self.number} documents"
-        self._val: set[bytes] = set()
-        if self.number > 1:
-            self._val = choose_validation(sizes, val_fraction)
-        val = len(self._val) + sum(repeats.get(digest, 0) for digest in self._val)
-        self.counts = {"train": self.number - val, "val": val}
 
-    def characters(self) -> set[str]:
-        return {character for text in self.texts() for character in set(text)}
+def read_texts(
+    paths: tuple[Path, ...], key: str, val_fraction: float, as_text: bool = False
+) -> Texts:
+    """One text file as one text; several files, JSON lines and parquet as documents.
 
-    def texts(self) -> Iterator[str]:
-        """All documents that have a text, and counts the others."""
-        self.blank = 0
-        for file in self._files:
-            for text in texts_of(file, self._key):
-                if text.strip():
-                    yield text
-                else:
-                    self.blank += 1
+    key: of the text in JSON lines and parquet. as_text: see `recognise`. What a user may not expect
+    is printed. Raises ConfigError for what cannot be read, or gives no document to one side.
+    """
+    files = tuple(recognise(path, as_text) for path in paths)
+    if len(files) == 1 and files[0].form == "text":
+        return read_one(paths[0], val_fraction, as_text)
 
-    def sides(self) -> Iterator[tuple[Side, str]]:
-        order = hashlib.sha256()
-        for text in self.texts():
-            digest = _digest(text)
-            order.update(digest)
-            yield "val" if digest in self._val else "train", text
-        if order.hexdigest() != self.sha256:
+    def documents() -> Iterator[str]:
+        return (text for file in files for text in texts_of(file, key))
+
+    sizes, order, number, blank = Counter[bytes](), hashlib.sha256(), 0, 0
+    for text in documents():
+        if not text.strip():
+            blank += 1
+            continue
+        number += 1
+        order.update(digest := _digest(text))
+        sizes[digest] += len(text.encode())
+    where = ", ".join(map(str, paths[:3])) + (", …" if len(paths) > 3 else "")
+    if not number:
+        raise ConfigError(f"{where}: no document has a text; pass files with text")
+    if blank:
+        print(f"left out, as they have no text: {blank} of the documents")
+    if number == 1:
+        print(f"{where}: one document, so it is cut at its end as a single text is")
+        return one_text(next(text for text in documents() if text.strip()), val_fraction)
+    val = choose_validation(sizes, val_fraction)
+
+    def sides() -> Iterator[tuple[Side, str]]:
+        again = hashlib.sha256()
+        for text in documents():
+            if text.strip():
+                again.update(digest := _digest(text))
+                yield "val" if digest in val else "train", text
+        if again.digest() != order.digest():
             raise ConfigError("the files were changed while they were read; try again")
+
+    return Texts(order.hexdigest(), f"{number} documents", sides, are_documents=True)
 
 
 def choose_validation(sizes: dict[bytes, int], val_fraction: float) -> set[bytes]:
-    """Which documents are for validation, out of each one's hash and bytes.
+    """Which documents are for validation, by the hash of each, out of its bytes.
 
     In the order of their hashes, each is taken that brings the share of the bytes nearer to
     val_fraction; so neither the order of the files nor a document's place decides, and equal
@@ -125,37 +135,88 @@ def choose_validation(sizes: dict[bytes, int], val_fraction: float) -> set[bytes
     return chosen or {smallest}
 
 
-def read_texts(
-    paths: tuple[Path, ...], key: str, val_fraction: float, as_text: bool = False
-) -> Texts:
-    """One text file as one text; several files, JSON lines and parquet as documents.
-
-    key: of the text in JSON lines and parquet. as_text: see `recognise`. What a user may not expect
-    is said on the screen. Raises ConfigError.
-    """
-    files = tuple(recognise(path, as_text) for path in paths)
-    if len(files) == 1 and files[0].form == "text":
-        return read_one(paths[0], val_fraction, as_text)
-    documents = Documents(files, key, val_fraction)
-    where = ", ".join(map(str, paths[:3])) + (", …" if len(paths) > 3 else "")
-    if not documents.number:
-        raise ConfigError(f"{where}: no document has a text; pass files with text")
-    if documents.blank:
-        print(f"left out, as they have no text: {documents.blank} of the documents")
-    if documents.number == 1:
-        print(f"{where}: one document, so it is cut at its end as a single text is")
-        return OneText(next(documents.texts()), val_fraction)
-    return documents
-
-
-def read_one(path: Path, val_fraction: float, as_text: bool = False) -> OneText:
-    """A file as one text. Raises ConfigError."""
-    text = recognise(path, as_text).read()
-    if not text.strip():
-        what = "holds only white space" if text else "is empty"
-        raise ConfigError(f"{path} {what}; pass a file with text")
-    return OneText(text, val_fraction)
-
-
 def _digest(text: str) -> bytes:
     return hashlib.sha256(text.encode()).digest()
+
+
+def texts_of(file: TextFile, key: str) -> Iterator[str]:
+    """The file's documents, one by one; key: of the text in JSON lines and parquet.
+
+    Raises ConfigError, with the line's or the row's number, for one that is not as it should be.
+    """
+    if file.form == "text":
+        yield file.read()
+    elif file.form == "lines":
+        for number, line in file.lines():
+            where = f"{file.path}, line {number}"
+            yield _checked(_value(line, key, where), key, where)
+    else:
+        for number, value in enumerate(_parquet_values(file.path, key), 1):
+            yield _checked(value, key, f"{file.path}, row {number}")
+
+
+def _value(line: str, key: str, where: str) -> Any:
+    try:
+        value = json.loads(line.strip())
+    except RecursionError:
+        raise ConfigError(f"{where} is JSON too deeply nested to be read") from None
+    except ValueError as error:
+        place = (
+            error
+            if not isinstance(error, json.JSONDecodeError)
+            else (f"{error.msg} at character {error.pos}")
+        )
+        raise ConfigError(
+            f'{where} is not JSON: {place}; each line must be one object, {{"{key}": "..."}}'
+        ) from None
+    if not isinstance(value, dict):
+        raise ConfigError(
+            f"{where} is JSON, but no object: {line.strip()[:20]!r}; each line must be one, "
+            f'{{"{key}": "..."}}'
+        )
+    if key not in value:
+        raise ConfigError(f"{where} has no key {key!r}; {_others(value)}")
+    return value[key]
+
+
+def _others(names: Any) -> str:
+    shown = ", ".join(repr(name) for name in list(names)[:8])
+    return f"it has {shown or 'none'}; --text-key names the one that holds the text"
+
+
+def _checked(value: Any, key: str, where: str) -> str:
+    if not isinstance(value, str):
+        kind = {type(None): "null", bool: "true or false", dict: "an object", list: "a list"}
+        found = kind.get(type(value), "a number" if isinstance(value, (int, float)) else "bytes")
+        raise ConfigError(f"{where}: {key!r} holds {found}, not a text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            f"{where}: {key!r} is not Unicode: U+{ord(value[error.start]):04X} at character "
+            f"{error.start} is half of a pair"
+        ) from None
+    return unix_lines(value)
+
+
+def _parquet_values(path: Path, key: str) -> Iterator[Any]:
+    try:
+        import pyarrow  # an extra: only parquet needs it
+        import pyarrow.parquet
+    except ImportError:
+        raise ConfigError(
+            f"{path} is parquet, which takes a library to read: "
+            f"{python_command()} -m pip install pyarrow"
+        ) from None
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            if key not in names:
+                raise ConfigError(f"{path} has no column {key!r}; {_others(names)}")
+            for batch in file.iter_batches(batch_size=ROWS, columns=[key]):
+                yield from batch.column(0).to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(
+            f"cannot read {path} as parquet: {reason}; was it copied whole?"
+        ) from None

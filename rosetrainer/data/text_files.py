@@ -13,6 +13,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import IO, Any, Literal
 
+from rosetrainer.data.encoding import byte_order_mark, decode
 from rosetrainer.data.file_kinds import (
     HEAD,
     compression,
@@ -20,7 +21,6 @@ from rosetrainer.data.file_kinds import (
     refuse_markup,
     refuse_no_text,
 )
-from rosetrainer.data.text_encoding import byte_order_mark, decode
 from rosetrainer.durable_files import free
 from rosetrainer.validation import ConfigError
 

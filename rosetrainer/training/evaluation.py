@@ -8,7 +8,8 @@ from collections.abc import Callable
 import torch
 
 from rosetrainer.config import IGNORED, TrainConfig
-from rosetrainer.data.batches import Corpus, leak_report, mean_and_error
+from rosetrainer.data.batches import Corpus
+from rosetrainer.data.markov import leak_report, mean_and_error
 from rosetrainer.models.gpt import GPTModel
 from rosetrainer.parallel.comm import all_reduce
 from rosetrainer.parallel.context import ParallelContext

@@ -13,15 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rosetrainer.data import corpus_files
-from rosetrainer.data.batches import (
-    IGNORED,
-    MarkovChain,
-    leak_report,
-    mean_and_error,
-    open_corpus,
-    read_meta,
-)
+from rosetrainer.data import token_file
+from rosetrainer.data.batches import IGNORED, open_corpus, read_meta
+from rosetrainer.data.markov import MarkovChain, leak_report, mean_and_error
 from rosetrainer.environment import prepare_command
 from rosetrainer.validation import ConfigError
 
@@ -282,7 +276,7 @@ def test_too_short_for_the_context(small):
 
 @pytest.mark.parametrize("index", [0, 5, 9, 10, 19])
 def test_an_impossible_id_is_found_anywhere(small, monkeypatch, index):
-    monkeypatch.setattr(corpus_files, "SCAN", 10)
+    monkeypatch.setattr(token_file, "SCAN", 10)
     ids = np.arange(20)
     ids[index:] = 40
     write_corpus(small, np.arange(30), ids, 40)
@@ -298,7 +292,7 @@ def test_another_corpus_of_equal_size_is_refused(small, name, with_blocks):
     path = small / name
     if with_blocks:
         files = ("train.bin", "val.bin")
-        blocks = {f: corpus_files.block_hashes((small / f).read_bytes()) for f in files}
+        blocks = {f: token_file.hashes(small / f)[1] for f in files}
         change(small, blocks=blocks)
     open_corpus(small, 4)
     path.write_bytes(path.read_bytes()[2:] + path.read_bytes()[:2])
@@ -313,7 +307,7 @@ def test_a_file_that_cannot_be_read(small, monkeypatch, function):
     def refuse(*_):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(corpus_files.os, function, refuse)
+    monkeypatch.setattr(token_file.os, function, refuse)
     assert message(lambda: open_corpus(small, 4)).startswith(
         f"cannot read {small}/train.bin: Permission denied"
     )

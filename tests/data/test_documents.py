@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 
 from rosetrainer.commands.prepare import main as prepare
 from rosetrainer.data.batches import open_corpus
+from rosetrainer.data.bpe import BPETokenizer
 from rosetrainer.data.documents import choose_validation
-from rosetrainer.data.tokenizer import BPETokenizer
 from rosetrainer.validation import ConfigError
 
 TEXTS = [f"Document {i}: " + "the cat sat on the mat, été. " * (i % 7 + 1) for i in range(40)]
@@ -297,15 +297,15 @@ def test_parquet_that_is_not_as_it_should_be(
 def test_a_file_that_changes_between_the_readings_is_seen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from rosetrainer.data import text_corpus
+    from rosetrainer.data import corpus_writer
 
     path = lines(tmp_path / "x", TEXTS)
 
     def tokenizer(*_: object) -> object:
         lines(path, TEXTS[1:])
-        return text_corpus.BytesTokenizer(end_of_text=True)
+        return corpus_writer.BytesTokenizer(end_of_text=True)
 
-    monkeypatch.setattr(text_corpus, "_tokenizer", tokenizer)
+    monkeypatch.setattr(corpus_writer, "make_tokenizer", tokenizer)
     assert "the files were changed while they were read" in refused(tmp_path, path)
 
 

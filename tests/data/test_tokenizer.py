@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rosetrainer.data import text_parts
-from rosetrainer.data.tokenizer import BPETokenizer, BytesTokenizer, CharsTokenizer, load_tokenizer
+from rosetrainer.data.bpe import BPETokenizer, parts
+from rosetrainer.data.corpus import load_tokenizer
+from rosetrainer.data.tokenizer import BytesTokenizer, CharsTokenizer
 from rosetrainer.validation import ConfigError
 
 TEXT = "The cat sat on the mat.\n\nThe hat sat on the cat.\nÉté, été; 中文 🙂.\n" * 20
@@ -82,8 +83,8 @@ def test_id_out_of_range_is_an_error():
 
 @given(st.text(st.sampled_from("ab'.s \n\t\r\x1c\u00a0é1"), max_size=60), st.integers(1, 5))
 def test_bpe_of_parts_is_bpe_of_the_whole(text, length):
-    assert "".join(text_parts.parts(text, length)) == text
-    ids = [i for part in text_parts.parts(text, length) for i in BPE.encode(part).tolist()]
+    assert "".join(parts(text, length)) == text
+    ids = [i for part in parts(text, length) for i in BPE.encode(part).tolist()]
     assert ids == BPE.encode(text).tolist()
 
 
@@ -179,9 +180,7 @@ def test_wrong_tokenizer_json_is_one_line(tmp_path, content):
 
 
 def test_importing_it_needs_neither_torch_nor_tokenizers():
-    code = (
-        "import rosetrainer.data.tokenizer, sys; print({'torch', 'tokenizers'} & set(sys.modules))"
-    )
+    code = "import rosetrainer.data.bpe, sys; print({'torch', 'tokenizers'} & set(sys.modules))"
     root = Path(__file__).resolve().parents[2]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
     assert done.stdout == "set()\n", done.stderr

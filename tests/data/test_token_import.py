@@ -13,7 +13,8 @@ import pytest
 from rosetrainer.commands.generate import first_tokens
 from rosetrainer.commands.prepare import main as prepare
 from rosetrainer.data.batches import open_corpus
-from rosetrainer.data.tokenizer import BPETokenizer, IdsTokenizer
+from rosetrainer.data.bpe import BPETokenizer
+from rosetrainer.data.tokenizer import IdsTokenizer
 from rosetrainer.validation import ConfigError
 
 TEXT = "The café is open, and the cat sits on the mat.\n" * 40
@@ -189,7 +190,7 @@ def test_the_tokenizer_has_to_be_named(tmp_path: Path, tokenizer: Path) -> None:
 def test_a_tokenizer_with_more_tokens_than_uint16_can_name(
     tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rosetrainer.data.corpus_import.LARGEST_VOCAB", 200)
+    monkeypatch.setattr("rosetrainer.data.token_import.LARGEST_VOCAB", 200)
     source = nanogpt(tmp_path / "gpt", range(9), range(9))
     message = refused(tmp_path, source, "--tokenizer", tokenizer)
     assert f"{tokenizer} has {MADE.vocab_size} tokens, and ids are stored as uint16" in message

@@ -10,20 +10,19 @@ from typing import Any
 
 import numpy as np
 
-from rosetrainer.data.corpus_advice import TOKENIZERS
-from rosetrainer.data.corpus_files import SCAN
+from rosetrainer.data.advice import TOKENIZERS
+from rosetrainer.data.bpe import BPETokenizer
+from rosetrainer.data.corpus_writer import write_tokens
+from rosetrainer.data.documents import Side
 from rosetrainer.data.file_kinds import compression
-from rosetrainer.data.text_corpus import described
-from rosetrainer.data.token_pieces import LARGEST_VOCAB, Ids, Tokenizer
-from rosetrainer.data.token_writer import TokenWriter
-from rosetrainer.data.tokenizer import BPETokenizer, BytesTokenizer, IdsTokenizer
+from rosetrainer.data.token_file import SCAN
+from rosetrainer.data.tokenizer import LARGEST_VOCAB, BytesTokenizer, Ids, IdsTokenizer, Tokenizer
 from rosetrainer.durable_files import free
 from rosetrainer.validation import ConfigError
 
 HEADER = 256  # int32 numbers that llm.c's files begin with
 # By the first of them: the version that must follow, and how an id is stored.
 LLM_C = {20240520: (1, "<u2"), 20240801: (7, "<u4")}
-SIDES = ("train", "val")
 
 
 @dataclass(frozen=True)
@@ -37,20 +36,17 @@ class IdFile:
 
     def parts(self, tokenizer: Tokenizer) -> Iterator[Ids]:
         """All ids, in parts of a bounded size. Raises ConfigError for one that is impossible."""
-        done = 0
-        try:
-            with self.path.open("rb") as file:
-                file.seek(self.offset)
-                while done < self.count:
-                    part = min(SCAN, self.count - done)
-                    ids = np.frombuffer(file.read(part * np.dtype(self.dtype).itemsize), self.dtype)
-                    if len(ids) < part:
-                        raise ConfigError(f"{self.path} became shorter while it was read")
-                    self._check(ids, done, tokenizer.vocab_size)
-                    done += part
-                    yield ids.astype(np.uint16)
-        except OSError as error:
-            raise ConfigError(f"cannot read {self.path}: {error.strerror}") from None
+        for first in range(0, self.count, SCAN):
+            wanted = min(SCAN, self.count - first)
+            start = self.offset + first * np.dtype(self.dtype).itemsize
+            try:
+                ids = np.fromfile(self.path, self.dtype, wanted, offset=start)
+            except OSError as error:
+                raise ConfigError(f"cannot read {self.path}: {error.strerror}") from None
+            if len(ids) < wanted:
+                raise ConfigError(f"{self.path} became shorter while it was read")
+            self._check(ids, first, tokenizer.vocab_size)
+            yield ids.astype(np.uint16)
 
     def _check(self, ids: np.ndarray[Any, Any], first: int, vocab_size: int) -> None:
         bare = self.dtype == "<u2" and not self.offset
@@ -83,11 +79,18 @@ class IdFile:
 class Source:
     """What is imported."""
 
-    files: dict[str, list[IdFile]]
-    """By side."""
+    files: dict[Side, list[IdFile]]
     tokenizer: Tokenizer
     options: dict[str, Any]
     """What decides the content."""
+
+    def parts(self, side: Side) -> Iterator[Ids]:
+        return (ids for file in self.files[side] for ids in file.parts(self.tokenizer))
+
+    def write(self, folder: Path) -> dict[str, Any]:
+        """Writes train.bin, val.bin and the tokenizer's file; gives meta.json's keys."""
+        tokens = ((side, ids) for side in self.files for ids in self.parts(side))
+        return write_tokens(folder, self.tokenizer, tokens)
 
 
 def open_source(paths: tuple[Path, ...], tokenizer: str, vocab_size: int | None) -> Source:
@@ -103,49 +106,15 @@ def open_source(paths: tuple[Path, ...], tokenizer: str, vocab_size: int | None)
         options["tokenizer_sha256"] = hashlib.sha256(known.to_json().encode()).hexdigest()
     else:
         options["tokenizer"] = tokenizer
-    for side in SIDES:
-        digest, count = hashlib.sha256(), 0
-        for file in files[side]:
-            for ids in file.parts(known):
-                digest.update(ids.astype("<u2").tobytes())
-            count += file.count
+    source = Source(files, known, options)
+    for side, found in files.items():
+        digest, count = hashlib.sha256(), sum(file.count for file in found)
+        for ids in source.parts(side):
+            digest.update(ids.astype("<u2").tobytes())
         if count < 2:
-            raise ConfigError(f"{files[side][0].path} holds {count} ids; {side}.bin needs 2")
+            raise ConfigError(f"{found[0].path} holds {count} ids; {side}.bin needs 2")
         options[f"{side}_sha256"] = digest.hexdigest()
-    return Source(files, known, options)
-
-
-def write_corpus(folder: Path, source: Source) -> dict[str, Any]:
-    """Writes train.bin, val.bin and the tokenizer's file if it has one; gives meta.json's keys."""
-    tokenizer, hashes = source.tokenizer, {}
-    kind = "bytes" if isinstance(tokenizer, BytesTokenizer) else "ids"
-    if isinstance(tokenizer, BPETokenizer):
-        kind = "bpe"
-        hashes[BPETokenizer.FILE] = (tokenizer.save(folder), list[str]())
-    lengths = np.array([len(piece) for piece in tokenizer.pieces])
-    tokens, ends, val_bytes = {}, {}, 0
-    for side in SIDES:
-        ends[side] = 0
-        with TokenWriter(folder / f"{side}.bin") as writer:
-            for file in source.files[side]:
-                for ids in file.parts(tokenizer):
-                    writer.write(ids)
-                    ends[side] += int(np.count_nonzero(ids == tokenizer.end_of_text))
-                    val_bytes += int(lengths[ids].sum()) if side == "val" else 0
-            tokens[side], hashes[f"{side}.bin"] = writer.tokens, writer.hashes()
-    meta: dict[str, Any] = {
-        "tokenizer": kind,
-        "vocab_size": tokenizer.vocab_size,
-        "train_tokens": tokens["train"],
-        "val_tokens": tokens["val"],
-    }
-    if kind != "ids" and val_bytes:
-        meta["bytes_per_token"] = val_bytes / tokens["val"]
-    if tokenizer.end_of_text is not None:
-        meta["end_of_text"] = tokenizer.end_of_text
-        if any(ends.values()):
-            meta["documents"] = ends
-    return meta | described(hashes)
+    return source
 
 
 def _are_uint32(ids: np.ndarray[Any, Any]) -> bool:
@@ -154,7 +123,7 @@ def _are_uint32(ids: np.ndarray[Any, Any]) -> bool:
     return len(ids) > 15 and bool((high < 4).all() and (low > 3).any())
 
 
-def _find(paths: tuple[Path, ...]) -> dict[str, list[Path]]:
+def _find(paths: tuple[Path, ...]) -> dict[Side, list[Path]]:
     """The files of each side, in the order of their names."""
     if len(paths) == 2:
         return {"train": [paths[0]], "val": [paths[1]]}
@@ -164,8 +133,8 @@ def _find(paths: tuple[Path, ...]) -> dict[str, list[Path]]:
             f"import needs a folder with train.bin and val.bin, or two files, those for training "
             f"first; not {named}"
         )
-    found = {}
-    for side in SIDES:
+    found: dict[Side, list[Path]] = {"train": [], "val": []}
+    for side in found:
         exact = paths[0] / f"{side}.bin"
         found[side] = [exact] if exact.exists() else sorted(paths[0].glob(f"*{side}*.bin"))
         if not found[side]:

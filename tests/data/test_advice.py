@@ -15,7 +15,7 @@ import pytest
 
 from rosetrainer.commands.prepare import main as prepare
 from rosetrainer.data.batches import open_corpus
-from rosetrainer.data.corpus_files import read_meta
+from rosetrainer.data.corpus import read_meta
 from rosetrainer.environment import prepare_command
 from rosetrainer.validation import ConfigError
 

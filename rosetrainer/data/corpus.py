@@ -1,26 +1,29 @@
-"""What a corpus is on disk: meta.json and files of token ids, each checked before it is used."""
+"""What a corpus is on disk: train.bin, val.bin, and meta.json, which says what they hold."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import os
 import stat
-import weakref
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
+from string import ascii_lowercase
 from typing import Annotated, Any, Literal
 
 import numpy as np
 
-from rosetrainer.data.corpus_advice import another_folder, no_corpus, of_other_meta
-from rosetrainer.data.token_pieces import LARGEST_VOCAB
+from rosetrainer.data.advice import another_folder, no_corpus, of_other_meta
+from rosetrainer.data.bpe import BPETokenizer
+from rosetrainer.data.token_file import SCAN
+from rosetrainer.data.tokenizer import (
+    LARGEST_VOCAB,
+    BytesTokenizer,
+    CharsTokenizer,
+    IdsTokenizer,
+    Tokenizer,
+)
 from rosetrainer.validation import Bounds, ConfigError, Count, Positive, config_from_dict
-
-Int64s = np.ndarray[Any, np.dtype[np.int64]]
-
-SCAN = 1 << 20  # tokens that the check of a whole file reads at once, a block
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class CorpusMeta:
     sha256: dict
     """By file name."""
     blocks: dict | None = None
-    """By file name, the SHA-256 of each block, so that damage can be found; see block_hashes."""
+    """By file name, the SHA-256 of each block, so that damage can be found; see token_file."""
     bytes_per_token: Positive | None = None
     """Of the validation text: nats / ln 2 / bytes_per_token are bits per byte."""
     documents: dict | None = None
@@ -54,93 +57,6 @@ class CorpusMeta:
     """markov: the order, and the probabilities as MarkovChain has them."""
     floor_nats: Annotated[float, Bounds(0)] | None = None
     """markov: the true chain's mean loss on val.bin."""
-
-
-class TokenFile:
-    """A .bin file. It is read with pread: a map of a file that shrinks would kill the process."""
-
-    def __init__(self, path: Path, remedy: str):
-        _check_regular(path, remedy)
-        try:
-            self._descriptor = os.open(path, os.O_RDONLY)
-        except OSError as error:
-            raise ConfigError(f"cannot read {path}: {error.strerror}; {remedy}") from None
-        weakref.finalize(self, os.close, self._descriptor)
-        self.path, self.remedy = path, remedy
-        facts = os.fstat(self._descriptor)
-        self.size, self._changed = facts.st_size, facts.st_mtime_ns
-
-    def read(self, start: int, count: int, vocab_size: int) -> Int64s:
-        """Tokens start to start + count, (count,). Raises ConfigError if they are not there."""
-        where, wanted, data = 2 * start, 2 * count, b""
-        while len(data) < wanted:  # a pread gives at most 2 GiB
-            try:
-                more = os.pread(self._descriptor, wanted - len(data), where + len(data))
-            except OSError as error:
-                raise ConfigError(f"cannot read {self.path}: {error.strerror}") from None
-            if not more:
-                raise ConfigError(
-                    f"{self.path} ends before byte {where + wanted}; {self.size} bytes were there, "
-                    f"it was cut while in use; {self.remedy}"
-                )
-            data += more
-        ids = np.frombuffer(data, "<u2")
-        if ids.max(initial=0) >= vocab_size:
-            index = start + int(np.argmax(ids >= vocab_size))
-            raise ConfigError(
-                f"{self.path}: token {index} (byte {2 * index}) is {ids[index - start]}, not below "
-                f"vocab_size={vocab_size}; {self.remedy}"
-            )
-        if os.fstat(self._descriptor).st_mtime_ns != self._changed:
-            raise ConfigError(
-                f"{self.path} was changed while in use, as seen when byte {where} was read; "
-                f"{self.remedy}"
-            )
-        return ids.astype(np.int64)
-
-    def check(
-        self, tokens: int, vocab_size: int, sha256: str, blocks: list[str] | None = None
-    ) -> None:
-        """Reads all of it. Raises ConfigError unless it holds just those tokens, all possible.
-
-        blocks: what block_hashes gave for it, which says where damage lies; without them the whole
-        file's SHA-256 is compared.
-        """
-        if self.size == 0:
-            raise ConfigError(f"{self.path} is empty; {self.remedy}")
-        if self.size % 2:
-            raise ConfigError(
-                f"{self.path} has {self.size} bytes, an odd number: it cannot be uint16 tokens; "
-                f"{self.remedy}"
-            )
-        if self.size != 2 * tokens:
-            raise ConfigError(
-                f"{self.path} has {self.size // 2} tokens, but meta.json says {tokens}; "
-                f"{self.remedy}"
-            )
-        whole = hashlib.sha256()
-        for number, start in enumerate(range(0, tokens, SCAN)):
-            ids = self.read(start, min(SCAN, tokens - start), vocab_size)
-            content = ids.astype("<u2").tobytes()
-            if blocks is None:
-                whole.update(content)
-            elif block_hashes(content) != [blocks[number]]:
-                raise self._not_as_described(2 * start, len(content))
-        if blocks is None and whole.hexdigest() != sha256:
-            raise self._not_as_described(0, self.size)
-
-    def _not_as_described(self, start: int, count: int) -> ConfigError:
-        return ConfigError(
-            f"{self.path}: bytes {start} to {start + count} are not what meta.json describes; "
-            f"{self.remedy}"
-        )
-
-
-def block_hashes(content: bytes) -> list[str]:
-    """The SHA-256 of each block of a .bin file."""
-    size = 2 * SCAN
-    blocks = (content[start : start + size] for start in range(0, len(content), size))
-    return [hashlib.sha256(block).hexdigest() for block in blocks]
 
 
 def read_meta(folder: Path) -> CorpusMeta:
@@ -184,18 +100,6 @@ def _check_keys(values: Any) -> None:
         )
 
 
-def _check_regular(path: Path, remedy: str) -> None:
-    """Raises ConfigError unless path is a file; reading a pipe, say, would wait for ever."""
-    try:
-        mode = path.stat().st_mode
-    except FileNotFoundError:
-        raise ConfigError(f"{path} is missing; {remedy}") from None
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}; {remedy}") from None
-    if not stat.S_ISREG(mode):
-        raise ConfigError(f"{path} is not a file; {remedy}")
-
-
 def _check_consistent(meta: CorpusMeta) -> None:
     """Raises ConfigError unless meta's parts fit one another."""
     if not all(isinstance(meta.sha256.get(name), str) for name in ("train.bin", "val.bin")):
@@ -235,3 +139,44 @@ def _counts_documents(meta: CorpusMeta) -> bool:
     return set(counts) == {"train", "val"} and all(
         type(count) is int and count >= 0 for count in counts.values()
     )
+
+
+def load_tokenizer(folder: Path, meta: Mapping[str, Any]) -> Tokenizer:
+    """The tokenizer of a corpus: of meta's keys tokenizer, vocab_size, characters, end_of_text.
+
+    A markov corpus has no text; its tokens are shown as the letters a, b, c, …
+    Raises ConfigError if meta (or, for bpe, tokenizer.json in the folder) describes no tokenizer.
+    """
+    kind, vocab_size = meta.get("tokenizer"), meta.get("vocab_size")
+    end, where = meta.get("end_of_text"), f"{folder}/meta.json"
+    if not isinstance(vocab_size, int):
+        raise ConfigError(f"{where}: vocab_size={vocab_size!r} must be an integer")
+    tokenizer: Tokenizer
+    if kind == "bytes":
+        tokenizer = BytesTokenizer(end is not None)
+    elif kind == "chars":
+        characters = meta.get("characters")
+        if not isinstance(characters, str) or list(characters) != sorted(set(characters)):
+            raise ConfigError(f"{where}: characters must be a sorted string")
+        tokenizer = CharsTokenizer(characters, end is not None)
+    elif kind == "markov":
+        tokenizer = CharsTokenizer(ascii_lowercase[:vocab_size])
+    elif kind == "bpe":
+        tokenizer = BPETokenizer.load(folder / BPETokenizer.FILE)
+    elif kind == "ids" and 0 < vocab_size <= LARGEST_VOCAB:
+        tokenizer = IdsTokenizer(vocab_size)
+    else:
+        raise ConfigError(
+            f"{where}: tokenizer={kind!r} can be 'bytes', 'chars', 'bpe', 'markov' or 'ids'"
+        )
+    if tokenizer.vocab_size != vocab_size:
+        raise ConfigError(
+            f"{where}: vocab_size={vocab_size!r}, but its {kind} tokenizer has "
+            f"{tokenizer.vocab_size} tokens"
+        )
+    if tokenizer.end_of_text != end:
+        raise ConfigError(
+            f"{where}: end_of_text={end!r}, but that of its {kind} tokenizer is "
+            f"{tokenizer.end_of_text}"
+        )
+    return tokenizer

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rosetrainer.data.file_kinds import LLM_C
-from rosetrainer.data.token_pieces import LARGEST_VOCAB
+from rosetrainer.data.tokenizer import LARGEST_VOCAB
 from rosetrainer.durable_files import free
 from rosetrainer.environment import prepare_command
 

@@ -1,0 +1,118 @@
+"""Byte-level byte-pair encoding, by the library `tokenizers`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rosetrainer.data.tokenizer import Ids, Tokenizer, utf8
+from rosetrainer.validation import ConfigError
+
+PART = 1 << 20  # characters that are encoded at a time, which bounds the memory
+
+
+class BPETokenizer(Tokenizer):
+    """Frequent strings of bytes are tokens, and any text encodes.
+
+    `backend` is a tokenizers.Tokenizer. Sennrich et al., "Neural Machine Translation of Rare Words
+    with Subword Units"; on bytes: Radford et al., "Language Models are Unsupervised Multitask
+    Learners" (GPT-2). Where `backend` has the special token END, that ends a document.
+    """
+
+    kind, FILE, END = "bpe", "tokenizer.json", "<|endoftext|>"
+
+    def __init__(self, backend: Any):
+        byte_of = {char: byte for byte, char in enumerate(_gpt2_alphabet())}
+        added = backend.get_added_tokens_decoder()
+        try:
+            tokens = [backend.id_to_token(i) for i in range(backend.get_vocab_size())]
+            pieces = [
+                added[i].content.encode() if i in added else bytes(byte_of[c] for c in token)
+                for i, token in enumerate(tokens)
+            ]
+        except (KeyError, TypeError):
+            raise ConfigError("it is not a byte-level BPE whose ids are 0, 1, 2, …") from None
+        super().__init__(pieces)
+        special = {token.content: i for i, token in added.items() if token.special}
+        self.end_of_text = special.get(self.END)
+        if self.end_of_text is not None:
+            pieces[self.end_of_text] = b""
+        backend.encode_special_tokens = True  # "<|endoftext|>" in a text ends no document
+        self._backend = backend
+
+    @classmethod
+    def train(
+        cls, texts: str | Iterable[str], vocab_size: int, end_of_text: bool = False
+    ) -> BPETokenizer:
+        """At most vocab_size tokens, 256 of them the single bytes; a short text gives fewer.
+
+        end_of_text: the last of them ends a document.
+        """
+        library = _tokenizers_library()
+        backend = library.Tokenizer(library.models.BPE())
+        backend.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = library.decoders.ByteLevel()
+        trainer = library.trainers.BpeTrainer(
+            vocab_size=vocab_size - end_of_text,
+            initial_alphabet=sorted(_gpt2_alphabet()),
+            show_progress=False,
+        )
+        texts = [texts] if isinstance(texts, str) else texts
+        backend.train_from_iterator((part for text in texts for part in parts(text)), trainer)
+        if end_of_text:
+            backend.add_special_tokens([cls.END])
+        return cls(backend)
+
+    @classmethod
+    def load(cls, path: Path) -> BPETokenizer:
+        library = _tokenizers_library()
+        try:
+            return cls(library.Tokenizer.from_file(str(path)))
+        except Exception as error:  # the library raises plain Exception
+            raise ConfigError(f"cannot use {path}: {' '.join(str(error).split())}") from None
+
+    def save(self, folder: Path) -> None:
+        (folder / self.FILE).write_bytes(self.to_json().encode())
+
+    def to_json(self) -> str:
+        return str(self._backend.to_str(pretty=True))
+
+    def encode(self, text: str) -> Ids:
+        utf8(text)
+        return np.array(self._backend.encode(text, add_special_tokens=False).ids, np.uint16)
+
+
+def parts(text: str, length: int = PART) -> Iterator[str]:
+    """Consecutive parts of text, of `length` characters or a little more.
+
+    A cut lies between the end of a word and a line feed. No token of the GPT-2 pattern spans that
+    place, so the parts' tokens, put together, are the tokens of the whole text.
+    """
+    word_end, start = re.compile(r"(?<=[A-Za-z0-9.])(?=\n)"), 0
+    while start < len(text):
+        cut = word_end.search(text, start + length)
+        end = cut.start() if cut else len(text)
+        yield text[start:end]
+        start = end
+
+
+def _gpt2_alphabet() -> str:
+    """The character that stands for byte i, at place i: vocabularies hold text, not bytes.
+
+    Visible Latin-1 characters stand for themselves, the other bytes for U+0100, U+0101, …
+    """
+    visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(256, 512))
+    return "".join(chr(b) if b in visible else chr(next(others)) for b in range(256))
+
+
+def _tokenizers_library() -> Any:
+    try:
+        import tokenizers  # lazily: only bpe needs it
+    except ImportError:
+        raise ConfigError("the bpe tokenizer needs a library: pip install tokenizers") from None
+    return tokenizers

@@ -1,0 +1,113 @@
+"""A .bin file: token ids, little-endian uint16, no header; checked whenever it is read."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+import weakref
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rosetrainer.validation import ConfigError
+
+Int64s = np.ndarray[Any, np.dtype[np.int64]]
+
+SCAN = 1 << 20  # tokens of a block: read at once, with a SHA-256 of its own
+
+
+class TokenFile:
+    """It is read with pread: a memory map of a file that shrinks would kill the process."""
+
+    def __init__(self, path: Path, remedy: str):
+        """remedy: what a message advises. Raises ConfigError if path is not a readable file."""
+        try:
+            # Without waiting: a pipe would be waited for until somebody writes to it.
+            self._descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        except FileNotFoundError:
+            raise ConfigError(f"{path} is missing; {remedy}") from None
+        except OSError as error:
+            raise ConfigError(f"cannot read {path}: {error.strerror}; {remedy}") from None
+        weakref.finalize(self, os.close, self._descriptor)
+        facts = os.fstat(self._descriptor)
+        if not stat.S_ISREG(facts.st_mode):
+            raise ConfigError(f"{path} is not a file; {remedy}")
+        self.path, self.remedy = path, remedy
+        self.size, self._changed = facts.st_size, facts.st_mtime_ns
+
+    def read(self, start: int, count: int, vocab_size: int) -> Int64s:
+        """Tokens start to start + count, (count,). Raises ConfigError if they are not there."""
+        where, wanted, data = 2 * start, 2 * count, b""
+        while len(data) < wanted:  # a pread gives at most 2 GiB
+            try:
+                more = os.pread(self._descriptor, wanted - len(data), where + len(data))
+            except OSError as error:
+                raise ConfigError(f"cannot read {self.path}: {error.strerror}") from None
+            if not more:
+                raise ConfigError(
+                    f"{self.path} ends before byte {where + wanted}; {self.size} bytes were there, "
+                    f"it was cut while in use; {self.remedy}"
+                )
+            data += more
+        ids = np.frombuffer(data, "<u2")
+        if ids.max(initial=0) >= vocab_size:
+            index = start + int(np.argmax(ids >= vocab_size))
+            raise ConfigError(
+                f"{self.path}: token {index} (byte {2 * index}) is {ids[index - start]}, not below "
+                f"vocab_size={vocab_size}; {self.remedy}"
+            )
+        if os.fstat(self._descriptor).st_mtime_ns != self._changed:
+            raise ConfigError(
+                f"{self.path} was changed while in use, as seen when byte {where} was read; "
+                f"{self.remedy}"
+            )
+        return ids.astype(np.int64)
+
+    def check(
+        self, tokens: int, vocab_size: int, sha256: str, blocks: list[str] | None = None
+    ) -> None:
+        """Reads all of it. Raises ConfigError unless it holds just those tokens, all possible.
+
+        sha256, blocks: as `hashes` gave them. Those of the blocks say where damage lies; without
+        them that of the whole file is compared.
+        """
+        if self.size == 0:
+            raise ConfigError(f"{self.path} is empty; {self.remedy}")
+        if self.size % 2:
+            raise ConfigError(
+                f"{self.path} has {self.size} bytes, an odd number: it cannot be uint16 tokens; "
+                f"{self.remedy}"
+            )
+        if self.size != 2 * tokens:
+            raise ConfigError(
+                f"{self.path} has {self.size // 2} tokens, but meta.json says {tokens}; "
+                f"{self.remedy}"
+            )
+        whole = hashlib.sha256()
+        for number, start in enumerate(range(0, tokens, SCAN)):
+            ids = self.read(start, min(SCAN, tokens - start), vocab_size)
+            content = ids.astype("<u2").tobytes()
+            if blocks is None:
+                whole.update(content)
+            elif hashlib.sha256(content).hexdigest() != blocks[number]:
+                raise self._not_as_described(2 * start, len(content))
+        if blocks is None and whole.hexdigest() != sha256:
+            raise self._not_as_described(0, self.size)
+
+    def _not_as_described(self, start: int, count: int) -> ConfigError:
+        return ConfigError(
+            f"{self.path}: bytes {start} to {start + count} are not what meta.json describes; "
+            f"{self.remedy}"
+        )
+
+
+def hashes(path: Path) -> tuple[str, list[str]]:
+    """The SHA-256 of a whole file, and that of each block of SCAN tokens."""
+    whole, blocks, buffer = hashlib.sha256(), list[str](), memoryview(bytearray(2 * SCAN))
+    with path.open("rb") as file:
+        while size := file.readinto(buffer):
+            whole.update(buffer[:size])
+            blocks.append(hashlib.sha256(buffer[:size]).hexdigest())
+    return whole.hexdigest(), blocks
