@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -175,7 +176,7 @@ def _of_bins(folder: Path, names: list[str], bins: list[str]) -> str:
 def _is_llm_c(path: Path) -> bool:
     try:
         with path.open("rb") as file:
-            return LLM_C.match(file.read(4)) is not None
+            return re.match(LLM_C, file.read(4)) is not None
     except OSError:
         return False
 

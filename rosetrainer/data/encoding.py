@@ -6,7 +6,6 @@ import codecs
 import re
 import shlex
 import unicodedata
-from collections.abc import Callable
 from pathlib import Path
 
 from rosetrainer.durable_files import free
@@ -24,28 +23,21 @@ MARKS = {
 }
 CONTROLS = re.compile(rb"[\x01-\x08\x0e-\x1a\x1c-\x1f\x7f]")
 MOST_CONTROLS = 0.02  # of the bytes; random bytes hold 0.11
-_WESTERN = set("éèêëàâáãåäçñíìîïóòôõöøúùûüßæœÄÖÜÉ’‘“”–—…«»°€£§¿¡")
-_CHINESE = set(
-    "的一是不了人在有我他这這中大来來上个個国國到说說们們为為子和你地出道也时時年得就那要以，。、"
+# Encodings of one country's texts: characters that are frequent there, and how many of those beyond
+# ASCII have to be among them to make it likely.
+_CHINESE = (
+    "[的一是不了人在有我他这這中大来來上个個国國到说說们們为為子和你地出道也时時年得就那要以，。、]"
 )
-
-
-def _share(good: Callable[[str], bool]) -> Callable[[str], float]:
-    return lambda text: sum(map(good, text)) / max(len(text), 1)
-
-
-# Encodings of one country's texts: of the characters beyond ASCII, how many of those that are
-# frequent there make it likely.
-_FEW, _MANY = 0.5, 0.1
+_KANA, _CYRILLIC = "[\u3041-\u30f6]", "[а-яё]"
 COUNTRIES = {
-    "GB18030": (_share(_CHINESE.__contains__), _MANY),
-    "BIG5": (_share(_CHINESE.__contains__), _MANY),
-    "SHIFT_JIS": (_share(lambda c: "\u3041" <= c <= "\u30f6"), 0.3),
-    "EUC-JP": (_share(lambda c: "\u3041" <= c <= "\u30f6"), 0.3),
-    "CP949": (_share(lambda c: "\uac00" <= c <= "\ud7a3"), 0.8),
-    "WINDOWS-1251": (_share(lambda c: "а" <= c <= "я" or c == "ё"), 0.7),
-    "KOI8-R": (_share(lambda c: "а" <= c <= "я" or c == "ё"), 0.7),
-    "WINDOWS-1252": (_share(_WESTERN.__contains__), 0.5),
+    "GB18030": (_CHINESE, 0.1),
+    "BIG5": (_CHINESE, 0.1),
+    "SHIFT_JIS": (_KANA, 0.3),
+    "EUC-JP": (_KANA, 0.3),
+    "CP949": ("[\uac00-\ud7a3]", 0.8),
+    "WINDOWS-1251": (_CYRILLIC, 0.7),
+    "KOI8-R": (_CYRILLIC, 0.7),
+    "WINDOWS-1252": ("[éèêëàâáãåäçñíìîïóòôõöøúùûüßæœÄÖÜÉ’‘“”–—…«»°€£§¿¡]", 0.5),
 }
 
 
@@ -104,7 +96,8 @@ def _check_bytes(data: bytes, path: Path, offset: int) -> None:
         raise ConfigError(
             f"{path} looks like {unicode} without a byte order mark; {_convert(unicode, path)}"
         )
-    if data.count(b"\0") < MOST_CONTROLS * len(data) and _is_utf8(data.replace(b"\0", b"")):
+    without = data.replace(b"\0", b"").decode("utf-8", "replace")
+    if data.count(b"\0") < MOST_CONTROLS * len(data) and "\ufffd" not in without:
         raise ConfigError(
             f"{path} holds {data.count(0)} NUL bytes, the first at offset {offset + nul}, and no "
             "text does; was it copied whole? "
@@ -128,14 +121,6 @@ def _without_mark(data: bytes) -> str | None:
         if strange <= 0.01 * len(text) and any(c in text for c in " \n。、，"):
             return encoding
     return None
-
-
-def _is_utf8(data: bytes) -> bool:
-    try:
-        data.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
 
 
 def _not_utf8(data: bytes, path: Path, offset: int, error: UnicodeDecodeError) -> ConfigError:
@@ -169,12 +154,12 @@ def likely_encoding(data: bytes) -> str | None:
     sample = data[:SAMPLE]
     western = sum(byte >= 0x80 for byte in sample) < 0.3 * len(sample)
     best, likely = 0.0, None
-    for encoding, (score, enough) in COUNTRIES.items():
+    for encoding, (frequent, enough) in COUNTRIES.items():
         if western != (encoding == "WINDOWS-1252"):
             continue
         text = "".join(c for c in sample.decode(encoding, "replace") if not c.isascii())
         damaged = text.count("\ufffd") / max(len(text), 1)
-        reached = score(text) / enough
+        reached = len(re.findall(frequent, text)) / max(len(text), 1) / enough
         if damaged < 0.01 and reached >= max(best, 1):
             best, likely = reached, encoding
     return likely

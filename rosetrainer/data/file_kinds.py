@@ -14,11 +14,11 @@ HEAD = 1 << 16  # bytes that tell what a file is
 
 # Unpacked while they are read.
 COMPRESSED = {
-    "gzip": re.compile(rb"\x1f\x8b\x08"),
-    "bzip2": re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)"),
-    "xz": re.compile(rb"\xfd7zXZ\0"),
+    "gzip": rb"\x1f\x8b\x08",
+    "bzip2": rb"BZh[1-9](1AY&SY|\x17rE8P\x90)",
+    "xz": rb"\xfd7zXZ\0",
 }
-LLM_C = re.compile(rb"\x88\xd8\x34\x01|\xa1\xd9\x34\x01")  # 20240520 and 20240801
+LLM_C = rb"\x88\xd8\x34\x01|\xa1\xd9\x34\x01"  # 20240520 and 20240801
 PASS_TEXT = "pass a text file"
 JSON_LINES = 'write its texts as JSON lines, {{"text": ...}} each, with the program that made it'
 IMPORT = "`{prepare} import FOLDER --tokenizer TOKENIZER`"
@@ -63,7 +63,7 @@ BINARY = {
     ),
     "a table in HDF5": (rb"\x89HDF\r\n\x1a\n", JSON_LINES),
     "a table in Avro or ORC": (rb"Obj\x01|ORC[\0-\x08]", JSON_LINES),
-    "llm.c's token ids": (LLM_C.pattern, f"import it: {IMPORT}"),
+    "llm.c's token ids": (LLM_C, f"import it: {IMPORT}"),
     "a program": (
         rb"\x7fELF|MZ.*\0|\xfe\xed\xfa[\xce\xcf]|[\xce\xcf]\xfa\xed\xfe|\xca\xfe\xba\xbe|\0asm",
         PASS_TEXT,
@@ -90,20 +90,18 @@ MARKUP = {
     ),
     "RTF": (rb"\{\\rtf\d", "write its text: `pandoc -f rtf -t plain -o {text} {path}`"),
 }
-_BINARY = {what: re.compile(magic, re.DOTALL) for what, (magic, _) in BINARY.items()}
-_MARKUP = {what: re.compile(magic, re.DOTALL | re.I) for what, (magic, _) in MARKUP.items()}
 # An object over several lines, a list of objects or of texts, each with jq's way to JSON lines,
 # which were asked for before.
 _JSON = {
-    ".": re.compile(rb'\s*\{\s*"(?:[^"\\]|\\.)*"\s*:'),
-    ".[]": re.compile(rb"\s*\[\s*\{"),
-    ".[] | {text: .}": re.compile(rb'\s*\[\s*"'),
+    ".": rb'\s*\{\s*"(?:[^"\\]|\\.)*"\s*:',
+    ".[]": rb"\s*\[\s*\{",
+    ".[] | {text: .}": rb'\s*\[\s*"',
 }
 
 
 def compression(head: bytes) -> str | None:
     """gzip, bzip2 or xz, if that is how a file with this head is packed."""
-    return next((name for name, magic in COMPRESSED.items() if magic.match(head)), None)
+    return next((name for name, magic in COMPRESSED.items() if re.match(magic, head)), None)
 
 
 def is_parquet(head: bytes) -> bool:
@@ -111,20 +109,20 @@ def is_parquet(head: bytes) -> bool:
     return head.startswith(b"PAR1") and re.search(rb"[^\t\n\r -~]", head[4:64]) is not None
 
 
-def refuse_no_text(path: Path, head: bytes) -> None:
+def refuse_binary(path: Path, head: bytes) -> None:
     """Raises ConfigError if a file with this head is of a kind that is no text, with a way out."""
-    for what, magic in _BINARY.items():
-        if magic.match(head):
-            raise ConfigError(f"{path} is {what}; {_way(BINARY[what][1], path)}")
+    for what, (magic, way) in BINARY.items():
+        if re.match(magic, head, re.DOTALL):
+            raise ConfigError(f"{path} is {what}; {_filled(way, path)}")
 
 
 def refuse_markup(path: Path, head: bytes) -> None:
     """Raises ConfigError for a text that is hardly the one that was meant."""
-    for what, magic in _MARKUP.items():
-        if magic.match(head):
-            way = f"{_way(MARKUP[what][1], path)}, or take it as it is: --as-text"
+    for what, (magic, way) in MARKUP.items():
+        if re.match(magic, head, re.DOTALL | re.IGNORECASE):
+            way = f"{_filled(way, path)}, or take it as it is: --as-text"
             raise ConfigError(f"{path} is {what}; {way}")
-    if program := next((jq for jq, magic in _JSON.items() if magic.match(head)), None):
+    if program := next((jq for jq, start in _JSON.items() if re.match(start, head)), None):
         command = f"jq -c {shlex.quote(program)} {shlex.quote(str(path))} > {free('texts.jsonl')}"
         raise ConfigError(
             f"{path} is one JSON value, not JSON lines; write each text as a line of its own, for "
@@ -132,10 +130,6 @@ def refuse_markup(path: Path, head: bytes) -> None:
         )
 
 
-def _way(template: str, path: Path) -> str:
-    return template.format(
-        path=shlex.quote(str(path)),
-        text=free("text.txt"),
-        lines=free("texts.jsonl"),
-        prepare=prepare_command(),
-    )
+def _filled(way: str, path: Path) -> str:
+    files = {"path": shlex.quote(str(path)), "text": free("text.txt"), "lines": free("texts.jsonl")}
+    return way.format(**files, prepare=prepare_command())

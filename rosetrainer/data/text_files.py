@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import json
 import shlex
 import stat
@@ -18,8 +19,8 @@ from rosetrainer.data.file_kinds import (
     HEAD,
     compression,
     is_parquet,
+    refuse_binary,
     refuse_markup,
-    refuse_no_text,
 )
 from rosetrainer.durable_files import free
 from rosetrainer.validation import ConfigError
@@ -45,21 +46,22 @@ class TextFile:
         if self.packed and len(data) > LARGEST_UNPACKED:
             raise ConfigError(
                 f"{self.path} unpacks to more than {LARGEST_UNPACKED >> 20} MiB; if it should, "
-                f"{_unpacking(self.path, self.packed)}"
+                f"{self.unpacking()}"
             )
         return self._decode(data)
 
     def lines(self) -> Iterator[tuple[int, str]]:
         """Its lines that are not blank, and their numbers from 1 on. Raises ConfigError."""
         with self.open() as stream:
-            marked = byte_order_mark(stream.read(4))[0] != "utf-8"
-            stream.seek(0)
-            if marked:  # UTF-16, rare, and rarely large
-                yield from _numbered(self.read().split("\n"))
-            else:
-                yield from _numbered(self._short_lines(stream))
+            lines: Iterable[str]
+            if byte_order_mark(stream.read(4))[0] == "utf-8":
+                stream.seek(0)
+                lines = self._utf8_lines(stream)
+            else:  # UTF-16, rare, and rarely large
+                lines = self.read().split("\n")
+            yield from ((number, line) for number, line in enumerate(lines, 1) if line.strip())
 
-    def _short_lines(self, stream: IO[bytes]) -> Iterator[str]:
+    def _utf8_lines(self, stream: IO[bytes]) -> Iterator[str]:
         offset = 0
         while line := stream.readline(LONGEST_LINE + 1):
             if len(line) > LONGEST_LINE:
@@ -71,16 +73,28 @@ class TextFile:
             offset += len(line)
 
     def _decode(self, data: bytes, offset: int = 0) -> str:
-        with _of_unpacked(self.path, self.packed):
+        with self.inside_packed():
             return decode(data, self.path, offset)
+
+    def head(self) -> bytes:
+        with self.open() as stream:
+            return stream.read(HEAD)
 
     @contextmanager
     def open(self) -> Iterator[IO[bytes]]:
         """Its bytes, unpacked. Raises ConfigError where they cannot be read."""
-        module = self._module()
+        module: Any = builtins
+        if self.packed is not None:
+            try:
+                module = import_module(MODULES[self.packed])
+            except ImportError:
+                raise ConfigError(
+                    f"{self.path} is {self.packed}, and this Python was built without "
+                    f"{MODULES[self.packed]}; {self.unpacking()}"
+                ) from None
         damage = (EOFError, OSError, zlib.error, getattr(module, "LZMAError", EOFError))
         try:
-            with (module.open if module else open)(self.path, "rb") as stream:
+            with module.open(self.path, "rb") as stream:
                 yield stream
         except damage as error:
             reason = getattr(error, "strerror", None)
@@ -91,17 +105,33 @@ class TextFile:
                 "whole?"
             ) from None
 
-    def _module(self) -> Any:
-        if self.packed is None:
-            return None
-        name = MODULES[self.packed]
+    def unpacking(self) -> str:
+        """The command that unpacks it."""
+        unpacked = free("unpacked")
+        command = f"{self.packed} -dc < {shlex.quote(str(self.path))} > {unpacked}"
+        return f"`{command}`, and pass {unpacked}"
+
+    @contextmanager
+    def inside_packed(self) -> Iterator[None]:
+        """In a packed file, advice about its content only helps once it is unpacked: say that."""
         try:
-            return import_module(name)
-        except ImportError:
-            raise ConfigError(
-                f"{self.path} is {self.packed}, and this Python was built without {name}; "
-                f"{_unpacking(self.path, self.packed)}"
-            ) from None
+            yield
+        except ConfigError as error:
+            if self.packed is None:
+                raise
+            what = str(error).partition("; ")[0]
+            raise ConfigError(f"{what}, inside {self.packed}; {self.unpacking()}") from None
+
+    def holds_json_lines(self, head: bytes) -> bool:
+        """Whether its name says so, or its first line is a JSON object."""
+        if set(JSON_LINES) & set(self.path.suffixes):
+            return True
+        if not _as_utf8(head).lstrip().startswith(b"{"):
+            return False
+        try:
+            return isinstance(json.loads(next(self.lines())[1]), dict)
+        except (ConfigError, ValueError, RecursionError, StopIteration):
+            return False  # then it is read as a text, and what is wrong with it is said
 
 
 def recognise(path: Path, as_text: bool = False) -> TextFile:
@@ -110,47 +140,25 @@ def recognise(path: Path, as_text: bool = False) -> TextFile:
     Raises ConfigError for what is no text, with what helps for its kind.
     """
     _check_regular(path)
-    head = _head(TextFile(path, "text", None))
-    packed = compression(head)
-    if packed:
-        head = _head(TextFile(path, "text", packed))
+    file = TextFile(path, "text", None)
+    head = file.head()
+    if packed := compression(head):
+        file = TextFile(path, "text", packed)
+        head = file.head()
         if compression(head):
-            raise ConfigError(f"{path} is packed twice; {_unpacking(path, packed)}")
+            raise ConfigError(f"{path} is packed twice; {file.unpacking()}")
     if is_parquet(head):
         if packed:
-            raise ConfigError(f"{path} is parquet inside {packed}; {_unpacking(path, packed)}")
+            raise ConfigError(f"{path} is parquet inside {packed}; {file.unpacking()}")
         return TextFile(path, "parquet", None)
-    with _of_unpacked(path, packed):
-        refuse_no_text(path, head)
-    file = TextFile(path, "text", packed)
-    if as_text:
-        return file
-    if _holds_json_lines(file, head):
-        return TextFile(path, "lines", packed)
-    with _of_unpacked(path, packed):
+    with file.inside_packed():
+        refuse_binary(path, head)
+        if as_text:
+            return file
+        if file.holds_json_lines(head):
+            return TextFile(path, "lines", packed)
         refuse_markup(path, _as_utf8(head))
     return file
-
-
-def _unpacking(path: Path, packed: str) -> str:
-    unpacked = free("unpacked")
-    return f"`{packed} -dc < {shlex.quote(str(path))} > {unpacked}`, and pass {unpacked}"
-
-
-@contextmanager
-def _of_unpacked(path: Path, packed: str | None) -> Iterator[None]:
-    """What helps for the content of a packed file helps once it is unpacked, which comes first."""
-    try:
-        yield
-    except ConfigError as error:
-        if packed is None:
-            raise
-        what = str(error).partition("; ")[0]
-        raise ConfigError(f"{what}, inside {packed}; {_unpacking(path, packed)}") from None
-
-
-def _numbered(lines: Iterable[str]) -> Iterator[tuple[int, str]]:
-    return ((number, line) for number, line in enumerate(lines, 1) if line.strip())
 
 
 def _check_regular(path: Path) -> None:
@@ -168,25 +176,6 @@ def _check_regular(path: Path) -> None:
         )
 
 
-def _head(file: TextFile) -> bytes:
-    with file.open() as stream:
-        head: bytes = stream.read(HEAD)
-        return head
-
-
 def _as_utf8(head: bytes) -> bytes:
     encoding, mark = byte_order_mark(head)
     return head[mark:].decode(encoding, "replace").encode()
-
-
-def _holds_json_lines(file: TextFile, head: bytes) -> bool:
-    """Whether its name says so, or its first line is a JSON object."""
-    if set(JSON_LINES) & set(file.path.suffixes):
-        return True
-    if not _as_utf8(head).lstrip().startswith(b"{"):
-        return False
-    try:
-        _, first = next(file.lines())
-        return isinstance(json.loads(first), dict)
-    except (ConfigError, ValueError, RecursionError, StopIteration):
-        return False  # then it is read as a text, and what is wrong with it is said
