@@ -30,8 +30,8 @@ from rosetrainer.hardware.block_compile import compile_blocks, compiles
 from rosetrainer.hardware.performance import flops_per_token
 from rosetrainer.models.layers import build_model
 from rosetrainer.optim.optimizer import build_optimizer
+from rosetrainer.optim.precision import autocast_for
 from rosetrainer.parallel.context import ParallelContext
-from rosetrainer.parallel.precision import autocast_for
 from rosetrainer.parallel.tensor_parallel import init_weights
 from rosetrainer.training.step import train_step
 

@@ -48,8 +48,8 @@ def measure(way: str, bench: Bench) -> None:
     import torch.nn.functional as F
     from peak import Peak
 
+    from rosetrainer.optim.precision import autocast_for
     from rosetrainer.parallel.context import Axis
-    from rosetrainer.parallel.precision import autocast_for
     from rosetrainer.parallel.tensor_parallel import init_weights
     from rosetrainer.parallel.vocab_parallel import VocabParallelEmbedding
 

@@ -27,10 +27,10 @@ from rosetrainer.optim.adamw import AdamW
 from rosetrainer.optim.clip import clip_gradients
 from rosetrainer.optim.optimizer import build_optimizer
 from rosetrainer.parallel.context import ParallelContext, init_parallel
-from rosetrainer.parallel.data_parallel import accumulate_gradients
 from rosetrainer.parallel.dropout import DropoutSeed
 from rosetrainer.parallel.tensor_parallel import draw_whole, gather_whole, load_whole, shard_spec
 from rosetrainer.proof.reference import ReferenceDropout, ReferenceGPT
+from rosetrainer.training.step import compute_gradients
 
 ROWS, T, S, STEPS, CLIP = 8, 8, 16, 3, 0.05
 FACTORS: dict[str, tuple[Any, ...]] = {
@@ -168,7 +168,7 @@ def train(layout: Layout, context: ParallelContext) -> dict[str, Any]:
             found["kept"] = kept(model, parts[0], own[0])
         for axis in context.axes:
             axis.ledger.clear()
-        found["losses"].append(accumulate_gradients(model, parts, context, seed=seed))
+        found["losses"].append(compute_gradients(model, parts, context, seed=seed))
         if step == 0:
             found["norms"].append(clip_gradients(model, context.tp, 0.0))
             found["ledger"] = [

@@ -1,1 +1,2 @@
-"""Optimizers: adamw, muon, clip (the true global norm), optimizer (decay groups, schedule)."""
+"""Optimizers: adamw, muon, clip (the true global norm), optimizer (decay groups, schedule),
+precision (bf16 products), non_finite (what a nan costs)."""

@@ -1,6 +1,6 @@
 """Ways to divide the work. Read context (named axes), comm (collectives), tensor_parallel.
 
 vocab_parallel cuts embedding, head and loss; data_parallel sums gradients; overlap hides a
-collective behind a product. dropout, recompute and precision hold in every layout, and replicas
+collective behind a product. dropout and recompute hold in every layout, and replicas
 compares what ranks hold alike.
 """

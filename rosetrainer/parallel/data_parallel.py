@@ -6,9 +6,8 @@ each rank divides by the step's global token count, and gradients are summed, no
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 import torch
@@ -18,7 +17,6 @@ from rosetrainer.config import IGNORED
 from rosetrainer.parallel.comm import all_reduce, all_reduce_
 from rosetrainer.parallel.context import ParallelContext
 from rosetrainer.parallel.dropout import Seed
-from rosetrainer.parallel.precision import Autocast, check_gradients
 from rosetrainer.parallel.tensor_parallel import shard_spec
 
 BUCKET_BYTES = 25 * 2**20  # as large as DistributedDataParallel's: few calls, little memory
@@ -28,16 +26,17 @@ def accumulate_gradients(
     model: nn.Module,
     micro_batches: Sequence[tuple[Tensor, ...]],
     context: ParallelContext,
-    autocast: Autocast = nullcontext,
+    autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
     seed: Seed = None,
 ) -> float:
-    """Adds the global batch's gradient to every parameter's .grad; returns its mean loss in nats.
+    """Adds this rank's part of the global batch's gradient to every parameter's .grad.
+
+    Returns the mean loss of the whole batch, in nats.
 
     micro_batches: this rank's (input_ids, labels), each (b, T), or what else the model takes, the
     labels last; all dp ranks have equally many.
     The first micro-batches of all dp ranks are the global batch's first rows, in order of rank.
-    seed: for dropout, of the global batch. If the loss is not finite, gradients are not summed.
-    Raises NonFiniteGradientError on every rank if a gradient of one is not finite.
+    seed: for dropout, of the global batch.
     """
     counts = [int((labels != IGNORED).sum()) for *_, labels in micro_batches]
     local = torch.tensor(sum(counts), dtype=torch.float64)
@@ -52,11 +51,7 @@ def accumulate_gradients(
         share = loss * (count / tokens)
         share.backward()
         total += share.detach().to("cpu", torch.float64)
-    mean = float(_sum_over_dp(total, context))
-    if math.isfinite(mean):
-        check_gradients(model, context)
-        reduce_gradients(model, context)
-    return mean
+    return float(_sum_over_dp(total, context))
 
 
 def reduce_gradients(model: nn.Module, context: ParallelContext) -> None:

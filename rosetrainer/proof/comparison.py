@@ -11,9 +11,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rosetrainer.launch.rank import RankError
+from rosetrainer.optim.non_finite import NonFiniteGradientError
 from rosetrainer.parallel.comm import all_reduce
 from rosetrainer.parallel.context import ParallelContext
-from rosetrainer.parallel.precision import NonFiniteGradientError
 from rosetrainer.proof.computation import (
     AFTER_SGD,
     AHEAD,

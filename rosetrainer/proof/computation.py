@@ -21,13 +21,13 @@ from rosetrainer.models.gpt import GPTModel
 from rosetrainer.models.layers import build_model
 from rosetrainer.optim.clip import clip_gradients
 from rosetrainer.optim.optimizer import build_optimizer
+from rosetrainer.optim.precision import Autocast, autocast_for
 from rosetrainer.parallel.context import ParallelContext
-from rosetrainer.parallel.data_parallel import accumulate_gradients
 from rosetrainer.parallel.dropout import DropoutSeed
-from rosetrainer.parallel.precision import Autocast, autocast_for
 from rosetrainer.parallel.tensor_parallel import draw_whole, gather_whole, load_whole, shard_spec
 from rosetrainer.proof.reference import ReferenceDropout
 from rosetrainer.proof.reference_rotary import build_reference
+from rosetrainer.training.step import compute_gradients
 
 LONGEST = KEPT + BLOCK  # the shortest length on which attention takes all of its ways
 SHORT = 32  # tokens of the updates after the first
@@ -215,7 +215,7 @@ class Proof:
         def gradient(step: int) -> float:
             ids, labels = self.batches[step]
             own = [(ids[rows], labels[rows]) for rows in parts]
-            return accumulate_gradients(model, own, context, autocast, DropoutSeed(self.seed, step))
+            return compute_gradients(model, own, context, autocast, DropoutSeed(self.seed, step))
 
         def clip(step: int) -> float:
             return clip_gradients(model, context.tp, self.pace.clips[step])

@@ -11,9 +11,9 @@ from rosetrainer.config import IGNORED, TrainConfig
 from rosetrainer.data.batches import Corpus
 from rosetrainer.data.markov import leak_report, mean_and_error
 from rosetrainer.models.gpt import GPTModel
+from rosetrainer.optim.precision import Autocast
 from rosetrainer.parallel.comm import all_reduce
 from rosetrainer.parallel.context import ParallelContext
-from rosetrainer.parallel.precision import Autocast
 
 
 @torch.no_grad()

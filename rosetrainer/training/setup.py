@@ -28,9 +28,9 @@ from rosetrainer.model_size import check_memory
 from rosetrainer.models.gpt import GPTModel
 from rosetrainer.models.layers import build_model
 from rosetrainer.optim.optimizer import build_optimizer
+from rosetrainer.optim.precision import autocast_for
 from rosetrainer.parallel.comm import all_reduce
 from rosetrainer.parallel.context import Axis, ParallelContext, end_parallel, init_parallel
-from rosetrainer.parallel.precision import autocast_for
 from rosetrainer.parallel.tensor_parallel import init_weights
 from rosetrainer.training.agreement import check_same_settings, gather_texts, world_axis
 from rosetrainer.training.introduction import (

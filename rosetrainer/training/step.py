@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -11,12 +13,12 @@ from rosetrainer.config import TrainConfig
 from rosetrainer.data.batches import Corpus
 from rosetrainer.optim.adamw import AdamW
 from rosetrainer.optim.clip import clip_gradients
+from rosetrainer.optim.non_finite import check_finite, check_gradients, check_norm
 from rosetrainer.optim.optimizer import set_learning_rates
+from rosetrainer.optim.precision import Autocast
 from rosetrainer.parallel.context import ParallelContext
-from rosetrainer.parallel.data_parallel import accumulate_gradients
-from rosetrainer.parallel.dropout import DropoutSeed
-from rosetrainer.parallel.precision import Autocast, NonFiniteGradientError
-from rosetrainer.validation import ConfigError
+from rosetrainer.parallel.data_parallel import accumulate_gradients, reduce_gradients
+from rosetrainer.parallel.dropout import DropoutSeed, Seed
 
 
 def train_step(
@@ -36,7 +38,7 @@ def train_step(
     rate = set_learning_rates(optimizer, config.optim, step, config.run.steps)
     batches = micro_batches(config, corpus, context, step)
     seed = DropoutSeed(config.run.seed, step)
-    loss = accumulate_gradients(model, batches, context, autocast, seed)
+    loss = compute_gradients(model, batches, context, autocast, seed)
     check_finite("loss", loss, step, config)
     norm = clip_gradients(model, context.tp, config.optim.grad_clip)
     check_norm(norm, next(model.parameters()).dtype, config)
@@ -45,41 +47,23 @@ def train_step(
     return {"train/loss": loss, "train/lr": rate, "train/grad_norm": norm}
 
 
-def check_finite(what: str, value: float, step: int, config: TrainConfig) -> None:
-    """Raises ConfigError, before anything is saved, if training has diverged."""
-    if not math.isfinite(value):
-        raise ConfigError(
-            f"the {what} is {value} at step {step + 1}; try a learning_rate below "
-            f"{config.optim.learning_rate:g} and a new --out; what was saved before is kept"
-        )
+def compute_gradients(
+    model: nn.Module,
+    batches: Sequence[tuple[Tensor, ...]],
+    context: ParallelContext,
+    autocast: Autocast = nullcontext,
+    seed: Seed = None,
+) -> float:
+    """Leaves the global batch's gradient in every .grad; its mean loss in nats.
 
-
-def check_norm(norm: float, dtype: torch.dtype, config: TrainConfig) -> None:
-    """Raises NonFiniteGradientError if an update by gradients of this norm would hold inf or nan.
-
-    Squares of what is not clipped can be infinite in AdamW's moments though the gradient is not.
+    As accumulate_gradients, then summed over the ranks. If the loss is not finite, no gradient is.
+    Raises NonFiniteGradientError on every rank if a gradient of one is not finite.
     """
-    if not math.isfinite(norm):
-        raise NonFiniteGradientError(f"the gradients' norm is {norm}")
-    limit = math.sqrt(torch.finfo(dtype).max)
-    if not config.optim.grad_clip and norm > limit:
-        raise NonFiniteGradientError(
-            f"the gradients' norm is {norm:.3g}, and squares of numbers above {limit:.1e} overflow "
-            f"{str(dtype).removeprefix('torch.')}; a grad_clip above 0 bounds it"
-        )
-
-
-def check_skipped(
-    skipped: int, error: NonFiniteGradientError, step: int, config: TrainConfig
-) -> None:
-    """Raises ConfigError if more steps were skipped than config.monitor.max_skipped."""
-    most = config.monitor.max_skipped
-    if skipped > most:
-        raise ConfigError(
-            f"step {step + 1}: {error}; skipped {skipped}, max_skipped={most}; "
-            f"try a learning_rate below {config.optim.learning_rate:g} and a new --out; what was "
-            f"saved before is kept"
-        )
+    loss = accumulate_gradients(model, batches, context, autocast, seed)
+    if math.isfinite(loss):
+        check_gradients(model, context)  # before the sum, which gives the nan to every rank
+        reduce_gradients(model, context)
+    return loss
 
 
 def micro_batches(

@@ -17,15 +17,16 @@ from rosetrainer.heartbeat import HEARTBEAT
 from rosetrainer.launch.stop import STOP
 from rosetrainer.models.gpt import GPTModel
 from rosetrainer.optim.adamw import AdamW
+from rosetrainer.optim.non_finite import NonFiniteGradientError, check_finite, check_skipped
+from rosetrainer.optim.precision import Autocast
 from rosetrainer.parallel.context import Axis, ParallelContext
-from rosetrainer.parallel.precision import Autocast, NonFiniteGradientError
 from rosetrainer.parallel.replicas import check_replicas
 from rosetrainer.training.agreement import agree_to_stop
 from rosetrainer.training.evaluation import evaluate
 from rosetrainer.training.pace import Pace
 from rosetrainer.training.profiler import StepProfile
 from rosetrainer.training.run_log import RunLog, traffic
-from rosetrainer.training.step import check_finite, check_skipped, train_step
+from rosetrainer.training.step import train_step
 
 
 @dataclass

@@ -399,10 +399,8 @@ def check_short_products(context: ParallelContext) -> None:
     """200 steps in bf16 stay near those in fp32; weights and gradients are fp32, products bf16."""
     corpus = MarkovCorpus()
     config = GPTConfig(vocab_size=corpus.alphabet)
-    curves = [
-        torch.tensor(trainer.train(config, corpus, 200, context, dtype))
-        for dtype in (torch.float32, torch.bfloat16)
-    ]
+    dtypes = (torch.float32, torch.bfloat16)
+    curves = [torch.tensor(trainer.train(config, corpus, 200, context, dtype)) for dtype in dtypes]
     difference = (curves[0] - curves[1]).abs()
     say(f"200 steps in bf16: every loss within {difference[:-1].max():.4f} of fp32's")
     say(f"  validation loss {curves[1][-1]:.4f}, fp32 {curves[0][-1]:.4f}")

@@ -16,8 +16,9 @@ from config import IGNORED, ConfigError, GPTConfig, ParallelConfig
 from dropout import DropoutSeed, Seed
 from environment import Flags, count, run, say, world_from_environment
 from model import GPTModel
+from non_finite import NonFiniteGradientError, check_gradients
 from parallel_context import ParallelContext, end_parallel, init_parallel
-from precision import Autocast, NonFiniteGradientError, autocast_for, check_gradients
+from precision import Autocast, autocast_for
 from tensor_parallel import init_weights, shard_spec
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -144,8 +145,7 @@ def main() -> None:
     context = init_parallel(parallel, flags.device)
     say(f"{tp_size} tensor-parallel x {dp_size} data-parallel ranks: {ROWS // dp_size} rows each")
     dtype = getattr(torch, flags.dtype)
-    limits = (flags.max_norm, flags.max_skipped)
-    losses = train(config, corpus, flags.steps, context, dtype, *limits)
+    losses = train(config, corpus, flags.steps, context, dtype, flags.max_norm, flags.max_skipped)
     say(f"ln V {math.log(corpus.alphabet):.4f}, floor {corpus.floor:.4f}")
     for step in sorted({0, flags.steps // 4, flags.steps // 2, flags.steps - 1}):
         say(f"step {step + 1:4d}/{flags.steps}  loss {losses[step]:.8f}")

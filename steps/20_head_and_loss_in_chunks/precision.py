@@ -1,4 +1,4 @@
-"""bf16 where it multiplies, fp32 where it adds up; and a step whose gradient is not a number.
+"""bf16 where it multiplies, fp32 where it adds up.
 
 "Mixed Precision Training" (Micikevicius et al.): weights, gradients and Adam's moments stay fp32,
 matrix products run in a short dtype. bf16 has fp32's range, so it needs no loss scale.
@@ -11,10 +11,6 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
-import torch.distributed as dist
-from comm import all_reduce
-from parallel_context import ParallelContext
-from torch import nn
 
 Autocast = Callable[[], AbstractContextManager[object]]
 
@@ -27,32 +23,3 @@ def autocast_for(dtype: torch.dtype, device: torch.device) -> Autocast:
     if dtype != torch.bfloat16:
         return nullcontext
     return partial(torch.autocast, device.type, dtype)
-
-
-class NonFiniteGradientError(ArithmeticError):
-    """A gradient holds nan or inf. Raised on every rank, with the first rank that has one."""
-
-
-def check_gradients(model: nn.Module, context: ParallelContext) -> None:
-    """Raises NonFiniteGradientError on all ranks if a gradient of any rank is not finite.
-
-    Before gradients are summed: then every rank would have it, and none could be named.
-    """
-    names, gradients = [], []
-    for name, parameter in model.named_parameters():
-        assert parameter.grad is not None, f"{name} has no gradient"
-        names.append(name)
-        gradients.append(parameter.grad)
-    norms = torch._foreach_norm(gradients)
-    suspects = (~torch.stack([norm.float() for norm in norms]).isfinite()).nonzero()
-    # A sum of squares is nan or inf if a number is, but finite numbers too can overflow it.
-    bad = [index for index in suspects.flatten().tolist() if not gradients[index].isfinite().all()]
-    nobody = context.world_size * len(names)
-    first = torch.tensor(
-        context.rank * len(names) + bad[0] if bad else nobody, device=context.device
-    )
-    for axis in context.axes:
-        first = all_reduce(first, axis, "optimizer", dist.ReduceOp.MIN)
-    if first < nobody:
-        rank, index = divmod(int(first), len(names))
-        raise NonFiniteGradientError(f"rank {rank} has nan or inf in a gradient: {names[index]}")

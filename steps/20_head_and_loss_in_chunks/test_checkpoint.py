@@ -15,9 +15,9 @@ import train as trainer
 from checkpoint import find_start, meet, read_manifest
 from config import ConfigError, GPTConfig, ParallelConfig
 from environment import run, say
+from non_finite import NonFiniteGradientError
 from oracle import TOLERANCE, worst_difference
 from parallel_context import ParallelContext, end_parallel, init_parallel, init_tensor_parallel
-from precision import NonFiniteGradientError
 from safetensors.torch import load_file
 
 from data import MarkovCorpus

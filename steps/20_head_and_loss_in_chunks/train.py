@@ -18,8 +18,9 @@ from config import IGNORED, ConfigError, GPTConfig, ParallelConfig
 from dropout import DropoutSeed, Seed
 from environment import Flags, count, run, say, world_from_environment
 from model import GPTModel
+from non_finite import NonFiniteGradientError, check_gradients
 from parallel_context import ParallelContext, end_parallel, init_parallel
-from precision import Autocast, NonFiniteGradientError, autocast_for, check_gradients
+from precision import Autocast, autocast_for
 from tensor_parallel import init_weights, shard_spec
 from torch import Tensor, nn
 from tqdm import tqdm

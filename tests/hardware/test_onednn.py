@@ -16,8 +16,8 @@ from rosetrainer.hardware import onednn
 from rosetrainer.hardware.onednn import fast_products
 from rosetrainer.models.gpt import GPTModel
 from rosetrainer.parallel.context import ParallelContext
-from rosetrainer.parallel.data_parallel import accumulate_gradients
 from rosetrainer.parallel.tensor_parallel import init_weights
+from rosetrainer.training.step import compute_gradients
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN")
 CPU = torch.device("cpu")
@@ -101,7 +101,7 @@ def test_a_model_s_products_run_there_and_it_trains_as_before(amd: None, recompu
         model = GPTModel(tiny_config(), context)
         init_weights(model, seed=1)
         with fast_products(dtype, CPU), Operators() as seen:
-            accumulate_gradients(model, batch, context)
+            compute_gradients(model, batch, context)
         gradients.append([p.grad for p in model.parameters()])
     times = 3 if recompute == "block" else 2
     assert seen.of_onednn() >= times * 4 * tiny_config().n_layers

@@ -15,11 +15,11 @@ from rosetrainer.config import ConfigError, GPTConfig, ParallelConfig
 from rosetrainer.models.gpt import GPTModel
 from rosetrainer.models.layers import RotaryGPT, build_model, plain_norm, turn, turns_of
 from rosetrainer.parallel.context import ParallelContext, init_parallel
-from rosetrainer.parallel.data_parallel import accumulate_gradients
 from rosetrainer.parallel.dropout import DropoutSeed
 from rosetrainer.parallel.tensor_parallel import gather_whole, init_weights, load_whole
 from rosetrainer.proof.reference import ReferenceDropout, ReferenceGPT
 from rosetrainer.proof.reference_rotary import build_reference
+from rosetrainer.training.step import compute_gradients
 
 ROWS, SEED = 4, DropoutSeed(3, step=2)
 
@@ -68,7 +68,7 @@ def check_case(case: str) -> None:
     rows = slice(context.dp.rank * size, (context.dp.rank + 1) * size)
     logits, _ = model(input_ids[rows], seed=replace(SEED, first_row=rows.start))
     assert_equal("logits", logits, dense_logits[rows])
-    loss = accumulate_gradients(model, [(input_ids[rows], labels[rows])], context, seed=SEED)
+    loss = compute_gradients(model, [(input_ids[rows], labels[rows])], context, seed=SEED)
     assert_equal("loss", torch.full_like(dense_loss, loss), dense_loss)
     assert_all_equal(gather_whole(model, context.tp, gradients=True), gradients(dense))
 

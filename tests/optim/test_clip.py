@@ -16,9 +16,9 @@ from torch import Tensor
 from rosetrainer.config import OptimConfig, ParallelConfig, TrainConfig
 from rosetrainer.models.gpt import GPTModel
 from rosetrainer.optim.clip import clip_gradients
+from rosetrainer.optim.non_finite import NonFiniteGradientError
 from rosetrainer.optim.optimizer import build_optimizer
 from rosetrainer.parallel.context import Axis, ParallelContext, init_parallel
-from rosetrainer.parallel.precision import NonFiniteGradientError
 from rosetrainer.parallel.tensor_parallel import init_weights, shard_spec
 from rosetrainer.training.step import train_step
 

@@ -19,8 +19,8 @@ from rosetrainer.optim.adamw import AdamW
 from rosetrainer.optim.muon import Muon, hidden_layers, newton_schulz, orthogonalized, stacks
 from rosetrainer.optim.optimizer import build_optimizer, set_learning_rates
 from rosetrainer.parallel.context import init_parallel
-from rosetrainer.parallel.data_parallel import accumulate_gradients
 from rosetrainer.parallel.tensor_parallel import gather_whole, init_weights, load_whole
+from rosetrainer.training.step import compute_gradients
 
 ROWS, STEPS = 4, 3
 OPTIM = OptimConfig(
@@ -94,7 +94,7 @@ def check_updates(parallel: ParallelConfig, changes: dict[str, Any]) -> None:
         size = ROWS // context.dp.size
         rows = slice(context.dp.rank * size, (context.dp.rank + 1) * size)
         set_learning_rates(optimizer, OPTIM, step, STEPS)
-        accumulate_gradients(model, [(input_ids[rows], labels[rows])], context)
+        compute_gradients(model, [(input_ids[rows], labels[rows])], context)
         optimizer.step()
         optimizer.zero_grad()
     assert_all_equal(gather_whole(model, context.tp), dict(dense.named_parameters()))

@@ -18,10 +18,10 @@ from ranks import run_ranks
 from torch import Tensor
 
 from rosetrainer.config import IGNORED, ParallelConfig
+from rosetrainer.optim.precision import autocast_for
 from rosetrainer.parallel import vocab_parallel
 from rosetrainer.parallel.comm import own_slice
 from rosetrainer.parallel.context import Axis, init_parallel
-from rosetrainer.parallel.precision import autocast_for
 from rosetrainer.parallel.tensor_parallel import load_whole, shard_spec
 from rosetrainer.parallel.vocab_parallel import VocabParallelEmbedding
 from rosetrainer.planner.loss import bytes_in_chunks, bytes_of_all_logits, bytes_saved

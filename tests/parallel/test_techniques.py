@@ -29,17 +29,17 @@ from rosetrainer.commands.prepare import main as prepare
 from rosetrainer.config import GPTConfig, OptimConfig, ParallelConfig, TrainConfig
 from rosetrainer.data.batches import open_corpus
 from rosetrainer.models.gpt import GPTModel
+from rosetrainer.optim.non_finite import NonFiniteGradientError, check_gradients
 from rosetrainer.optim.optimizer import build_optimizer
 from rosetrainer.parallel.context import ParallelContext, init_parallel
-from rosetrainer.parallel.data_parallel import accumulate_gradients
 from rosetrainer.parallel.dropout import DropoutSeed
-from rosetrainer.parallel.precision import NonFiniteGradientError, check_gradients
 from rosetrainer.parallel.replicas import ReplicaError, check_replicas, checksum
 from rosetrainer.parallel.tensor_parallel import gather_whole, init_weights, load_whole
 from rosetrainer.proof.comparison import BOUND, prove
 from rosetrainer.proof.computation import Proof
 from rosetrainer.proof.reference import ReferenceDropout, ReferenceGPT
 from rosetrainer.training import setup, trainer
+from rosetrainer.training.step import compute_gradients
 from rosetrainer.validation import ConfigError
 
 SEED, STEP, ROWS = 11, 3, 4
@@ -80,7 +80,7 @@ def check_case(case: str) -> None:
         logits, _ = model(input_ids[rows], seed=replace(masks, first_row=rows.start))
         assert_equal("logits", logits, dense_logits[rows])
     batches = [(input_ids[rows], labels[rows]) for rows in own]
-    loss = accumulate_gradients(model, batches, context, seed=masks)
+    loss = compute_gradients(model, batches, context, seed=masks)
     assert_equal("loss", torch.full_like(dense_loss, loss), dense_loss)
     assert_all_equal(gather_whole(model, context.tp, gradients=True), gradients(dense))
     build_optimizer(model, OptimConfig(1e-2, weight_decay=0.5)).step()
@@ -121,7 +121,7 @@ def check_not_finite(bad_rank: int, bad: float) -> None:
     with pytest.raises(NonFiniteGradientError, match=message):
         check_gradients(model, context)
     with pytest.raises(NonFiniteGradientError, match=message):
-        accumulate_gradients(model, [batch], context)
+        compute_gradients(model, [batch], context)
     assert ("all_reduce", "backward") not in context.dp.ledger.entries
 
 

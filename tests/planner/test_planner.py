@@ -13,10 +13,10 @@ from ranks import run_ranks
 from rosetrainer.commands.plan import main as plan_command
 from rosetrainer.config import GPTConfig, ParallelConfig, TrainConfig
 from rosetrainer.models.gpt import GPTModel
+from rosetrainer.optim.precision import autocast_for
 from rosetrainer.parallel.context import init_parallel
 from rosetrainer.parallel.data_parallel import buckets
 from rosetrainer.parallel.dropout import DropoutSeed
-from rosetrainer.parallel.precision import autocast_for
 from rosetrainer.parallel.tensor_parallel import init_weights
 from rosetrainer.planner.layout import Work, plan
 from rosetrainer.planner.layout import buckets as bucket_bytes

@@ -16,8 +16,9 @@ from rosetrainer.optim.adamw import AdamW
 from rosetrainer.optim.clip import clip_gradients
 from rosetrainer.optim.optimizer import build_optimizer, learning_rate
 from rosetrainer.parallel.context import init_parallel
-from rosetrainer.parallel.data_parallel import accumulate_gradients, buckets
+from rosetrainer.parallel.data_parallel import buckets
 from rosetrainer.parallel.tensor_parallel import gather_whole, load_whole, shard_spec
+from rosetrainer.training.step import compute_gradients
 
 ROWS, STEPS = 8, 3
 OPTIM = OptimConfig(
@@ -97,7 +98,7 @@ def check_training(kind: str, dp_size: int, accumulation: int, clip: float) -> N
         micro_batches = list(
             zip(input_ids[own].chunk(accumulation), labels[own].chunk(accumulation), strict=True)
         )
-        loss = accumulate_gradients(model, micro_batches, context)
+        loss = compute_gradients(model, micro_batches, context)
         norm = clip_gradients(model, context.tp, clip)
         figures += [loss, norm]
         optimizer.step()
@@ -132,7 +133,7 @@ def check_moments(dp_size: int) -> None:
     model = GPTModel(config, context).double()
     load_whole(model, dense.state_dict())
     own = slice(context.dp.rank, None, dp_size)
-    accumulate_gradients(model, [(input_ids[own], labels[own])], context)
+    compute_gradients(model, [(input_ids[own], labels[own])], context)
     optimizer = build_optimizer(model, OPTIM)
     optimizer.step()
     for key, expected in (
@@ -184,7 +185,7 @@ def check_batches_count_once() -> None:
     load_whole(model, dense_model(tiny_config()).state_dict())
     input_ids, labels = random_batch(tiny_config(), 2)
     empty = labels.masked_fill(torch.tensor(context.dp.rank == 1), -100)
-    loss = accumulate_gradients(model, [(input_ids, empty)], context)
+    loss = compute_gradients(model, [(input_ids, empty)], context)
     alone = model(input_ids, labels=labels)[1].item()
     assert loss == pytest.approx(alone, rel=1e-12), "a rank without labels must not count"
 
