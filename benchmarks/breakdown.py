@@ -106,13 +106,13 @@ def matmul_seconds(step: OurStep, steps: int) -> float:
 def breakdown(step: OurStep, steps: int) -> dict[str, float]:
     """Seconds of a step of this rank, by what it does; the parts add up to "all"."""
     tp = step.context.tp
-    before = tp.ledger.waited
+    before = tp.ledger.wait_seconds
     started = time.perf_counter()
     with noted() as sums:
         for _ in range(steps):
             step()
     whole = (time.perf_counter() - started) / steps
-    waited = (tp.ledger.waited - before) / steps
+    waited = (tp.ledger.wait_seconds - before) / steps
     calls = {operation for operation, _ in tp.ledger.entries}
     assert calls == {"all_reduce"}, f"only all_reduce is noted here, and there are {calls}"
     costs = {kind: alone(kind, tp) for kind in sorted({s.kind for s in sums}, key=str)}

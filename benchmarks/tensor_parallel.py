@@ -28,7 +28,6 @@ from benchmarks.work import Work, matmul_peaks, parse_work, print_table, seconds
 from rosetrainer.environment import is_rank, world_from_environment
 from rosetrainer.hardware.performance import choose_dtype, keep_freed_memory
 from rosetrainer.launch.launcher import launch
-from rosetrainer.launch.process_group import meet
 from rosetrainer.launch.rank import run_rank
 from rosetrainer.parallel.context import ParallelContext, end_parallel, init_tensor_parallel
 
@@ -69,7 +68,6 @@ def one_round(name: str, work: Work) -> Figures:
         keep_freed_memory()  # as `train` does
     if name == ALONE:
         return {"seconds": seconds_of(OurStep(work, dtype), work.steps)}
-    meet("cpu")
     figures = PARALLEL[name](work, dtype, init_tensor_parallel(device="cpu"))
     end_parallel()
     return figures

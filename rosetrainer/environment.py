@@ -67,7 +67,7 @@ def is_rank() -> bool:
     return "RANK" in os.environ or world_from_environment()[1] > 1
 
 
-def speaks_for_machine() -> bool:
+def reports_for_machine() -> bool:
     """Whether this rank is the one of its machine that tells of a mistake which all make."""
     try:
         return world_from_environment()[2] == 0
@@ -138,7 +138,7 @@ def _on_this_machine(place: Place) -> tuple[int, int] | None:
     return local_rank, local_world_size
 
 
-def choose_device(wanted: str, local_rank: int, local_world_size: int) -> torch.device:
+def choose_device(wanted: str) -> torch.device:
     """The device of this rank: CUDA when each local rank has a GPU of its own.
 
     Raises ConfigError if `wanted` is "cuda" and there are too few, and where nothing tells which of
@@ -146,6 +146,7 @@ def choose_device(wanted: str, local_rank: int, local_world_size: int) -> torch.
     """
     import torch  # which who starts ranks does without: its seconds of importing are theirs
 
+    _, _, local_rank, local_world_size = world_from_environment()
     gpus = torch.cuda.device_count() if wanted != "cpu" and torch.cuda.is_available() else 0
     if gpus and gpus_are_own(gpus, local_world_size):
         return torch.device("cuda", 0)

@@ -37,6 +37,9 @@ MERGED = STEPS / ".propagate"  # conflicts that were handed to a person, until a
 
 def as_package(source: str) -> str:
     """A step's module as the package would import."""
+    start = "init_process_group"  # which a step has in environment.py
+    there = rf"from environment import \1\nfrom rosetrainer.launch.process_group import {start}"
+    source = re.sub(rf"^from environment import {start}, (.*)$", there, source, flags=re.M)
     for name, path in (CORE | {name: name for name in ("config.py", "environment.py")}).items():
         module = path.removesuffix(".py").replace("/", ".")
         line = rf"^from {name.removesuffix('.py')} import"

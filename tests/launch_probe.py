@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 RANK = int(os.environ.get("RANK", "0"))
@@ -23,7 +24,7 @@ if "RANK" in os.environ:  # a rank that is being started and has not come to run
         time.sleep(0.005)
 
 from rosetrainer.launch import ending, launcher, rank  # noqa: E402
-from rosetrainer.launch.rank import RankError, run_rank, say_how_long  # noqa: E402
+from rosetrainer.launch.rank import RankError, report_stop_seconds, run_rank  # noqa: E402
 from rosetrainer.validation import ConfigError  # noqa: E402
 
 
@@ -116,7 +117,7 @@ def slow_step(words: list[str]) -> None:
 
     def finish(signum: int) -> None:
         if RANK == 0:
-            say_how_long(float(words[0]))
+            report_stop_seconds(float(words[0]))
         save_and_leave(signum)
 
     on_signals(finish)
@@ -141,7 +142,7 @@ def suspended(words: list[str]) -> None:
     meet()
     if RANK == 0:
         os.kill(os.getpid(), signal.SIGSTOP)
-    while not ending.is_stopped(int((PIDS / "0").read_text())):
+    while not ending.is_suspended(int((PIDS / "0").read_text())):
         time.sleep(0.005)
     if words == ["crash"]:
         raise RuntimeError("boom")
@@ -219,7 +220,7 @@ def collective(words: list[str]) -> None:
     from rosetrainer.launch import process_group
 
     on_signals(ignore)
-    process_group.meet("cpu")
+    process_group.init_process_group("cpu", timedelta(seconds=300))
     meet()
     if RANK == 0:
         dist.all_reduce(torch.ones(1))
@@ -245,7 +246,7 @@ if __name__ == "__main__":
         signal.signal(signal.SIGINT, signal.default_int_handler)
         if "PROBE_NOHUP" in os.environ:
             signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        for name in ("LOOK", "GRACE", "STOPPED", "STOP", "ONE_WISH"):
+        for name in ("LOOK", "GRACE", "SUSPENDED", "STOP", "SECOND_SIGNAL"):
             name += "_SECONDS"
             setattr(ending, name, float(os.environ.get(name, getattr(ending, name))))
         threads = int(os.environ.get("PROBE_THREADS", "0"))

@@ -27,9 +27,6 @@ FLOORS = [  # from the top; what stands on one floor does not import each other'
 ]
 UPWARDS = {  # still to be turned round
     ("hardware.block_compile", "models.gpt"),
-    ("launch.failures", "parallel.context"),
-    ("launch.watch", "parallel.comm"),
-    ("launch.watch", "parallel.context"),
 }
 MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path

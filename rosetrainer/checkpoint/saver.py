@@ -64,7 +64,7 @@ class Saver:
             draft.write_part(self._context.rank, tensors, slices, need)
             if not behind:
                 # Rank 0 now waits for the others as in a collective: the hang watch counts those.
-                self._context.dp.ledger.begun += 1
+                self._context.dp.ledger.collectives_started += 1
             if self._context.rank == 0:
                 written = draft.complete(self._context.world_size, progress)
                 retain(self._run, self._config.keep, written)

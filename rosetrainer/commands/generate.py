@@ -21,10 +21,9 @@ from rosetrainer.checkpoint.saver import load_parameters
 from rosetrainer.commands.flags import parse_flags, ranks_to_start
 from rosetrainer.config import GPTConfig, ParallelConfig
 from rosetrainer.data.tokenizer import Tokenizer
-from rosetrainer.environment import world_from_environment
+from rosetrainer.environment import choose_device, world_from_environment
 from rosetrainer.hardware.performance import set_threads
 from rosetrainer.launch.launcher import launch
-from rosetrainer.launch.process_group import meet, own_device
 from rosetrainer.model_size import check_memory
 from rosetrainer.models.gpt import GPTModel
 from rosetrainer.models.layers import build_model
@@ -86,11 +85,10 @@ def main(argv: list[str]) -> int:
     prompt = first_tokens(command.prompt, tokenizer)
     if starts:
         return launch(world_size, ["generate", *argv])
-    if own_device(command.device).type == "cpu":
+    if choose_device(command.device).type == "cpu":
         here = world_from_environment()[3]
         check_memory(config.model, 4, "weights", here / world_size)
     set_threads(0)
-    meet(command.device)
     context = init_parallel(ParallelConfig(tp_size=world_size), command.device)
     model = load_model(path, config.model, context)
     decoder = tokenizer.stream_decoder()

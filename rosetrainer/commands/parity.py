@@ -13,7 +13,6 @@ from rosetrainer.config import GPTConfig, OptimConfig, ParallelConfig
 from rosetrainer.environment import world_from_environment
 from rosetrainer.hardware.performance import choose_dtype, set_threads
 from rosetrainer.launch.launcher import launch
-from rosetrainer.launch.process_group import meet
 from rosetrainer.model_size import check_memory
 from rosetrainer.models.gpt import GPTModel
 from rosetrainer.models.layers import build_model
@@ -168,7 +167,6 @@ def main(argv: list[str]) -> int:
     dense, here = replace(command.model, context_length=1), world_from_environment()[3]
     check_memory(dense, 96, "one process's float64 weights and their course on each rank", here)
     set_threads(0)
-    meet("cpu")
     context = init_parallel(command.parallel, "cpu")
     dtype = choose_dtype(command.dtype, context.device)
     optim = OptimConfig(optimizer=command.optimizer)

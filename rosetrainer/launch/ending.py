@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from rosetrainer.launch.rank import LAST_WORDS, STOP_TIME, stop_line
+from rosetrainer.launch.rank import STOP_MESSAGE, STOP_SECONDS_FILE, stop_line
 
 LOOK_SECONDS = 0.05
 """Time between two looks at the ranks."""
@@ -22,10 +22,10 @@ STOP_SECONDS = 9
 MARGIN = 1.5
 """Times what the ranks were measured to need, for they may be slower now."""
 
-ONE_WISH_SECONDS = 1
+SECOND_SIGNAL_SECONDS = 1
 """A terminal and a parent process may both send a signal; so soon again it is no impatience."""
 
-STOPPED_SECONDS = 5
+SUSPENDED_SECONDS = 5
 """How long a rank may be suspended (SIGSTOP) after a signal; it takes no notice of that signal."""
 
 Ranks = list[subprocess.Popen[bytes]]
@@ -57,7 +57,7 @@ def stop(ranks: Ranks, received: list[tuple[int, float]], folder: str, grace: fl
     stopped: dict[int, float] = {}  # rank -> since when
     while running := [number for number, rank in enumerate(ranks) if rank.poll() is None]:
         now = time.monotonic()
-        if received[-1][1] > since + ONE_WISH_SECONDS:
+        if received[-1][1] > since + SECOND_SIGNAL_SECONDS:
             kill(ranks)
             say(f"{said}; all ranks were killed")
             return 128 + signum
@@ -65,8 +65,8 @@ def stop(ranks: Ranks, received: list[tuple[int, float]], folder: str, grace: fl
             end = since + min(max(STOP_SECONDS, MARGIN * needed), grace)
             if needed >= STOP_SECONDS:
                 say(stop_line(needed) + f"; --grace gives {grace:g} s" * (needed > grace))
-        stopped = {n: stopped.get(n, now) for n in running if is_stopped(ranks[n].pid)}
-        frozen = [n for n in stopped if now >= stopped[n] + STOPPED_SECONDS]
+        stopped = {n: stopped.get(n, now) for n in running if is_suspended(ranks[n].pid)}
+        frozen = [n for n in stopped if now >= stopped[n] + SUSPENDED_SECONDS]
         for number in running if now >= end else frozen:
             ranks[number].kill()
             killed = sorted({*killed, number})
@@ -76,7 +76,7 @@ def stop(ranks: Ranks, received: list[tuple[int, float]], folder: str, grace: fl
     fate = f", {names} {'were' if len(killed) > 1 else 'was'} killed" if killed else ""
     if killed and needed > grace:
         fate += f" after {grace:g} s; --grace gives them longer"
-    words = Path(folder) / LAST_WORDS
+    words = Path(folder) / STOP_MESSAGE
     told = words.read_text() if words.exists() else "all ranks have ended"
     say(f"{said}; {told}{fate}")
     saved = signum == signal.SIGTERM and not any(rank.returncode for rank in ranks)
@@ -85,11 +85,11 @@ def stop(ranks: Ranks, received: list[tuple[int, float]], folder: str, grace: fl
 
 def stop_seconds(folder: str) -> float:
     """What rank 0 has measured that it takes to stop; 0 if it has not said so."""
-    path = Path(folder) / STOP_TIME
+    path = Path(folder) / STOP_SECONDS_FILE
     return float(path.read_text()) if path.exists() else 0.0
 
 
-def is_stopped(pid: int) -> bool:
+def is_suspended(pid: int) -> bool:
     stat = Path(f"/proc/{pid}/stat")
     if stat.exists():
         state = stat.read_text().rpartition(")")[2]

@@ -16,7 +16,6 @@ from safetensors import SafetensorError
 
 from rosetrainer.durable_files import room, short
 from rosetrainer.launch.rank import RankError, explain_out_of_memory, is_out_of_memory
-from rosetrainer.parallel.context import Axis
 from rosetrainer.validation import ConfigError
 
 LOST = (
@@ -38,8 +37,11 @@ class Failures:
 
 
 @contextlib.contextmanager
-def told_once(
-    store: dist.Store | None, world: Axis, was_asked: Callable[[], bool] = lambda: False
+def report_first_error(
+    store: dist.Store | None,
+    rank: int,
+    world_size: int,
+    was_asked: Callable[[], bool] = lambda: False,
 ) -> Iterator[Failures]:
     """Makes an error in here a RankError: with a text on the first rank, else empty.
 
@@ -55,7 +57,9 @@ def told_once(
         if store is None and isinstance(error, ConfigError):
             raise  # nobody else could speak
         status = 2 if isinstance(error, ConfigError) or is_of_the_disk(error) else 1
-        text = explain(error, world, failures.folder) if is_first(store, was_asked) else ""
+        text = (
+            explain(error, rank, world_size, failures.folder) if is_first(store, was_asked) else ""
+        )
         raise RankError(text, status) from error
 
 
@@ -90,7 +94,7 @@ def is_of_the_disk(error: Exception) -> bool:
     return isinstance(error, SafetensorError) and "I/O error" in str(error)
 
 
-def explain(error: Exception, world: Axis, folder: Path | None) -> str:
+def explain(error: Exception, rank: int, world_size: int, folder: Path | None) -> str:
     """What a user needs of it: at most five lines."""
     if isinstance(error, ConfigError):
         return str(error)
@@ -101,20 +105,20 @@ def explain(error: Exception, world: Axis, folder: Path | None) -> str:
             f"free some space, and the same command goes on"
         )
     if is_out_of_memory(error):
-        return explain_out_of_memory(error, world.rank, world.size)
+        return explain_out_of_memory(error, rank, world_size)
     line = (str(error).splitlines() or [""])[0]
     if any(reason in str(error) for reason in LOST):
         return (
-            f"rank {world.rank} has lost its connection to another rank, which has ended; the same "
+            f"rank {rank} has lost its connection to another rank, which has ended; the same "
             f"command goes on from the last checkpoint"
         )
     last = traceback.extract_tb(error.__traceback__)[-1]
     text = (
-        f"rank {world.rank} of {world.size} failed: {type(error).__name__}: {line}\n"
+        f"rank {rank} of {world_size} failed: {type(error).__name__}: {line}\n"
         f"  {last.filename}, line {last.lineno}, in {last.name}"
     )
     if folder is not None:
-        path = folder / f"error_rank_{world.rank:05d}.txt"
+        path = folder / f"error_rank_{rank:05d}.txt"
         with contextlib.suppress(OSError):
             path.write_text("".join(traceback.format_exception(error)))
             text += f"\n  the whole traceback: {path}"

@@ -23,7 +23,14 @@ from rosetrainer.environment import usable_cores
 from rosetrainer.launch import ending
 from rosetrainer.launch.ending import Ranks, end, kill, say, stop
 from rosetrainer.launch.interfaces import INTERFACE, local_interface
-from rosetrainer.launch.rank import GRACE, LAUNCHED, MEETING, PIPE_CLOSED, error_file, memory_advice
+from rosetrainer.launch.rank import (
+    GRACE,
+    LAUNCHED,
+    PIPE_CLOSED,
+    RENDEZVOUS_DIR,
+    error_file,
+    memory_advice,
+)
 from rosetrainer.validation import ConfigError
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
@@ -54,7 +61,7 @@ def launch(
         tempfile.TemporaryDirectory(prefix="rosetrainer_", ignore_cleanup_errors=True) as folder,
     ):
         ranks: Ranks = []
-        environment = _rank_environment(nproc, threads) | {MEETING: folder}
+        environment = _rank_environment(nproc, threads) | {RENDEZVOUS_DIR: folder}
         try:
             for rank in range(nproc):
                 place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}

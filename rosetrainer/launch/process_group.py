@@ -11,10 +11,10 @@ import torch
 import torch.distributed as dist
 
 from rosetrainer.environment import choose_device, name_ranks, world_from_environment
-from rosetrainer.launch.rank import MEETING, SILENT_SECONDS, RankError
+from rosetrainer.launch.rank import RENDEZVOUS_DIR, SILENT_SECONDS, RankError
 from rosetrainer.validation import ConfigError
 
-PATIENCE_SECONDS = 24 * 3600
+WATCH_MARGIN_SECONDS = 24 * 3600
 """How much longer a collective waits than the hang watch, which ends ranks that hang, with the name
 of the one at fault, and lets them wait for one that is at work."""
 
@@ -22,13 +22,7 @@ START_SECONDS = 120
 """So long, at least, a rank may need to import torch and come to the others."""
 
 
-def own_device(wanted: str) -> torch.device:
-    """This rank's device, see choose_device."""
-    _, _, local_rank, local_world_size = world_from_environment()
-    return choose_device(wanted, local_rank, local_world_size)
-
-
-def open_store(timeout_seconds: float) -> dist.Store | None:
+def open_store(timeout: timedelta) -> dist.Store | None:
     """The store in which the ranks meet, where there is more than one and they have not met yet.
 
     It waits for nobody but its host, so that the hang watch is there before ranks wait for ranks.
@@ -38,10 +32,10 @@ def open_store(timeout_seconds: float) -> dist.Store | None:
     rank, world_size, _, _ = world_from_environment()
     if world_size == 1 or dist.is_initialized():
         return None
-    if folder := os.environ.get(MEETING):
+    if folder := os.environ.get(RENDEZVOUS_DIR):
         return dist.FileStore(str(Path(folder) / "store"), world_size)
     check_address(world_size)
-    seconds = max(timeout_seconds, START_SECONDS)
+    seconds = max(timeout.total_seconds(), START_SECONDS)
     try:
         # As if for one rank: the host of a store for more waits here until all have come.
         found = dist.rendezvous("env://", rank, 1, timeout=timedelta(seconds=seconds))
@@ -66,7 +60,7 @@ def open_store(timeout_seconds: float) -> dist.Store | None:
 
 def store_host() -> str:
     """Who keeps the store, for a message."""
-    if folder := os.environ.get(MEETING):
+    if folder := os.environ.get(RENDEZVOUS_DIR):
         return f"the file {Path(folder) / 'store'}, in which the ranks meet,"
     address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
@@ -74,32 +68,34 @@ def store_host() -> str:
     return f"rank 0, which keeps the ranks' store at {address},"
 
 
-def meet(device: str, timeout_seconds: float = 300.0, store: dist.Store | None = None) -> None:
-    """Starts the default process group, where there is more than one rank and none is there yet.
+def init_process_group(
+    device: str, timeout: timedelta, store: dist.Store | None = None
+) -> torch.device:
+    """Starts the default process group, where there is more than one rank and none yet.
 
-    store: from open_store, which is otherwise called here. Raises what that does, and ConfigError
-    if two ranks have the same GPU or are on devices of two kinds.
+    store: from open_store, which is otherwise called here. Returns this rank's device. Raises what
+    choose_device and open_store do, and ConfigError if two ranks have the same GPU or are on
+    devices of two kinds.
     """
-    store = store or open_store(timeout_seconds)
-    if store is None:
-        return
-    timeout = timedelta(seconds=timeout_seconds)
-    store.set_timeout(timeout)
+    own = choose_device(device)
+    gpu = own if own.type == "cuda" else None
+    store = store or open_store(timeout)
     rank, world_size, _, _ = world_from_environment()
-    own = own_device(device)
-    check_same_device(store, rank, world_size, own.type)
-    if own.type == "cuda":
-        torch.cuda.set_device(own)
-        uuid = str(torch.cuda.get_device_properties(own).uuid)
-        check_gpus_differ(store, rank, world_size, uuid)
-    dist.init_process_group(
-        "nccl" if own.type == "cuda" else "gloo",
-        store=dist.PrefixStore("process group", store),
-        rank=rank,
-        world_size=world_size,
-        timeout=timeout,
-        device_id=own if own.type == "cuda" else None,
-    )
+    if store:
+        store.set_timeout(timeout)
+        check_devices(store, rank, world_size, own.type, gpu_uuid(own))
+    if gpu:
+        torch.cuda.set_device(gpu)
+    if store:
+        dist.init_process_group(
+            "nccl" if gpu else "gloo",
+            store=dist.PrefixStore("process group", store),
+            rank=rank,
+            world_size=world_size,
+            timeout=timeout,
+            device_id=gpu,
+        )
+    return own
 
 
 def check_address(world_size: int) -> None:
@@ -114,28 +110,27 @@ def check_address(world_size: int) -> None:
     )
 
 
-def check_gpus_differ(store: dist.Store, rank: int, world_size: int, uuid: str) -> None:
-    """Raises ConfigError, on every rank, if two have the same GPU; nccl would fail later."""
-    store.set(f"gpu {rank}", uuid)
-    of_ranks = store.multi_get([f"gpu {other}" for other in range(world_size)])
-    for other, gpu in enumerate(of_ranks):
-        if (first := of_ranks.index(gpu)) < other:
-            raise ConfigError(
-                f"ranks {first} and {other} have the same GPU, {gpu.decode()}; give each rank its "
-                f"own (torchrun does; srun with --gpus-per-task 1), or use --device cpu"
-            )
+def gpu_uuid(device: torch.device) -> str:
+    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
 
 
-def check_same_device(store: dist.Store, rank: int, world_size: int, kind: str) -> None:
-    """Raises ConfigError on every rank if they are on different kinds of devices.
+def check_devices(store: dist.Store, rank: int, world_size: int, kind: str, gpu: str) -> None:
+    """Raises ConfigError, on every rank, if two have the same GPU or devices are of two kinds.
 
-    By the store, for ranks of gloo and of NCCL would wait for each other.
+    By the store, for ranks of gloo and of NCCL would wait for each other, and for the same GPU NCCL
+    would fail later.
     """
-    store.set(f"device {rank}", kind)
-    names = [f"device {other}" for other in range(world_size)]
-    kinds = [kind.decode() for kind in store.multi_get(names)]
+    store.set(f"device {rank}", f"{kind} {gpu}")
+    found = store.multi_get([f"device {other}" for other in range(world_size)])
+    kinds, gpus = zip(*(one.decode().split(" ") for one in found), strict=True)
     if others := [other for other in range(world_size) if kinds[other] != kinds[0]]:
         raise ConfigError(
             f"{name_ranks(others)} device={kinds[others[0]]} and not {kinds[0]} like rank 0; start "
             f"all ranks with --device cpu, or so many that each has a GPU of its own"
         )
+    for other, uuid in enumerate(gpus if gpu else ()):
+        if (first := gpus.index(uuid)) < other:
+            raise ConfigError(
+                f"ranks {first} and {other} have the same GPU, {uuid}; give each rank its own "
+                f"(torchrun does; srun with --gpus-per-task 1), or use --device cpu"
+            )

@@ -21,19 +21,19 @@ from typing import NoReturn
 from rosetrainer.environment import (
     LAUNCHED,
     PlaceError,
-    speaks_for_machine,
+    reports_for_machine,
     trainer_command,
     world_from_environment,
 )
 from rosetrainer.validation import ConfigError
 
-MEETING = "ROSETRAINER_MEETING"
+RENDEZVOUS_DIR = "ROSETRAINER_RENDEZVOUS_DIR"
 """Environment variable: the folder in which the ranks of one launch meet."""
 
-LAST_WORDS = "last_words.txt"
+STOP_MESSAGE = "report_stop.txt"
 """In that folder: what rank 0 says when a signal has stopped it."""
 
-STOP_TIME = "stop_seconds.txt"
+STOP_SECONDS_FILE = "stop_seconds.txt"
 """In that folder: what rank 0 says it needs when a signal has come."""
 
 GRACE = 120
@@ -75,7 +75,7 @@ def run_rank(main: Callable[[], int | None]) -> NoReturn:
         _take_interrupts()
         # Rank 0's lines should reach a pipe or a log file while it runs, not when it ends.
         sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
-    speaks = not launched and speaks_for_machine()
+    speaks = not launched and reports_for_machine()
     try:
         status = main()
     except ConfigError as error:
@@ -140,18 +140,18 @@ def end_rank(error: RankError) -> NoReturn:
     os._exit(error.status)
 
 
-def last_words(text: str) -> None:
+def report_stop(text: str) -> None:
     """What rank 0 says when a signal has stopped it; under our launcher, which says the rest."""
     if os.environ.get(LAUNCHED):
-        (Path(os.environ[MEETING]) / LAST_WORDS).write_text(text)
+        (Path(os.environ[RENDEZVOUS_DIR]) / STOP_MESSAGE).write_text(text)
     else:
         print(f"stopped; {text}", flush=True)
 
 
-def say_how_long(seconds: float) -> None:
+def report_stop_seconds(seconds: float) -> None:
     """Rank 0 tells how long it takes to stop, to our launcher, which waits so long, or the user."""
     if os.environ.get(LAUNCHED):
-        path = Path(os.environ[MEETING]) / STOP_TIME
+        path = Path(os.environ[RENDEZVOUS_DIR]) / STOP_SECONDS_FILE
         part = path.with_suffix(".part")
         part.write_text(str(seconds))
         part.replace(path)
@@ -183,7 +183,7 @@ def _report_to_launcher(error: Exception, status: int) -> NoReturn:
         frames = error.__traceback__.tb_next if error.__traceback__ else None
         trace = "".join(traceback.format_exception(type(error), error, frames)).rstrip()
         text = f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} failed:\n{trace}"
-    path = error_file(os.environ[MEETING], int(os.environ["RANK"]))
+    path = error_file(os.environ[RENDEZVOUS_DIR], int(os.environ["RANK"]))
     part = path.with_suffix(".part")
     try:
         part.write_text(json.dumps({"time": now, "text": text}))

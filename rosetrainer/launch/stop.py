@@ -12,9 +12,9 @@ import threading
 import time
 from types import FrameType
 
-from rosetrainer.launch.rank import GRACE, LAUNCHED, last_words, say_how_long
+from rosetrainer.launch.rank import GRACE, LAUNCHED, report_stop, report_stop_seconds
 
-ONE_WISH_SECONDS = 1.0
+SECOND_SIGNAL_SECONDS = 1.0
 """A terminal and a launcher may both send a signal; a later second one is impatience."""
 
 
@@ -103,14 +103,14 @@ class StopRequest:
                 continue
             if not self._waits:
                 if os.environ.get("RANK", "0") == "0":
-                    last_words("before it went a step, so there is nothing to save")
+                    report_stop("before it went a step, so there is nothing to save")
                 os._exit(stop_status(signum))
-            if first is not None and time.monotonic() - first > ONE_WISH_SECONDS:
+            if first is not None and time.monotonic() - first > SECOND_SIGNAL_SECONDS:
                 os._exit(128 + signum)
             if first is None:
                 first = time.monotonic()
                 if os.environ.get("RANK", "0") == "0":
-                    say_how_long(self.time.left(first))
+                    report_stop_seconds(self.time.left(first))
 
 
 def stop_status(signum: signal.Signals | None) -> int:

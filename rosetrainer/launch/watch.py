@@ -7,12 +7,12 @@ import math
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import NoReturn, Protocol
 
 import torch
 import torch.distributed as dist
@@ -22,8 +22,6 @@ from rosetrainer.launch import process_group
 from rosetrainer.launch.failures import FAILURES, answer
 from rosetrainer.launch.process_group import START_SECONDS, store_host
 from rosetrainer.launch.rank import RankError, end_rank
-from rosetrainer.parallel import comm
-from rosetrainer.parallel.context import Axis, ParallelContext
 
 POLL_SECONDS = 0.25
 LEAST_ANSWER_SECONDS, MOST_ANSWER_SECONDS = 4.0, 30.0
@@ -32,19 +30,21 @@ LEAST_ANSWER_SECONDS, MOST_ANSWER_SECONDS = 4.0, 30.0
 SILENT_SECONDS = 5.0
 """How long a rank stays that leaves it to another one, which may come to it later, to tell."""
 
-WAITING = (
-    str(Path(torch.__file__).parent / "distributed"),
-    comm.__file__,
-    process_group.__file__,
-)
-"""Where a rank stands that waits for others."""
+WAITING = (str(Path(torch.__file__).parent / "distributed"), process_group.__file__)
+"""The code in which a rank waits for others."""
+
+
+class Ledger(Protocol):
+    """Counts collectives: parallel.context has one for each axis."""
+
+    collectives_started: int
 
 
 @dataclass(frozen=True)
 class Answer:
     """How a rank stands when another one asks."""
 
-    begun: int
+    collectives_started: int
     """Collectives."""
     idle: float
     """Seconds without a sign of work."""
@@ -55,45 +55,48 @@ class Answer:
 class HangWatch:
     """Ends this rank when no rank makes progress, and names the rank at fault.
 
-    Progress is a collective begun, a beat, or processor time, see IdleClock. A rank without any
+    Progress is a collective started, a beat, or processor time, see IdleClock. A rank without any
     for so many seconds asks all others in the store, where a thread of each looks for such a
     question. If one of them is at work the rank waits on: others wait for whoever saves, say.
     """
 
-    def __init__(self, store: dist.Store, world: Axis, seconds: float):
+    def __init__(
+        self, store: dist.Store, rank: int, world_size: int, seconds: float, waits_in: str
+    ) -> None:
+        """waits_in: the file whose code waits for other ranks, beside WAITING."""
         # A connection of its own: while the main thread waits in the store it holds the other one.
         self._store = store.clone()  # type: ignore[attr-defined]
-        self._world, self._seconds = world, seconds
+        self._rank, self._world_size, self._seconds = rank, world_size, seconds
         self._patience = min(max(seconds / 10, LEAST_ANSWER_SECONDS), MOST_ANSWER_SECONDS)
-        self._axes: Sequence[Axis] = (world,)
-        self._on_cuda = False
+        self._ledgers: list[Ledger] = []
+        self._waiting, self._on_cuda = (*WAITING, waits_in), False
         self._idle, self._answered, self._asked_at = 0.0, 0, -math.inf
         self._ended = threading.Event()
-        self._store.set(f"here/{world.rank}", "")
+        self._store.set(f"here/{rank}", "")
         parts = (self._look, self._reply)
         self._threads = [threading.Thread(target=p, name="hang watch", daemon=True) for p in parts]
         for thread in self._threads:
             thread.start()
 
-    def follow(self, context: ParallelContext) -> None:
-        """Counts the collectives of its axes as well."""
-        self._axes = (self._world, *context.axes)
-        self._on_cuda = context.device.type == "cuda"
+    def follow(self, ledgers: Iterable[Ledger], on_cuda: bool = False) -> None:
+        """Counts the collectives of these as well."""
+        self._ledgers += ledgers
+        self._on_cuda = on_cuda
 
     def close(self) -> None:
         self._ended.set()
         for thread in self._threads:  # one alive when the interpreter ends can abort the process
             thread.join(self._patience)
 
-    def _begun(self) -> int:
-        return sum(axis.ledger.begun for axis in self._axes)
+    def _collectives_started(self) -> int:
+        return sum(ledger.collectives_started for ledger in self._ledgers)
 
     def _look(self) -> None:
         """Asks the others when this rank has been idle for too long."""
         clock, ask_at = IdleClock(self._seconds, time.monotonic()), 0.0
         while not self._ended.wait(POLL_SECONDS):
             processor = processor_seconds(self._on_cuda)
-            count = self._begun() + HEARTBEAT.count()
+            count = self._collectives_started() + HEARTBEAT.count()
             self._idle = clock.look(time.monotonic(), count, processor)
             # A little later, for ranks that wait for the same one stopped within a moment.
             if self._idle >= self._seconds + 2 * POLL_SECONDS and time.monotonic() >= ask_at:
@@ -104,15 +107,15 @@ class HangWatch:
         """Ends this process if all hang; else gives the seconds until asking again makes sense."""
         found = answer(self._ask_if_there, self._patience + 2 * LEAST_ANSWER_SECONDS)
         if found is None:
-            self._end(f"{store_host()} does not answer" if self._world.rank == 1 else "")
+            self._end(f"{store_host()} does not answer" if self._rank == 1 else "")
         answers, here = found
         if not answers:  # the store has ended, with a rank that had a reason, and told it
             self._end("")
         at_work = min((one.idle for one in answers.values()), default=self._idle)
         if at_work < self._seconds:
             return self._seconds - at_work
-        if len(here) == self._world.size or self._idle >= START_SECONDS:
-            fault, why = at_fault(answers, here, self._world.size)
+        if len(here) == self._world_size or self._idle >= START_SECONDS:
+            fault, why = at_fault(answers, here, self._world_size)
             # Where nobody keeps the store any more, it has ended with the rank that was first.
             first = answer(lambda: self._store.add(FAILURES, 1), LEAST_ANSWER_SECONDS) == 1
             self._end(f"rank {fault} {why}" if first else "")
@@ -127,7 +130,7 @@ class HangWatch:
 
     def _ask_all(self) -> tuple[dict[int, Answer], set[int]]:
         """What each rank that answers says, and which ranks have ever come."""
-        number, ranks = self._answered + 1, range(self._world.size)
+        number, ranks = self._answered + 1, range(self._world_size)
         self._store.set(f"asked/{number}", "")
         keys = [f"answer/{number}/{rank}" for rank in ranks]
         deadline = time.monotonic() + self._patience
@@ -145,9 +148,9 @@ class HangWatch:
             while not self._ended.wait(every):
                 while self._store.check([f"asked/{self._answered + 1}"]):
                     frame = sys._current_frames()[threading.main_thread().ident or 0]
-                    waits = frame.f_code.co_filename.startswith(WAITING)
-                    own = Answer(self._begun(), self._idle, waits, place_of(frame))
-                    key = f"answer/{self._answered + 1}/{self._world.rank}"
+                    waits = frame.f_code.co_filename.startswith(self._waiting)
+                    own = Answer(self._collectives_started(), self._idle, waits, place_of(frame))
+                    key = f"answer/{self._answered + 1}/{self._rank}"
                     self._store.set(key, json.dumps(asdict(own)))
                     self._answered, self._asked_at = self._answered + 1, time.monotonic()
 
@@ -208,12 +211,12 @@ def at_fault(answers: dict[int, Answer], here: set[int], world_size: int) -> tup
         return missing[0], "has not come to the others"
     if silent := [rank for rank in range(world_size) if rank not in answers]:
         return silent[0], "gives no sign of life"
-    # Of those that have begun equally many the one that does not wait: not all waiting is counted.
-    rank = min(answers, key=lambda r: (answers[r].begun, answers[r].waits))
+    # Of those that have started equally many the one that does not wait: not all is counted.
+    rank = min(answers, key=lambda r: (answers[r].collectives_started, answers[r].waits))
     stands = f"it stands in {answers[rank].place}"
-    if answers[rank].begun < max(one.begun for one in answers.values()):
-        begun = answers[rank].begun
-        return rank, f"has not come to collective {begun + 1}, in which others wait; {stands}"
+    if answers[rank].collectives_started < max(one.collectives_started for one in answers.values()):
+        number = answers[rank].collectives_started + 1
+        return rank, f"has not come to collective {number}, in which others wait; {stands}"
     if answers[rank].waits:
         return rank, "waits like all others: a connection may be lost"
     return rank, f"does not come to where others wait; {stands}"

@@ -14,7 +14,7 @@ from rosetrainer.checkpoint.run_folder import CONFIG, describe_run
 from rosetrainer.config import TrainConfig
 from rosetrainer.data.batches import Corpus
 from rosetrainer.environment import gpus_are_own, world_from_environment
-from rosetrainer.launch.rank import last_words
+from rosetrainer.launch.rank import report_stop
 from rosetrainer.models.gpt import GPTModel
 from rosetrainer.optim.optimizer import learning_rate
 from rosetrainer.parallel.context import ParallelContext
@@ -126,9 +126,9 @@ def say_goodbye(folder: Path, steps: int, saved: int, stopped: bool, finished: b
     elif not stopped:
         print(f"saved in {checkpoint}; {CURVE}, log.jsonl and TensorBoard's events are beside it")
     elif saved:
-        last_words(f"saved in {checkpoint}; the same command goes on from there")
+        report_stop(f"saved in {checkpoint}; the same command goes on from there")
     else:
-        last_words("before it went a step, so there is nothing to save")
+        report_stop("before it went a step, so there is nothing to save")
 
 
 def shown(path: Path) -> str:

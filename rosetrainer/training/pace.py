@@ -55,7 +55,7 @@ class Pace:
         )
 
     def _waited_so_far(self) -> float:
-        return sum(axis.ledger.waited for axis in self._axes)
+        return sum(axis.ledger.wait_seconds for axis in self._axes)
 
 
 def slow_ranks(busy: list[float], factor: float, least: float) -> set[int]:

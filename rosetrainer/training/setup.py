@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from rosetrainer.checkpoint.run_folder import check_unlocked
 from rosetrainer.checkpoint.saver import Saver, load_checkpoint
 from rosetrainer.config import TrainConfig
 from rosetrainer.data.batches import Corpus, open_corpus
-from rosetrainer.environment import world_from_environment
+from rosetrainer.environment import choose_device, world_from_environment
 from rosetrainer.hardware.block_compile import compile_blocks, compiles
 from rosetrainer.hardware.onednn import fast_products
 from rosetrainer.hardware.performance import (
@@ -21,14 +22,19 @@ from rosetrainer.hardware.performance import (
     matmul_peak,
     set_threads,
 )
-from rosetrainer.launch.failures import told_once
-from rosetrainer.launch.process_group import PATIENCE_SECONDS, meet, open_store, own_device
+from rosetrainer.launch.failures import report_first_error
+from rosetrainer.launch.process_group import (
+    WATCH_MARGIN_SECONDS,
+    init_process_group,
+    open_store,
+)
 from rosetrainer.launch.watch import HangWatch
 from rosetrainer.model_size import check_memory
 from rosetrainer.models.gpt import GPTModel
 from rosetrainer.models.layers import build_model
 from rosetrainer.optim.optimizer import build_optimizer
 from rosetrainer.optim.precision import autocast_for
+from rosetrainer.parallel import comm
 from rosetrainer.parallel.comm import all_reduce
 from rosetrainer.parallel.context import Axis, ParallelContext, end_parallel, init_parallel
 from rosetrainer.parallel.tensor_parallel import init_weights
@@ -55,12 +61,12 @@ def check_config(config: TrainConfig, world_size: int) -> tuple[TrainConfig, Cor
     """The config with the corpus's vocabulary, all of it checked. Raises ConfigError."""
     config.check(world_size)
     rank, _, local_rank, local_world_size = world_from_environment()
-    compiles(config, config.parallel.resolve(world_size)[0], own_device(config.hardware.device))
+    compiles(config, config.parallel.resolve(world_size)[0], choose_device(config.hardware.device))
     check_profile(config.monitor.profile, config.run.steps)
     corpus = open_corpus(config.run.data, config.model.context_length, read_all=local_rank == 0)
     corpus.tokenizer()  # better found broken now than by whoever wants text of the trained model
     config = config.with_settings(vocab_size=corpus.meta.vocab_size)
-    if own_device(config.hardware.device).type == "cpu":
+    if choose_device(config.hardware.device).type == "cpu":
         each = 12 if config.optim.optimizer == "muon" else 16  # moments: one, or two
         each *= 2 if config.precision.dtype == "float64" else 1
         copies = local_world_size / config.parallel.resolve(world_size)[0]
@@ -78,13 +84,17 @@ def train(config: TrainConfig, corpus: Corpus) -> tuple[GPTModel, signal.Signals
     if config.precision.deterministic:
         be_deterministic()
     set_threads(config.hardware.threads)
-    timeout, world = config.monitor.timeout, world_axis()
-    store = open_store(timeout)
-    watch = HangWatch(store, world, timeout) if store is not None else None
-    once = told_once(store, world, watch.was_asked) if watch else told_once(store, world)
+    world, timeout = world_axis(), config.monitor.timeout
+    store = open_store(timedelta(seconds=timeout))
+    watch = None
+    if store:
+        watch = HangWatch(store, world.rank, world.size, timeout, comm.__file__)
+        watch.follow([world.ledger])
+    was_asked = watch.was_asked if watch else lambda: False
+    once = report_first_error(store, world.rank, world.size, was_asked)
     with own_screen() if world.rank == 0 else nullcontext(), once as failures:
-        meet(config.hardware.device, timeout + PATIENCE_SECONDS, store)
-        device = own_device(config.hardware.device)
+        limit = timedelta(seconds=timeout + WATCH_MARGIN_SECONDS)
+        device = init_process_group(config.hardware.device, limit, store)
         begun = find_beginning(config, corpus).dtype if world.rank == 0 else None
         begun = gather_texts(begun or "", world, device)[0]
         config, remark = settle_dtype(config, begun, device)
@@ -105,10 +115,10 @@ def run_here(
     world: Axis,
 ) -> tuple[GPTModel, signal.Signals | None]:
     """Sets up what the loop needs, and runs it."""
-    timeout = config.monitor.timeout + PATIENCE_SECONDS
+    timeout = config.monitor.timeout + WATCH_MARGIN_SECONDS
     context = init_parallel(config.parallel, config.hardware.device, timeout)
     if watch:
-        watch.follow(context)
+        watch.follow((axis.ledger for axis in context.axes), context.device.type == "cuda")
     assert config.precision.compute_dtype
     dtype = choose_dtype(config.precision.compute_dtype, context.device)
     speaks = context.rank == 0

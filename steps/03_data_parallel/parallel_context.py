@@ -7,7 +7,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from environment import choose_device, world_from_environment
+from environment import init_process_group, world_from_environment
 
 
 @dataclass
@@ -54,19 +54,8 @@ class ParallelContext:
 
 def init_parallel(device: str = "auto", timeout_seconds: float = 300.0) -> ParallelContext:
     """Starts the process group, where there is more than one rank; all ranks are data-parallel."""
-    rank, world_size, local_rank, local_world_size = world_from_environment()
-    chosen = choose_device(device, local_rank, local_world_size)
-    if chosen.type == "cuda":
-        torch.cuda.set_device(chosen)
-    if world_size == 1:
-        return ParallelContext(device=chosen)
-    timeout = timedelta(seconds=timeout_seconds)
-    if not dist.is_initialized():
-        dist.init_process_group(
-            "nccl" if chosen.type == "cuda" else "gloo",
-            timeout=timeout,
-            device_id=chosen if chosen.type == "cuda" else None,
-        )
+    rank, world_size, _, _ = world_from_environment()
+    chosen = init_process_group(device, timedelta(seconds=timeout_seconds))
     return ParallelContext(Axis("dp", world_size, rank, dist.group.WORLD), chosen)
 
 

@@ -12,7 +12,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from config import ConfigError
-from environment import choose_device, world_from_environment
+from environment import init_process_group, world_from_environment
 
 
 @dataclass
@@ -73,24 +73,13 @@ def init_parallel(
 
     Raises ConfigError, before anything starts, if the size does not fit the world size.
     """
-    _, world_size, local_rank, local_world_size = world_from_environment()
+    world_size = world_from_environment()[1]
     if world_size % tp_size:
-        raise ConfigError(
-            f"world size {world_size} is not divisible by tp_size={tp_size}; "
-            f"start a multiple of {tp_size} ranks"
-        )
-    chosen = choose_device(device, local_rank, local_world_size)
-    if chosen.type == "cuda":
-        torch.cuda.set_device(chosen)
+        raise ConfigError(f"world size {world_size} is not a multiple of tp_size={tp_size}")
+    timeout = timedelta(seconds=timeout_seconds)
+    chosen = init_process_group(device, timeout)
     if world_size == 1:
         return ParallelContext(device=chosen)
-    timeout = timedelta(seconds=timeout_seconds)
-    if not dist.is_initialized():
-        dist.init_process_group(
-            "nccl" if chosen.type == "cuda" else "gloo",
-            timeout=timeout,
-            device_id=chosen if chosen.type == "cuda" else None,
-        )
     mesh = torch.arange(world_size).view(-1, tp_size)  # world ranks, (dp, tp)
 
     def axis(name: str, groups: torch.Tensor) -> Axis:

@@ -1,4 +1,4 @@
-"""What this process was started with, and how a script here ends at a user's mistake."""
+"""What this process was started with, how it joins the others, and how it ends at a mistake."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from datetime import timedelta
 from typing import NoReturn
 
 import torch
+import torch.distributed as dist
 from config import ConfigError
 
 
@@ -34,6 +36,21 @@ def choose_device(wanted: str, local_rank: int, local_world_size: int) -> torch.
             else "device=cuda, but torch finds no GPU here; use --device cpu"
         )
     return torch.device("cpu")
+
+
+def init_process_group(device: str, timeout: timedelta) -> torch.device:
+    """Starts the process group, where there is more than one rank and none yet.
+
+    Returns this rank's device, see choose_device, and raises what that does.
+    """
+    _, world_size, local_rank, local_world_size = world_from_environment()
+    own = choose_device(device, local_rank, local_world_size)
+    gpu = own if own.type == "cuda" else None
+    if gpu:
+        torch.cuda.set_device(gpu)
+    if world_size > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if gpu else "gloo", timeout=timeout, device_id=gpu)
+    return own
 
 
 def say(text: str) -> None:

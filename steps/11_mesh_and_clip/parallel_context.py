@@ -12,7 +12,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from config import ParallelConfig
-from environment import choose_device, world_from_environment
+from environment import init_process_group, world_from_environment
 
 
 @dataclass
@@ -80,20 +80,12 @@ def init_parallel(
 
     Raises ConfigError, before anything starts, if the sizes do not fit the world size.
     """
-    _, world_size, local_rank, local_world_size = world_from_environment()
+    world_size = world_from_environment()[1]
     tp_size, dp_size = parallel.resolve(world_size)
-    chosen = choose_device(device, local_rank, local_world_size)
-    if chosen.type == "cuda":
-        torch.cuda.set_device(chosen)
+    timeout = timedelta(seconds=timeout_seconds)
+    chosen = init_process_group(device, timeout)
     if world_size == 1:
         return ParallelContext(device=chosen)
-    timeout = timedelta(seconds=timeout_seconds)
-    if not dist.is_initialized():
-        dist.init_process_group(
-            "nccl" if chosen.type == "cuda" else "gloo",
-            timeout=timeout,
-            device_id=chosen if chosen.type == "cuda" else None,
-        )
     mesh = torch.arange(world_size).view(dp_size, tp_size)  # world ranks, (dp, tp)
 
     def axis(name: str, groups: torch.Tensor) -> Axis:

@@ -12,7 +12,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from config import ParallelConfig
-from environment import choose_device, world_from_environment
+from environment import init_process_group, world_from_environment
 
 
 @dataclass
@@ -28,10 +28,10 @@ class Ledger:
     """Counts an axis's collectives by (operation, phase); comm.py writes it."""
 
     entries: dict[tuple[str, str], Traffic] = field(default_factory=dict)
-    again: bool = False
+    in_recompute: bool = False
 
     def record(self, operation: str, phase: str, payload_bytes: int) -> None:
-        if self.again and phase == "forward":
+        if self.in_recompute and phase == "forward":
             phase = "recompute"
         entry = self.entries.setdefault((operation, phase), Traffic())
         entry.calls += 1
@@ -52,10 +52,10 @@ class Recomputing:
     ledger: Ledger
 
     def __enter__(self) -> None:
-        self.ledger.again = True
+        self.ledger.in_recompute = True
 
     def __exit__(self, *_: object) -> None:
-        self.ledger.again = False
+        self.ledger.in_recompute = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,20 +103,12 @@ def init_parallel(
 
     Raises ConfigError, before anything starts, if the sizes do not fit the world size.
     """
-    _, world_size, local_rank, local_world_size = world_from_environment()
+    world_size = world_from_environment()[1]
     tp_size, dp_size = parallel.resolve(world_size)
-    chosen = choose_device(device, local_rank, local_world_size)
-    if chosen.type == "cuda":
-        torch.cuda.set_device(chosen)
+    timeout = timedelta(seconds=timeout_seconds)
+    chosen = init_process_group(device, timeout)
     if world_size == 1:
         return ParallelContext(device=chosen, recompute=parallel.recompute)
-    timeout = timedelta(seconds=timeout_seconds)
-    if not dist.is_initialized():
-        dist.init_process_group(
-            "nccl" if chosen.type == "cuda" else "gloo",
-            timeout=timeout,
-            device_id=chosen if chosen.type == "cuda" else None,
-        )
     mesh = torch.arange(world_size).view(dp_size, tp_size)  # world ranks, (dp, tp)
 
     def axis(name: str, groups: torch.Tensor) -> Axis:

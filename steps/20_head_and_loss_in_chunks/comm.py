@@ -37,7 +37,7 @@ class Pending:
         if self.work is not None:
             since = perf_counter()
             self.work.wait()
-            self.ledger.waited += perf_counter() - since
+            self.ledger.wait_seconds += perf_counter() - since
         return self.finish()
 
 

@@ -12,7 +12,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from config import ParallelConfig
-from environment import choose_device, world_from_environment
+from environment import init_process_group, world_from_environment
 
 
 @dataclass
@@ -27,18 +27,18 @@ class Traffic:
 class Ledger:
     """Counts an axis's collectives by (operation, phase); comm.py writes it.
 
-    `begun` and `waited` go on when the entries are cleared: collectives of all kinds, and the
-    seconds in which this rank could only wait for them.
+    `collectives_started`, of all kinds, and `wait_seconds`, in which this rank could only wait for
+    them, go on when the entries are cleared.
     """
 
     entries: dict[tuple[str, str], Traffic] = field(default_factory=dict)
-    again: bool = False
-    begun: int = 0
-    waited: float = 0.0
+    in_recompute: bool = False
+    collectives_started: int = 0
+    wait_seconds: float = 0.0
 
     def record(self, operation: str, phase: str, payload_bytes: int) -> None:
-        self.begun += 1
-        if self.again and phase == "forward":
+        self.collectives_started += 1
+        if self.in_recompute and phase == "forward":
             phase = "recompute"
         entry = self.entries.setdefault((operation, phase), Traffic())
         entry.calls += 1
@@ -59,10 +59,10 @@ class Recomputing:
     ledger: Ledger
 
     def __enter__(self) -> None:
-        self.ledger.again = True
+        self.ledger.in_recompute = True
 
     def __exit__(self, *_: object) -> None:
-        self.ledger.again = False
+        self.ledger.in_recompute = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,20 +111,12 @@ def init_parallel(
 
     Raises ConfigError, before anything starts, if the sizes do not fit the world size.
     """
-    _, world_size, local_rank, local_world_size = world_from_environment()
+    world_size = world_from_environment()[1]
     tp_size, dp_size = parallel.resolve(world_size)
-    chosen = choose_device(device, local_rank, local_world_size)
-    if chosen.type == "cuda":
-        torch.cuda.set_device(chosen)
+    timeout = timedelta(seconds=timeout_seconds)
+    chosen = init_process_group(device, timeout)
     if world_size == 1:
         return ParallelContext(device=chosen, recompute=parallel.recompute)
-    timeout = timedelta(seconds=timeout_seconds)
-    if not dist.is_initialized():
-        dist.init_process_group(
-            "nccl" if chosen.type == "cuda" else "gloo",
-            timeout=timeout,
-            device_id=chosen if chosen.type == "cuda" else None,
-        )
     mesh = torch.arange(world_size).view(dp_size, tp_size)  # world ranks, (dp, tp)
 
     def axis(name: str, groups: torch.Tensor) -> Axis:

@@ -62,7 +62,7 @@ Act = Callable[..., object]
 
 POINTS = {
     # phase: (module, function, before or after it, or in the middle of its file)
-    "start": ("training.setup", "meet", "before"),
+    "start": ("training.setup", "init_process_group", "before"),
     "layout": ("training.setup", "init_parallel", "before"),
     "describe": ("checkpoint.run_folder", "write_whole", "before"),
     "log": ("training.setup", "RunLog", "before"),
@@ -263,7 +263,7 @@ def launch(
             "LOCAL_RANK": str(rank),
             "WORLD_SIZE": str(n_ranks),
             "LOCAL_WORLD_SIZE": str(n_ranks),
-            "ROSETRAINER_MEETING": folder.name,
+            "ROSETRAINER_RENDEZVOUS_DIR": folder.name,
         } | (environment or {})
         target = (folder.name, rank, own, mine, prepare, variables, cwd)
         process = FORKSERVER.Process(target=_rank_main, args=target)

@@ -18,6 +18,8 @@ import pytest
 import torch.distributed as dist
 from faults.harness import CHAOS, FLAGS, Fault, freeze, run, sleep_on
 
+from rosetrainer.launch.rank import RENDEZVOUS_DIR
+
 TIMEOUT = 1
 COMMAND = [*FLAGS, "--timeout", str(TIMEOUT), "--global-batch-size", "12"]
 PHASES = ("import", "start", "layout", "describe")
@@ -29,7 +31,7 @@ def meeting_place(kind: str) -> Iterator[dict[str, str]]:
     if kind == "launcher":
         yield {}
         return
-    address = {"MASTER_ADDR": "127.0.0.1", "ROSETRAINER_MEETING": ""}
+    address = {"MASTER_ADDR": "127.0.0.1", RENDEZVOUS_DIR: ""}
     if kind == "rank 0":
         with socket.create_server(("", 0)) as free:
             port = free.getsockname()[1]

@@ -16,6 +16,7 @@ import pytest
 import torch
 from faults.harness import CHAOS, FLAGS, TRAINING, Fault, freeze, launch, run, sleep_on
 
+from rosetrainer.launch.rank import RENDEZVOUS_DIR
 from rosetrainer.launch.watch import Answer, at_fault
 from rosetrainer.parallel.context import Axis
 from rosetrainer.training.pace import Pace, slow_ranks
@@ -53,7 +54,7 @@ def test_a_frozen_rank_that_keeps_the_store_is_named_as_well(markov: Path, tmp_p
     command = [*COMMAND, "--tp-size", "2", "--data", str(markov), "--out", str(tmp_path / "run")]
     with socket.create_server(("", 0)) as free:
         port = str(free.getsockname()[1])
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ROSETRAINER_MEETING": ""}
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, RENDEZVOUS_DIR: ""}
     outcome = run(2, command, Fault(0, 3, "forward", freeze), environment=address)
     assert outcome.after_fault < TIMEOUT + 10 * (1 + outcome.before_fault)
     assert (
@@ -216,7 +217,8 @@ def compiled_on_rank_1(rank: int) -> None:
 
 
 def a_gpu_on_rank_1(rank: int) -> None:
-    patch("launch.process_group", "own_device", lambda _: torch.device(["cpu", "cuda"][rank]))
+    patch("launch.process_group", "choose_device", lambda _: torch.device(["cpu", "cuda"][rank]))
+    patch("launch.process_group", "gpu_uuid", lambda _: "")
 
 
 def patch(module: str, name: str, value: object) -> None:
@@ -302,7 +304,11 @@ def test_a_port_in_use_is_named_with_its_flag(markov: Path, tmp_path: Path) -> N
     command = [*FLAGS, "--data", str(markov), "--out", str(tmp_path / "run")]
     with socket.create_server(("", 0)) as taken:
         port = str(taken.getsockname()[1])
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ROSETRAINER_MEETING": ""}
+        address = {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+            RENDEZVOUS_DIR: "",
+        }
         outcome = run(2, command, environment=address)
     assert outcome.refused, outcome
     assert f"error: port {port} is in use on this machine" in outcome.complained

@@ -25,11 +25,10 @@ from ranks import LONGEST_SECONDS
 
 from rosetrainer.environment import usable_cores
 from rosetrainer.launch import ending
-from rosetrainer.launch.failures import told_once
+from rosetrainer.launch.failures import report_first_error
 from rosetrainer.launch.launcher import launch
-from rosetrainer.launch.rank import STOP_TIME, RankError, is_out_of_memory
+from rosetrainer.launch.rank import STOP_SECONDS_FILE, RankError, is_out_of_memory
 from rosetrainer.launch.stop import StopTime
-from rosetrainer.parallel.context import Axis
 from rosetrainer.validation import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -86,7 +85,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
         environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
         environment["PROBE_PIDS"] = str(folder)
         environment["TMPDIR"] = str(tmp_path)  # a killed launcher leaves its folder
-        limits = ("GRACE_SECONDS", "STOPPED_SECONDS", "STOP_SECONDS", "ONE_WISH_SECONDS")
+        limits = ("GRACE_SECONDS", "SUSPENDED_SECONDS", "STOP_SECONDS", "SECOND_SIGNAL_SECONDS")
         environment |= dict.fromkeys([*limits, "PROBE_GRACE"], "1e6")
         process = subprocess.Popen(
             [sys.executable, "-m", "launch_probe", *words],
@@ -216,8 +215,7 @@ def test_every_kind_of_want_of_memory_is_known() -> None:
     ]
     for want in wants:
         assert is_out_of_memory(want), want
-        world = Axis("world", 4, 3)
-        with pytest.raises(RankError) as told, told_once(None, world):
+        with pytest.raises(RankError) as told, report_first_error(None, 3, 4):
             raise want
         assert str(told.value).startswith("rank 3 of 4 ran out of memory")
         assert told.value.status == 1
@@ -237,7 +235,7 @@ def test_where_the_rank_that_kept_the_store_has_ended_all_the_others_are_silent(
     for asked in (False, True):
         with (
             pytest.raises(RankError) as caught,
-            told_once(Gone(), Axis("world", 4, 3), partial(bool, asked)),  # type: ignore[arg-type]
+            report_first_error(Gone(), 3, 4, partial(bool, asked)),  # type: ignore[arg-type]
         ):
             raise dist.DistNetworkError(text)
         told.append(str(caught.value))
@@ -417,10 +415,10 @@ def test_ranks_are_waited_for_as_long_as_a_step_and_a_save_take(
 ) -> None:
     virtual = VirtualTime()
     monkeypatch.setattr(ending, "time", virtual)
-    monkeypatch.setattr(ending, "is_stopped", lambda pid: False)
+    monkeypatch.setattr(ending, "is_suspended", lambda pid: False)
     ranks = [VirtualRank(virtual, takes) for _ in range(2)]
     if told:
-        (tmp_path / STOP_TIME).write_text(str(told))
+        (tmp_path / STOP_SECONDS_FILE).write_text(str(told))
     received = [(int(signal.SIGTERM), 0.0)]
     assert ending.stop(cast(ending.Ranks, ranks), received, str(tmp_path), grace) == status
     errors = capsys.readouterr().err
@@ -486,7 +484,7 @@ def test_signal_while_ranks_start(start: Start) -> None:
 
 def test_second_signal_ends_ranks_at_once(start: Start) -> None:
     names = ("SIGINT", "SIGTERM")
-    probes = {name: start("launch", "2", "deaf", ONE_WISH_SECONDS="0.2") for name in names}
+    probes = {name: start("launch", "2", "deaf", SECOND_SIGNAL_SECONDS="0.2") for name in names}
     for name, probe in probes.items():
         probe.started(2)
         probe.process.send_signal(signal.Signals[name])
@@ -507,8 +505,8 @@ def test_rank_that_does_not_leave_is_killed_and_named(start: Start) -> None:
         "collective": (["collective"], 2.0, "ranks 0, 1 were", ""),
     }
     limits = {
-        "peer leaves": {"STOPPED_SECONDS": "1"},
-        "peer stays": {"STOPPED_SECONDS": "1", "GRACE_SECONDS": "1"},
+        "peer leaves": {"SUSPENDED_SECONDS": "1"},
+        "peer stays": {"SUSPENDED_SECONDS": "1", "GRACE_SECONDS": "1"},
         "collective": {"STOP_SECONDS": "2"},
     }
     begun = time.monotonic()

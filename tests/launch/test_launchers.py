@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
+from datetime import timedelta
 
 import pytest
 import torch
@@ -15,10 +16,10 @@ from rosetrainer.config import ParallelConfig
 from rosetrainer.environment import (
     LAUNCHED,
     choose_device,
-    speaks_for_machine,
+    reports_for_machine,
     world_from_environment,
 )
-from rosetrainer.launch.process_group import check_gpus_differ, meet, own_device
+from rosetrainer.launch.process_group import check_devices, init_process_group
 from rosetrainer.launch.rank import run_rank
 from rosetrainer.training.introduction import gpu_remark
 from rosetrainer.validation import ConfigError
@@ -131,13 +132,13 @@ def test_one_visible_gpu_for_each_rank_is_that_rank_s(started_with: Start) -> No
     """As Slurm binds them, by a number of the machine's or, in a cgroup, 0 for each."""
     for variable in ("3", "0", "GPU-8a56a4bc"):
         started_with(RANK_3 | {"CUDA_VISIBLE_DEVICES": variable}, gpus=1)
-        assert choose_device("auto", 3, 4) == torch.device("cuda", 0)
-        assert choose_device("cuda", 3, 4) == torch.device("cuda", 0)
-        assert choose_device("cpu", 3, 4) == torch.device("cpu")
+        assert choose_device("auto") == torch.device("cuda", 0)
+        assert choose_device("cuda") == torch.device("cuda", 0)
+        assert choose_device("cpu") == torch.device("cpu")
         assert gpu_remark(torch.device("cuda", 0), "auto") == ""
     for bound in (1, 2):  # by srun's --gpu-bind
         started_with(RANK_3 | {"SLURM_GPUS_ON_NODE": "8"}, gpus=bound)
-        assert choose_device("auto", 3, 4) == torch.device("cuda", 0)
+        assert choose_device("auto") == torch.device("cuda", 0)
 
 
 def test_several_gpus_for_each_rank(started_with: Start) -> None:
@@ -146,19 +147,19 @@ def test_several_gpus_for_each_rank(started_with: Start) -> None:
         {"SLURM_TRES_PER_TASK": "cpu:4,gres/gpu:a100:2"},
     ):
         started_with(RANK_3 | per_task | {"CUDA_VISIBLE_DEVICES": "0,1"}, gpus=2)
-        device = choose_device("auto", 3, 4)
+        device = choose_device("auto")
         assert device == torch.device("cuda", 0)
         assert gpu_remark(device, "auto") == "its own GPUs: 2, 1 idle: a rank uses one"
         started_with(RANK_3 | per_task, gpus=8)  # all tasks see all: --gpu-bind=none
-        assert choose_device("auto", 3, 4) == torch.device("cuda", 3)
+        assert choose_device("auto") == torch.device("cuda", 3)
 
 
 def test_gpus_that_ranks_share(started_with: Start) -> None:
     started_with(RANK_3, gpus=4)
-    assert choose_device("auto", 3, 4) == torch.device("cuda", 3)
+    assert choose_device("auto") == torch.device("cuda", 3)
     assert gpu_remark(torch.device("cuda", 3), "auto") == ""
     started_with(RANK_3, gpus=8)
-    assert choose_device("auto", 3, 4) == torch.device("cuda", 3)
+    assert choose_device("auto") == torch.device("cuda", 3)
     assert gpu_remark(torch.device("cuda", 3), "auto") == "GPUs: 8, 4 idle: a rank uses one"
 
 
@@ -176,29 +177,29 @@ def test_gpus_that_ranks_share(started_with: Start) -> None:
 )
 def test_fewer_gpus_than_ranks(started_with: Start, environment: dict[str, str], gpus: int) -> None:
     started_with(environment, gpus=gpus)
-    device = choose_device("auto", 3, 4)
+    device = choose_device("auto")
     assert device == torch.device("cpu")
     assert gpu_remark(device, "auto") == f"GPUs: {gpus}, fewer than the 4 local ranks"
     assert gpu_remark(device, "cpu") == ""
     with pytest.raises(ConfigError, match=f"each of the 4 local ranks, here are {gpus}; start"):
-        choose_device("cuda", 3, 4)
+        choose_device("cuda")
 
 
 def test_srun_s_tasks_take_a_gpu_each_of_a_shared_set(started_with: Start) -> None:
     for environment in (SRUN_3, SRUN_3 | {"RANK": "3", "WORLD_SIZE": "4"}, MPIRUN_3):
         started_with(environment, gpus=2)
-        assert own_device("auto") == torch.device("cuda", 1)
-        assert not speaks_for_machine()
+        assert choose_device("auto") == torch.device("cuda", 1)
+        assert not reports_for_machine()
 
 
 def test_a_gpu_that_cannot_be_told_is_one_line(started_with: Start) -> None:
     started_with({"RANK": "1", "WORLD_SIZE": "2"}, gpus=4)
     for wanted in ("auto", "cuda"):
         with pytest.raises(ConfigError, match="which of the 4 GPUs is this rank's; set LOCAL_RANK"):
-            own_device(wanted)
-    assert own_device("cpu") == torch.device("cpu")
+            choose_device(wanted)
+    assert choose_device("cpu") == torch.device("cpu")
     started_with({"RANK": "1", "WORLD_SIZE": "2"}, gpus=1)  # a machine each
-    assert own_device("auto") == torch.device("cuda", 0)
+    assert choose_device("auto") == torch.device("cuda", 0)
 
 
 def test_ranks_with_the_same_gpu_are_named_on_both() -> None:
@@ -207,7 +208,7 @@ def test_ranks_with_the_same_gpu_are_named_on_both() -> None:
 
     def check(rank: int, uuid: str) -> None:
         try:
-            check_gpus_differ(store, rank, 3, uuid)
+            check_devices(store, rank, 3, "cuda", uuid)
         except ConfigError as error:
             said[rank] = str(error)
 
@@ -218,7 +219,7 @@ def test_ranks_with_the_same_gpu_are_named_on_both() -> None:
         thread.join()
     assert sorted(said) == [0, 1, 2]
     assert said[0].startswith("ranks 0 and 2 have the same GPU, a; give each rank its own")
-    check_gpus_differ(dist.HashStore(), 0, 1, "a")
+    check_devices(dist.HashStore(), 0, 1, "cuda", "a")
 
 
 @pytest.mark.parametrize(
@@ -227,7 +228,7 @@ def test_ranks_with_the_same_gpu_are_named_on_both() -> None:
 def test_ranks_that_do_not_know_where_to_meet(started_with: Start, address: dict[str, str]) -> None:
     started_with(SRUN_3 | address)
     with pytest.raises(ConfigError, match="do not say where 4 ranks meet; torchrun sets them"):
-        meet("cpu")
+        init_process_group("cpu", timedelta(seconds=300))
 
 
 def test_srun_s_ranks_are_ranks(started_with: Start) -> None:

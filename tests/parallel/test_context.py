@@ -13,7 +13,7 @@ from ranks import run_ranks
 
 from rosetrainer.config import GPTConfig, OptimConfig, ParallelConfig, TrainConfig
 from rosetrainer.environment import choose_device, world_from_environment
-from rosetrainer.launch.rank import MEETING
+from rosetrainer.launch.rank import RENDEZVOUS_DIR
 from rosetrainer.parallel.context import ParallelContext, init_parallel, init_tensor_parallel
 from rosetrainer.training.setup import check_config, train
 from rosetrainer.validation import ConfigError
@@ -63,7 +63,7 @@ def test_sizes_that_do_not_fit_are_refused(
 def time_limits(config: TrainConfig, meeting: str) -> list[float]:
     """Seconds, of the world's group, tp's and dp's, as a training run makes them."""
     dist.destroy_process_group()
-    os.environ[MEETING] = meeting
+    os.environ[RENDEZVOUS_DIR] = meeting
     found: list[float] = []
 
     def look(*arguments: Any) -> ParallelContext:
@@ -93,12 +93,18 @@ def test_the_time_limit_is_that_of_all_groups(tp_size: int, markov: Path, tmp_pa
         assert limits[0] >= 7200
 
 
-def test_cuda_that_cannot_work_is_an_error_and_auto_falls_to_the_cpu() -> None:
-    gpus = torch.cuda.device_count()
-    assert choose_device("auto", 0, gpus + 1) == torch.device("cpu")
-    assert choose_device("cpu", 0, 1) == torch.device("cpu")
+def test_cuda_that_cannot_work_is_an_error_and_auto_falls_to_the_cpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ranks = str(torch.cuda.device_count() + 1)
+    monkeypatch.setenv("WORLD_SIZE", ranks)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert choose_device("auto") == torch.device("cpu")
+    assert choose_device("cpu") == torch.device("cpu")
     with pytest.raises(ConfigError, match="device=cuda"):
-        choose_device("cuda", 0, gpus + 1)
+        choose_device("cuda")
 
 
 def test_a_broken_environment_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
