@@ -16,7 +16,10 @@ def excerpt(path: Path, name: str) -> str:
     for part in name.split("."):
         found = [n for n in body if getattr(n, "name", None) == part]
         if not found:
-            raise StepError(f"{path.relative_to(STEPS)} has no {name}")
+            raise StepError(
+                f"{path.relative_to(STEPS)} has no {name}, which a line <!-- code: --> of its page "
+                "asks for; name a class, function or method that is there"
+            )
         node = found[0]
         body = getattr(node, "body", [])
     return "".join(read(path)[node.lineno - 1 : node.end_lineno])
@@ -35,7 +38,10 @@ def written_anew(page: Path) -> str:
     text = page.read_text()
     block = re.compile(r"(<!-- diff -->\n).*?(<!-- /diff -->)", re.DOTALL)
     if not block.search(text):
-        raise StepError(f"{page.relative_to(STEPS)} has no lines <!-- diff --> and <!-- /diff -->")
+        raise StepError(
+            f"{page.relative_to(STEPS)} has no lines <!-- diff --> and <!-- /diff -->; write them "
+            "where the diff belongs, then run steps.py readme, which fills in what changed"
+        )
     shown = f"```diff\n{diff(page.parent)}```\n"
     text = block.sub(lambda match: match[1] + shown + match[2], text)
     marked = r"(<!-- code: (\S+) (\S+) -->\n).*?<!-- /code -->"
@@ -46,7 +52,10 @@ def pages(step: Path) -> list[Path]:
     found = [step / "README.md", step / "README.zh.md"]
     for page in found:
         if not page.exists():
-            raise StepError(f"{page.relative_to(STEPS)} is missing")
+            raise StepError(
+                f"{page.relative_to(STEPS)} is missing; write it with the headings of the other "
+                "language's page: a step is taught in both"
+            )
     return found
 
 

@@ -8,7 +8,8 @@ for readers
 
 for keepers
   readme [NN]         writes each page's diff, excerpts and picture from the real files
-  propagate           carries a fix from its step to those that grow out of it, and to the package
+  propagate [COMMIT]  carries a fix, what changed since COMMIT (HEAD), from its step to those that
+                      grow out of it, and to the package
   check               all of it holds: fresh pages, both languages, 200 lines, the core, propagate
   rehearse            runs each step's tests and a short training, on 1, 2 and 4 ranks
   new NN_NAME [NN]    the next step, a copy of the last one (or of NN) with pages to fill in
@@ -25,9 +26,10 @@ import sys
 import tempfile
 from pathlib import Path
 
+from checks import check
 from ladder import STEPS, StepError, added_code, find, folders, parent, python_files
 from pages import readme
-from upkeep import check, propagate, with_mistake
+from upkeep import git, propagate, with_mistake
 
 REPORT = """    worst_of_all = worst / max(float(largest), 1e-300)
     color = "green" if worst <= TOLERANCE * largest else "red"
@@ -219,8 +221,10 @@ def main(argv: list[str]) -> int:
             readme(folders())
         case ["readme", number]:
             readme([find(number)])
-        case ["propagate"]:
-            changed = propagate()
+        case ["propagate", *commit] if len(commit) < 2:
+            if commit and git("cat-file", "-e", f"{commit[0]}^{{commit}}").returncode:
+                raise StepError(f"git knows no commit {commit[0]}; git log --oneline lists them")
+            changed = propagate(since=(commit or ["HEAD"])[0])
             print("\n".join(changed) or "nothing to carry: no step differs from the last commit")
         case ["check"]:
             check()

@@ -1,20 +1,16 @@
-"""What holds of every step, and how a fix flows from one to the next; steps.py is the command."""
+"""How a fix flows from a step to the next ones and to the package; steps.py is the command."""
 
 from __future__ import annotations
 
 import ast
 import re
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
-from ladder import STEPS, StepError, added_code, find, folders, parent, python_files, read
-from pages import pages, says, written_anew
-from pictures.album import check_pictures
+from ladder import STEPS, StepError, folders, parent, python_files, read
 
 PACKAGE = STEPS.parent / "rosetrainer"
-LARGEST = 200  # added lines of code
 CORE = {  # a step's file, and the package's that is the same code
     "comm.py": "parallel/comm.py",
     "parallel_context.py": "parallel/context.py",
@@ -29,9 +25,7 @@ CORE = {  # a step's file, and the package's that is the same code
     "non_finite.py": "optim/non_finite.py",
     "overlap.py": "parallel/overlap.py",
 }
-ADDED_TO = (
-    "optim/non_finite.py",
-)  # the package's has more functions; those of the step are its own
+ADDED_TO = ("optim/non_finite.py",)  # the package's has more functions than the step's
 MERGED = STEPS / ".propagate"  # conflicts that were handed to a person, until all is merged
 
 
@@ -69,74 +63,26 @@ def last_with(name: str) -> Path:
     return [step / name for step in folders() if (step / name).exists()][-1]
 
 
-LOGITS = """
-import hashlib, sys
-from importlib import import_module
-folder, *modules = sys.argv[1:]
-sys.path.insert(0, folder)
-config, model, tp = map(import_module, modules)
-import torch
-shape = dict(vocab_size=128, context_length=24, n_layers=3, n_heads=4, d_model=64)
-gpt = model.GPTModel(config.GPTConfig(**shape))
-tp.init_weights(gpt, 3)
-ids = torch.randint(128, (3, 20), generator=torch.Generator().manual_seed(0))
-print(hashlib.sha256(gpt(ids)[0].detach().numpy().tobytes()).hexdigest())
-"""
-
-
-def logits_digest(folder: Path, config: str, model: str, tensor_parallel: str) -> str:
-    """A hash of a GPT's logits, made by these modules in the folder."""
-    command = [sys.executable, "-c", LOGITS, str(folder), config, model, tensor_parallel]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-
-def check() -> None:
-    """Raises StepError with the first thing that does not hold."""
-    for path in sorted(STEPS.glob("*/*.py")):
-        if "<<<<<<< " in path.read_text():
-            raise StepError(f"{path.relative_to(STEPS)} holds a conflict; mend it at <<<<<<<")
-    for step in folders():
-        for page in pages(step):
-            if written_anew(page) != page.read_text():
-                raise StepError(f"{page.relative_to(STEPS)} is stale; run steps.py readme")
-        english, chinese = map(says, pages(step))
-        for what in english:
-            if english[what] != chinese[what]:
-                raise StepError(f"{step.name}: the two languages show different {what}")
-        if (count := added_code(step)) > LARGEST:
-            raise StepError(f"{step.name} adds {count} lines of code; at most {LARGEST}")
-        for path in step.glob("*.py"):
-            if re.search(r"^\s*(from|import) rosetrainer", path.read_text(), re.M):
-                raise StepError(f"{step.name}/{path.name} imports the package")
-        with_mistake(step)
-    check_pictures()
-    for name, path in CORE.items():
-        ours, packaged = as_package(last_with(name).read_text()), (PACKAGE / path).read_text()
-        if path in ADDED_TO:
-            same = definitions(ours).items() <= definitions(packaged).items()
-        else:
-            same = body_and_imports(ours) == body_and_imports(packaged)
-        if not same:
-            raise StepError(f"{last_with(name).relative_to(STEPS)} is not the package's {path}")
-    for since in ("HEAD", "HEAD~1"):
-        if path := propagate(write=False, since=since):
-            raise StepError(f"{path[0]} lacks a change of its parent; run steps.py propagate")
-    names = ("config", "models.gpt", "parallel.tensor_parallel")
-    digest = logits_digest(PACKAGE.parent, *(f"rosetrainer.{name}" for name in names))
-    if logits_digest(find("09"), "config", "model", "tensor_parallel") != digest:
-        raise StepError("step 09 and the package compute different logits")
-
-
 def with_mistake(step: Path) -> dict[str, str]:
     """The step's files by name with its mistake.patch applied. Raises StepError if it does not."""
     patch = step / "mistake.patch"
+    if not patch.exists():
+        raise StepError(
+            f"{step.name}/mistake.patch is missing; say what is wrong in its first paragraph, and "
+            "under it `git diff --relative` of a mistake that the step's test catches: readers "
+            "plant it with steps.py break"
+        )
     with tempfile.TemporaryDirectory() as folder:
         for name in python_files(step):
             (Path(folder) / name).write_text((step / name).read_text())
         done = git("apply", str(patch), cwd=Path(folder))
         if done.returncode:
             reason = done.stderr.partition("\n")[0].removeprefix("error: ")
-            raise StepError(f"{step.name}/mistake.patch does not apply: {reason}")
+            raise StepError(
+                f"{step.name}/mistake.patch does not apply: {reason}; make the mistake in the step "
+                "once more, write `git diff --relative` under the patch's first paragraph, and "
+                "take it back: readers plant it with steps.py break"
+            )
         return {path.name: path.read_text() for path in Path(folder).glob("*.py")}
 
 

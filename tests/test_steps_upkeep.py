@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 from ranks import LONGEST_SECONDS
 
 ROOT = Path(__file__).resolve().parent.parent
+STALE = "is stale; run steps.py readme: the diff and the code on a page are those of the files"
 NAMES = sorted(path.name for path in (ROOT / "steps").glob("[0-9][0-9]_*"))
 
 
@@ -72,7 +74,7 @@ def test_readme_changes_nothing_in_the_present_tree(root: Path) -> None:
 def test_check_fails_on_a_stale_diff(root: Path) -> None:
     path = root / "steps/02_loss_and_train_loop/data.py"
     path.write_text(path.read_text() + "\nEXTRA = 1\n")
-    assert refused(root) == "02_loss_and_train_loop/README.md is stale; run steps.py readme"
+    assert refused(root) == f"02_loss_and_train_loop/README.md {STALE}"
 
 
 def test_check_fails_on_a_stale_excerpt(root: Path) -> None:
@@ -80,7 +82,7 @@ def test_check_fails_on_a_stale_excerpt(root: Path) -> None:
     name = "ColumnParallelLinear.forward"
     block = f"\n<!-- code: tensor_parallel.py {name} -->\nold\n<!-- /code -->\n"
     page.write_text(page.read_text() + block)
-    assert refused(root) == "04_column_parallel_linear/README.md is stale; run steps.py readme"
+    assert refused(root) == f"04_column_parallel_linear/README.md {STALE}"
     assert steps(root, "readme", "04").returncode == 0
     assert "        y = F.linear(x, self.weight, self.bias)" in page.read_text().split(name)[-1]
 
@@ -88,7 +90,28 @@ def test_check_fails_on_a_stale_excerpt(root: Path) -> None:
 def test_an_excerpt_of_nothing_is_refused(root: Path) -> None:
     page = root / "steps/04_column_parallel_linear/README.md"
     page.write_text(page.read_text() + "\n<!-- code: comm.py nothing -->\n<!-- /code -->\n")
-    assert refused(root) == "04_column_parallel_linear/comm.py has no nothing"
+    assert refused(root) == (
+        "04_column_parallel_linear/comm.py has no nothing, which a line <!-- code: --> of its page "
+        "asks for; name a class, function or method that is there"
+    )
+
+
+def test_check_fails_on_a_page_without_a_place_for_its_diff(root: Path) -> None:
+    page = root / "steps/04_column_parallel_linear/README.md"
+    page.write_text(page.read_text().replace("<!-- diff -->", ""))
+    assert refused(root) == (
+        "04_column_parallel_linear/README.md has no lines <!-- diff --> and <!-- /diff -->; write "
+        "them where the diff belongs, then run steps.py readme, which fills in what changed"
+    )
+
+
+def test_check_fails_on_what_is_not_python(root: Path) -> None:
+    path = root / "steps/02_loss_and_train_loop/data.py"
+    path.write_text(path.read_text() + "\ndef broken(:\n")
+    number = len(path.read_text().splitlines())
+    assert refused(root) == (
+        f"02_loss_and_train_loop/data.py line {number} is not Python: invalid syntax"
+    )
 
 
 def test_check_fails_on_two_hundred_lines_of_code_but_not_of_comments(root: Path) -> None:
@@ -96,7 +119,11 @@ def test_check_fails_on_two_hundred_lines_of_code_but_not_of_comments(root: Path
     source = path.read_text()
     path.write_text(source + "".join(f"A{n} = {n}\n" for n in range(200)))
     steps(root, "readme")
-    assert "07_row_parallel_ffn adds 2" in refused(root)
+    assert re.fullmatch(
+        r"07_row_parallel_ffn adds 2\d\d lines of code; at most 200, so that a step is read in one "
+        "sitting: leave out what is not its idea, or make two steps",
+        refused(root),
+    )
     # Comments do not count, nor do lines that only moved: then the next thing is found.
     path.write_text(source + "\n# a comment\n\n" * 200)
     steps(root, "readme")
@@ -108,15 +135,22 @@ def test_check_fails_on_an_import_of_the_package(root: Path) -> None:
         root / "steps/00_two_ranks/two_ranks.py", "import sys\n", "import sys\nimport rosetrainer\n"
     )
     steps(root, "readme")
-    assert refused(root) == "00_two_ranks/two_ranks.py imports the package"
+    assert refused(root) == (
+        "00_two_ranks/two_ranks.py imports the package; write what it needs into the step: a step "
+        "is complete and runs from inside its own folder"
+    )
 
 
 @pytest.mark.parametrize(
     "old, new, what",
     [
-        ("python train.py\n", "python trian.py\n", "code"),
-        ("\n## ", "\n### ", "headings"),
-        ("0.025780", "0.025870", "figures"),
+        (
+            "python train.py\n",
+            "python trian.py\n",
+            r"code, in line \d+ of them `python train.py` and `python trian.py`",
+        ),
+        ("\n## ", "\n### ", "headings, in line 2 of them `##` and `###`"),
+        ("0.025780", "0.025870", "figures, 0.025780 and 0.025870"),
     ],
 )
 def test_check_fails_where_the_languages_differ(root: Path, old: str, new: str, what: str) -> None:
@@ -124,19 +158,42 @@ def test_check_fails_where_the_languages_differ(root: Path, old: str, new: str, 
     text = page.read_text()
     assert old in text
     page.write_text(text.replace(old, new, 1))
-    assert refused(root) == f"01_minimal_gpt: the two languages show different {what}"
+    assert re.fullmatch(
+        f"01_minimal_gpt: the two languages show different {what}; make README.md and "
+        "README.zh.md equal there: both teach the same facts",
+        refused(root),
+    )
 
 
 def test_check_fails_on_a_missing_page(root: Path) -> None:
     (root / "steps/01_minimal_gpt/README.zh.md").unlink()
-    assert refused(root) == "01_minimal_gpt/README.zh.md is missing"
+    assert refused(root) == (
+        "01_minimal_gpt/README.zh.md is missing; write it with the headings of the other "
+        "language's page: a step is taught in both"
+    )
 
 
 def test_check_fails_on_a_mistake_that_does_not_apply(root: Path) -> None:
     edit(root / "steps/09_parallel_attention/mistake.patch", "stride=3, tp=tp", "stride=4, tp=tp")
-    assert refused(root).startswith(
-        "09_parallel_attention/mistake.patch does not apply: patch failed: "
+    assert re.fullmatch(
+        r"09_parallel_attention/mistake.patch does not apply: patch failed: model.py:\d+; make the "
+        "mistake in the step once more, write `git diff --relative` under the patch's first "
+        "paragraph, and take it back: readers plant it with steps.py break",
+        refused(root),
     )
+
+
+def test_check_fails_on_a_step_without_a_mistake(root: Path) -> None:
+    (root / "steps/09_parallel_attention/mistake.patch").unlink()
+    assert refused(root) == (
+        "09_parallel_attention/mistake.patch is missing; say what is wrong in its first paragraph, "
+        "and under it `git diff --relative` of a mistake that the step's test catches: readers "
+        "plant it with steps.py break"
+    )
+
+
+NOT_THE_PACKAGE_S = "20_head_and_loss_in_chunks/comm.py is not the package's parallel/comm.py"
+CARRY_ON = "then run steps.py propagate and readme: what a step teaches is what the package does"
 
 
 def test_check_fails_where_the_core_is_not_the_package_s(root: Path) -> None:
@@ -145,22 +202,52 @@ def test_check_fails_where_the_core_is_not_the_package_s(root: Path) -> None:
         "    return x if axis.size == 1 else _Copy",
         "    return _Copy",
     )
-    assert (
-        refused(root) == "20_head_and_loss_in_chunks/comm.py is not the package's parallel/comm.py"
+    line = "return x if axis.size == 1 else _Copy.apply(x, axis)"
+    assert refused(root) == (
+        f"{NOT_THE_PACKAGE_S}: `{line}` against `return _Copy.apply(x, axis)`; change it in "
+        f"04_column_parallel_linear, the first step that has the line, {CARRY_ON}"
     )
 
 
 def test_check_fails_where_the_core_imports_something_else(root: Path) -> None:
     edit(root / "rosetrainer/parallel/comm.py", "import torch.distributed as dist\n", "import os\n")
-    assert (
-        refused(root) == "20_head_and_loss_in_chunks/comm.py is not the package's parallel/comm.py"
+    assert refused(root) == (
+        f"{NOT_THE_PACKAGE_S}: only one of them imports os; make them equal, {CARRY_ON}"
     )
+
+
+def test_check_fails_where_a_file_of_the_core_has_another_name(root: Path) -> None:
+    (root / "rosetrainer/parallel/comm.py").rename(root / "rosetrainer/parallel/collectives.py")
+    assert refused(root) == (
+        "rosetrainer/parallel/comm.py is not there; CORE in steps/upkeep.py names it as code that "
+        "the steps and the package share: give it its new name"
+    )
+
+
+def test_check_fails_where_a_function_is_not_that_of_the_step(root: Path) -> None:
+    """Where the package may have more of them."""
+    path = root / "rosetrainer/optim/non_finite.py"
+    assert path.read_text().count("\ndef ") > 1
+    path.write_text(re.sub(r"\ndef (\w+)\(", r"\ndef its_\1(", path.read_text(), count=1))
+    assert " is not the package's optim/non_finite.py: `" in refused(root)
 
 
 def test_check_fails_where_the_package_computes_something_else(root: Path) -> None:
     """Outside the core too: here the config's idea of the feed-forward layer's width."""
     edit(root / "rosetrainer/config.py", "else 4 * self.d_model", "else 3 * self.d_model")
-    assert refused(root) == "step 09 and the package compute different logits"
+    assert refused(root) == (
+        "step 09 and the package compute different logits; a default or an initial weight has "
+        "changed outside the core (config.py, models/): take it back, or change it in the steps "
+        "too: their pages show the package's numbers"
+    )
+
+
+def test_check_fails_in_one_line_where_the_package_does_not_run(root: Path) -> None:
+    edit(root / "rosetrainer/config.py", "IGNORED = -100", "IGNORED = nothing")
+    assert refused(root) == (
+        f"rosetrainer.models.gpt in {root.name} makes no logits: NameError: name 'nothing' is not "
+        "defined"
+    )
 
 
 NOTHING = "nothing to carry: no step differs from the last commit\n"
@@ -180,7 +267,14 @@ def test_check_fails_on_a_fix_that_was_not_carried_on(root: Path, committed: boo
     if committed:
         git(root, "commit", "-qam", "a fix in one step alone")
     first = "steps/07_row_parallel_ffn/oracle.py"
-    assert refused(root) == f"{first} lacks a change of its parent; run steps.py propagate"
+    command = ["propagate", "HEAD~1"] if committed else ["propagate"]
+    assert refused(root) == (
+        f"{first} lacks a change of its parent; run steps.py {' '.join(command)}: a fix in one "
+        "step alone leaves the fault in those that grow out of it"
+    )
+    assert steps(root, *command).returncode == 0
+    steps(root, "readme")
+    assert steps(root, "check").returncode == 0
 
 
 def test_propagate_carries_a_fix_to_all_that_grow_out_of_it_and_to_the_package(root: Path) -> None:
@@ -217,7 +311,10 @@ def test_propagate_stops_at_a_conflict_and_goes_on_once_it_is_mended(root: Path)
     assert "    assert width\n" in (root / "steps/05_use_column_parallel" / file).read_text()
     again = steps(root, "propagate")
     assert again.stderr == done.stderr, "it is not mended yet"
-    assert refused(root) == f"{conflict[6:]} holds a conflict; mend it at <<<<<<<"
+    assert refused(root) == (
+        f"{conflict[6:]} holds a conflict; mend it at <<<<<<<, then run steps.py "
+        "propagate, which goes on from there"
+    )
     text = (root / conflict).read_text()
     before, rest = text.split("<<<<<<<")
     _, after = rest.split(">>>>>>>")
@@ -295,6 +392,7 @@ def test_new_makes_the_next_step_with_pages_to_fill_in(root: Path) -> None:
             ["test", "77"],
             f"there is no step 77; it can be {', '.join(n[:2] for n in NAMES)}",
         ),
+        (["propagate", "x"], "git knows no commit x; git log --oneline lists them"),
         (["tset", "01"], "no such command: tset 01; steps.py --help lists them"),
         (["test", "03", "0"], "no such command: test 03 0; steps.py --help lists them"),
     ],

@@ -1,0 +1,176 @@
+"""What must hold of every step. A failure is one line: what is wrong, what to do, and why."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from ladder import STEPS, StepError, added_code, find, folders, python_files
+from pages import pages, says, written_anew
+from pictures.album import check_pictures
+from upkeep import (
+    ADDED_TO,
+    CORE,
+    PACKAGE,
+    as_package,
+    body_and_imports,
+    definitions,
+    last_with,
+    propagate,
+    with_mistake,
+)
+
+LARGEST = 200  # added lines of code
+SHOWN = 60  # characters of a line
+
+LOGITS = """
+import hashlib, sys
+from importlib import import_module
+folder, *modules = sys.argv[1:]
+sys.path.insert(0, folder)
+config, model, tp = map(import_module, modules)
+import torch
+shape = dict(vocab_size=128, context_length=24, n_layers=3, n_heads=4, d_model=64)
+gpt = model.GPTModel(config.GPTConfig(**shape))
+tp.init_weights(gpt, 3)
+ids = torch.randint(128, (3, 20), generator=torch.Generator().manual_seed(0))
+print(hashlib.sha256(gpt(ids)[0].detach().numpy().tobytes()).hexdigest())
+"""
+
+
+def check() -> None:
+    """Raises StepError with the first thing that does not hold."""
+    for path in sorted(STEPS.glob("*/*.py")):
+        check_source(path)
+    for step in folders():
+        check_step(step)
+    check_pictures()
+    for name, path in CORE.items():
+        check_core(name, PACKAGE / path)
+    for since, command in (("HEAD", "propagate"), ("HEAD~1", "propagate HEAD~1")):
+        if path := propagate(write=False, since=since):
+            raise StepError(
+                f"{path[0]} lacks a change of its parent; run steps.py {command}: a fix in one "
+                "step alone leaves the fault in those that grow out of it"
+            )
+    check_logits()
+
+
+def check_source(path: Path) -> None:
+    name, text = path.relative_to(STEPS), path.read_text()
+    if "<<<<<<< " in text:
+        raise StepError(
+            f"{name} holds a conflict; mend it at <<<<<<<, then run steps.py propagate, which goes "
+            "on from there"
+        )
+    try:
+        ast.parse(text)
+    except SyntaxError as error:
+        raise StepError(f"{name} line {error.lineno} is not Python: {error.msg}") from None
+    if re.search(r"^\s*(from|import) rosetrainer", text, re.M):
+        raise StepError(
+            f"{name} imports the package; write what it needs into the step: a step is complete "
+            "and runs from inside its own folder"
+        )
+
+
+def check_step(step: Path) -> None:
+    for page in pages(step):
+        if written_anew(page) != page.read_text():
+            raise StepError(
+                f"{page.relative_to(STEPS)} is stale; run steps.py readme: the diff and the code "
+                "on a page are those of the files"
+            )
+    english, chinese = map(says, pages(step))
+    for what in english:
+        if english[what] != chinese[what]:
+            raise StepError(
+                f"{step.name}: the two languages show different {what}, "
+                f"{first_difference(english[what], chinese[what])}; make README.md and "
+                "README.zh.md equal there: both teach the same facts"
+            )
+    if (count := added_code(step)) > LARGEST:
+        raise StepError(
+            f"{step.name} adds {count} lines of code; at most {LARGEST}, so that a step is read in "
+            "one sitting: leave out what is not its idea, or make two steps"
+        )
+    with_mistake(step)
+
+
+def first_difference(english: Any, chinese: Any) -> str:
+    """Of what two pages show, a list or a set of texts: where they part, and what stands there."""
+    if isinstance(english, set):
+        sides = [sorted(english - chinese), sorted(chinese - english)]
+        return f"{' '.join(sides[0]) or 'nothing'} and {' '.join(sides[1]) or 'nothing'}"
+    lines = ["\n".join(texts).split("\n") for texts in (english, chinese)]
+    number, ours, theirs = parting(*lines)
+    return f"in line {number} of them `{short(ours)}` and `{short(theirs)}`"
+
+
+def parting(first: list[str], second: list[str]) -> tuple[int, str, str]:
+    """The number of the first line that differs, counted from 1, and both; "nothing" at an end."""
+    pairs = enumerate(zip_longest(first, second, fillvalue="nothing"), 1)
+    return next((n, a.strip(), b.strip()) for n, (a, b) in pairs if a != b)
+
+
+def short(line: str) -> str:
+    return line if len(line) <= SHOWN else f"{line[:SHOWN]}..."
+
+
+def check_core(name: str, package: Path) -> None:
+    """The last step that has the file, against the package's."""
+    having = [step for step in folders() if name in python_files(step)]
+    here = package.relative_to(PACKAGE).as_posix()
+    if not having or not package.exists():
+        missing = f"rosetrainer/{here}" if having else f"steps/*/{name}"
+        raise StepError(
+            f"{missing} is not there; CORE in steps/upkeep.py names it as code that the steps and "
+            "the package share: give it its new name"
+        )
+    origin = last_with(name)
+    sources = as_package(origin.read_text()), package.read_text()
+    if here in ADDED_TO:
+        taught, known = map(definitions, sources)
+        sources = "\n".join(taught.values()), "\n".join(known.get(d, "") for d in taught)
+    (ours, used), (theirs, imported) = map(body_and_imports, sources)
+    if (ours, used) == (theirs, imported):
+        return
+    what = f"{origin.relative_to(STEPS)} is not the package's {here}"
+    why = "then run steps.py propagate and readme: what a step teaches is what the package does"
+    if ours == theirs:
+        which = sorted(used ^ imported)[0].replace("None", "").strip()
+        raise StepError(f"{what}: only one of them imports {which}; make them equal, {why}")
+    _, line, other = parting(ours.splitlines(), theirs.splitlines())
+    texts = {step: as_package((step / name).read_text()) for step in having}
+    first = next((step for step in having if line in texts[step]), origin.parent)
+    raise StepError(
+        f"{what}: `{short(line)}` against `{short(other)}`; change it in {first.name}, the first "
+        f"step that has the line, {why}"
+    )
+
+
+def check_logits() -> None:
+    """Of step 09 and the package, bitwise: outside the core too, nothing computes otherwise."""
+    names = ("config", "models.gpt", "parallel.tensor_parallel")
+    packaged = logits_digest(PACKAGE.parent, *(f"rosetrainer.{name}" for name in names))
+    if logits_digest(find("09"), "config", "model", "tensor_parallel") != packaged:
+        raise StepError(
+            "step 09 and the package compute different logits; a default or an initial weight "
+            "has changed outside the core (config.py, models/): take it back, or change it in the "
+            "steps too: their pages show the package's numbers"
+        )
+
+
+def logits_digest(folder: Path, config: str, model: str, tensor_parallel: str) -> str:
+    """A hash of a GPT's logits, made by these modules in the folder."""
+    command = [sys.executable, "-c", LOGITS, str(folder), config, model, tensor_parallel]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        last = done.stderr.strip().rpartition("\n")[2]
+        raise StepError(f"{model} in {folder.name} makes no logits: {last}")
+    return done.stdout
