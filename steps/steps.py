@@ -201,8 +201,8 @@ def new(name: str, out_of: str | None = None) -> None:
             diff = "\n<!-- diff -->\n<!-- /diff -->\n" if section == "The diff" else ""
             text += f"\n## {section}\n{diff}"
         (step / page).write_text(text)
-    print(f"steps/{name}: the files of {origin.name}; write mistake.patch and the pages,")
-    print("then: steps.py readme, steps.py check")
+    print(f"steps/{name}: the files of {origin.name}; write mistake.patch, the pages and the")
+    print("picture (steps/pictures/album.py), then: steps.py readme, steps.py check")
 
 
 def main(argv: list[str]) -> int:

@@ -32,7 +32,7 @@ def words_of_the_code() -> set[str]:
 
 
 @pytest.mark.parametrize("page", ["README.md", "README.zh.md"])
-@pytest.mark.parametrize("step", [path.parent for path in PICTURES], ids=lambda step: step.name)
+@pytest.mark.parametrize("step", [ROOT / "steps", *STEPS], ids=lambda step: step.name)
 def test_a_page_shows_its_picture_in_both_languages(step: Path, page: str) -> None:
     name = "ladder.svg" if step.name == "steps" else "picture.svg"
     text = (step / page).read_text()
@@ -46,7 +46,7 @@ def test_a_picture_holds_letters_and_numbers_only(picture: Path) -> None:
     known = words_of_the_code() | ENGLISH
     for text in texts(picture):
         for word in re.findall(r"[^\W\d]\w*", text):
-            name = re.sub(r"_\d+$", "", word)  # rank_00000
+            name = re.sub(r"(_\d+|²)$", "", word)  # rank_00000, norm²
             assert len(name) <= 3 or name in known, text
         assert text.isascii() or set(text) - set(map(chr, range(128))) <= set("×²ᵀ…Σ"), text
 
@@ -94,6 +94,36 @@ def test_check_fails_where_a_page_shows_no_picture(copy: Path) -> None:
     page.write_text(page.read_text().replace("](picture.svg)", "](other.svg)"))
     refused = steps(copy, "check").stderr
     assert refused == "error: 04_column_parallel_linear/README.zh.md does not show picture.svg\n"
+
+
+def test_check_asks_for_the_picture_of_a_new_step(copy: Path) -> None:
+    assert steps(copy, "new", "42_from_the_last").returncode == 0
+    step = copy / "steps/42_from_the_last"
+    shutil.copy(copy / "steps/20_head_and_loss_in_chunks/mistake.patch", step)
+    assert steps(copy, "readme").returncode == 0
+    assert steps(copy, "check").stderr == (
+        "error: 42_from_the_last has no picture; give it one in steps/pictures/album.py\n"
+    )
+
+
+def test_the_mask_of_step_14_is_the_one_that_the_step_computes() -> None:
+    picture = (ROOT / "steps/14_dropout_by_coordinates/picture.svg").read_text()
+    drawn = re.findall(r">([01])</text>", picture)
+    code = (
+        "import torch; from dropout import Dropout, DropoutSeed\n"
+        "layer = Dropout(0.1); layer.site = 'blocks.0.attention.dropout'\n"
+        "kept = layer(torch.ones(16, 4, 1, 1), DropoutSeed(1, 1), (0, 0)).flatten(1) > 0\n"
+        "quadrants = [kept[i:i + 8, j:j + 2].flatten() for i in (0, 8) for j in (0, 2)]\n"
+        "print(*map(int, torch.cat(quadrants)))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT / "steps/14_dropout_by_coordinates",
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split() == drawn
 
 
 def test_readme_draws_all_pictures_again(copy: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ladder import STEPS, StepError, folders
 
-from pictures import attention, first, later, layers, road
+from pictures import attention, first, later, layers, mesh, road
 
 STEP_PICTURES: dict[str, Callable[[], str]] = {
     "00": first.two_ranks,
@@ -21,7 +21,16 @@ STEP_PICTURES: dict[str, Callable[[], str]] = {
     "08": attention.gathered_attention,
     "09": attention.parallel_attention,
     "10": attention.cross_attention,
+    "11": mesh.mesh,
+    "12": mesh.vocabulary,
+    "13": mesh.loss_of_slices,
+    "14": mesh.masks,
+    "15": later.sequence_parallel,
+    "16": later.recomputed,
+    "17": later.mixed_precision,
     "18": later.resharded,
+    "19": later.overlap,
+    "20": later.chunks,
 }
 
 
@@ -40,7 +49,10 @@ def write_pictures(steps: list[Path]) -> None:
 
 
 def check_pictures() -> None:
-    """Raises StepError for a picture that is stale, or that a page does not show."""
+    """Raises StepError for a picture that is missing, or stale, or that a page does not show."""
+    for step in folders():
+        if step.name[:2] not in STEP_PICTURES:
+            raise StepError(f"{step.name} has no picture; give it one in steps/pictures/album.py")
     for path, svg in drawn(folders()):
         if not path.exists() or path.read_text() != svg:
             raise StepError(f"{path.relative_to(STEPS)} is stale; run steps.py readme")

@@ -53,7 +53,7 @@ def gathered_attention() -> str:
             gates[0],
             Tensor("q k v", "", fused),
             gates[1],
-            Tensor("", "R", heads(count, split=False)),
+            Tensor("", "I", heads(count, split=False)),
             gates[2],
             Tensor("dense", "", columns_of(width)),
             Tensor(f"{d}y", letters, stream if d else blank_partial((3, 2))),

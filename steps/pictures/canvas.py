@@ -48,7 +48,7 @@ text{font-size:14px;fill:var(--ink)}
 .small{font-size:12px}.bold{font-weight:600}.faint{fill:var(--faint)}.on{fill:var(--paper)}
 .paper{fill:var(--paper)}.box{fill:var(--paper);stroke:var(--ink);stroke-width:1.5}
 .gate{fill:var(--ink)}.open{fill:none;stroke:var(--faint);stroke-width:1.5;stroke-dasharray:4 3}
-.stripe{fill:var(--paper);opacity:.55}
+.stripe{fill:var(--paper);opacity:.4}
 .cell{stroke:var(--faint);stroke-width:.75}
 .n{fill:none;stroke:var(--faint);stroke-width:.75;stroke-dasharray:2 2;opacity:.8}
 .line{fill:none;stroke:var(--ink);stroke-width:1.5}

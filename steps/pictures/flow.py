@@ -77,7 +77,8 @@ def places(columns: Sequence[Column]) -> list[float]:
 
 def lane_height(columns: Sequence[Column]) -> float:
     """Room for the highest column, and at the left end for the rank's name above the label."""
-    return max(columns[0].h + 16, *(column.h for column in columns)) + LABEL + 2 * PAD
+    first = columns[0].h + (26 if isinstance(columns[0], Pair) else 16)
+    return max(first, *(column.h for column in columns)) + LABEL + 2 * PAD
 
 
 def lanes(canvas: Canvas, top: float, height: float, ranks: int = 2) -> list[Box]:
@@ -118,6 +119,10 @@ def draw_pass(
                 )
                 y0 = start.cy if start.h else end.cy
                 y1 = end.cy if end.h else y0
+                if len(before) > len(after) and end.h:  # into its upper and its lower half
+                    y1 = min(max(y0, end.y + 6), end.bottom - 6)
+                if len(before) < len(after) and start.h:
+                    y0 = min(max(y1, start.y + 6), start.bottom - 6)
                 ends = [(start.right + 2, y0), (end.x - 2, y1)]
                 canvas.line(*(reversed(ends) if leftwards else ends))
     bottom = boxes[-1].bottom
@@ -177,11 +182,16 @@ def draw_both(forward: Sequence[Column], backward: Sequence[Column]) -> str:
 
 def draw_rows(*rows: Sequence[Column]) -> str:
     """The SVG of a forward pass that is too long for one line."""
-    canvas = Canvas(2 * MARGIN + sum(map(height_of, rows)) + 24 * (len(rows) - 1))
+    return rows_with_room(0, *rows)[0].svg()
+
+
+def rows_with_room(room: float, *rows: Sequence[Column]) -> tuple[Canvas, float]:
+    """The canvas of such a pass, with room under it, and where the room begins."""
+    canvas = Canvas(2 * MARGIN + sum(map(height_of, rows)) + 24 * (len(rows) - 1) + room)
     top: float = MARGIN
     for columns in rows:
         top = draw_pass(canvas, top, columns, places(columns), leftwards=False) + 24
-    return canvas.svg()
+    return canvas, top - 24
 
 
 def height_of(columns: Sequence[Column]) -> float:
