@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Literal
-
-import torch
 
 from rosetrainer.commands.flags import parse_flags, ranks_to_start
 from rosetrainer.config import GPTConfig, OptimConfig, ParallelConfig
@@ -14,127 +11,10 @@ from rosetrainer.environment import world_from_environment
 from rosetrainer.hardware.performance import choose_dtype, set_threads
 from rosetrainer.launch.launcher import launch
 from rosetrainer.model_size import check_memory
-from rosetrainer.models.gpt import GPTModel
-from rosetrainer.models.layers import build_model
-from rosetrainer.parallel.context import ParallelContext, end_parallel, init_parallel
-from rosetrainer.parallel.tensor_parallel import shard_spec
-from rosetrainer.proof.comparison import (
-    Column,
-    Difference,
-    ParityError,
-    by_stage,
-    not_proven,
-    prove,
-)
-from rosetrainer.proof.computation import (
-    GRADIENTS,
-    LONGEST,
-    MICRO_BATCHES,
-    MOVES,
-    ROWS,
-    STAGES,
-    UPDATED,
-    UPDATES,
-    Proof,
-)
+from rosetrainer.parallel.context import end_parallel, init_parallel
 from rosetrainer.proof.reference_rotary import check_oracle
+from rosetrainer.proof.report import show_proof
 from rosetrainer.validation import LocalRanks, check_fields
-
-
-def who_holds_what(model: GPTModel, tp_size: int) -> str:
-    """A table: each weight's whole shape, and the slice of it that each tp rank holds."""
-    last = model.config.n_layers - 1
-    blocks = f"blocks.0-{last}." if last else "blocks.0."
-    rows = [("weight", "whole", *(f"rank {rank}" for rank in range(tp_size)))]
-    for name, parameter in model.named_parameters():
-        if name.startswith("blocks.") and not name.startswith("blocks.0."):
-            continue  # every block is cut alike
-        spec = shard_spec(parameter)
-        slices = []
-        for rank in range(tp_size):
-            start = rank * spec.parts // tp_size * spec.width
-            end = min(start + spec.width, spec.shape[spec.dim])
-            cut = [":"] * len(spec.shape)
-            cut[spec.dim] = f"{start}:{end}" if start < end else "pad"
-            slices.append("all of it" if spec.parts == 1 else f"[{', '.join(cut)}]")
-        whole = " x ".join(map(str, spec.shape))
-        rows.append((name.replace("blocks.0.", blocks), whole, *slices))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    )
-
-
-def show_proof(
-    config: GPTConfig,
-    context: ParallelContext,
-    dtype: torch.dtype,
-    optim: OptimConfig | None = None,
-    whole: bool = False,
-) -> None:
-    """Rank 0 prints who holds what, and whether it is the same as one process.
-
-    whole: prove all of context_length, however long. Raises ParityError, on every rank, if it is
-    not the same.
-    """
-    tp = context.tp
-    length = config.context_length
-    if not whole and length > LONGEST:
-        length = LONGEST // tp.size * tp.size  # which sequence parallelism can divide
-    proof = Proof(replace(config, context_length=length), context, optim or OptimConfig())
-    columns = prove(proof, dtype)
-    if context.rank == 0:
-        shapes_only = build_model(config, replace(context, device=torch.device("meta")))
-        print("\nwho holds what\n\n" + who_holds_what(shapes_only, tp.size))
-        print("\nsame as one process? worst difference / largest value\n")
-        print("\n".join(table(columns, proof.optim)))
-        rows = MICRO_BATCHES * ROWS * context.dp.size
-        share = "all" if length == config.context_length else f"of the {config.context_length:,}"
-        print(f"\n{rows} sequences of {length:,} tokens, {share} of context_length")
-        if idle := not_proven(proof):
-            print(f"no gradient in truth, so not proven: {', '.join(idle)}")
-    for column in columns:
-        if wrong := column.wrong:
-            raise ParityError(verdict(column, wrong[0]))
-    if context.rank == 0:
-        print("\nyes: what is left is rounding\n")
-
-
-def table(columns: list[Column], optim: OptimConfig) -> Iterator[str]:
-    """Its lines: of each stage, what was found in each dtype and what it may be there."""
-    tensors = len([d for d in columns[0].differences if d.stage == GRADIENTS])
-    names = {stage: stage for stage in STAGES}
-    names[GRADIENTS] = f"gradients of {tensors} tensors"
-    kind = {"adamw": "AdamW", "muon": "Muon"}[optim.optimizer]
-    names[UPDATED], names[MOVES] = (
-        f"after {UPDATES - 1} {kind} updates",
-        f"weights moved by {UPDATES}",
-    )
-    dtypes = list(dict.fromkeys(column.dtype for column in columns))
-    groups = {d: [column for column in columns if column.dtype == d] for d in dtypes}
-    heads = ["", ""]
-    for dtype, group in groups.items():
-        width = 11 * (len(group) + 1)
-        heads[0] += str(dtype).removeprefix("torch.").ljust(width)
-        heads[1] += "".join(f"{c.against:11}" for c in group) + f"{'allowed':11}"
-    yield from (f"  {'':27}{head}".rstrip() for head in heads)
-    for stage in STAGES:
-        line = ""
-        for group in groups.values():
-            found = [max(d.worst for d in by_stage(c.differences)[stage]) for c in group]
-            line += "".join(f"{f:<11.1e}" for f in (*found, group[0].allowed[stage]))
-        yield f"  {names[stage]:27}{line}".rstrip()
-
-
-def verdict(column: Column, worst: Difference) -> str:
-    dtype = str(column.dtype).removeprefix("torch.")
-    other = "the oracle" if column.against == "oracle" else "the same on 1 process"
-    return (
-        f"not the same as one process: {worst.what} differs by {worst.worst:.1e} of its largest "
-        f"value in {dtype} from {other}, where rounding stays under "
-        f"{column.allowed[worst.stage]:.0e}: a bug"
-    )
 
 
 @dataclass(frozen=True)
@@ -165,7 +45,7 @@ def main(argv: list[str]) -> int:
         return launch(world_size, ["parity", *argv])
     # The one process that every rank compares with: its position table can be a short one.
     dense, here = replace(command.model, context_length=1), world_from_environment()[3]
-    check_memory(dense, 96, "one process's float64 weights and their course on each rank", here)
+    check_memory(dense, 96, "one process's float64 weights and training state on each rank", here)
     set_threads(0)
     context = init_parallel(command.parallel, "cpu")
     dtype = choose_dtype(command.dtype, context.device)

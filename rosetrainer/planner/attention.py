@@ -16,11 +16,11 @@ def bytes_of_scores(
     mask_rows: rows of the padding mask (B, 1, mask_rows, S); 0 where attention is causal.
     """
     mask = B * mask_rows * S
-    if dropout:  # written out: shares, those after dropout, which were dropped; and the mask
+    if dropout:  # written out: probabilities, those after dropout, which were dropped; and the mask
         return B * H * T * S * (max(e, 4) + e + 1) + (mask or T * S)
     if mask_rows or e != 2:  # the fused kernel: a logarithm for each query, the mask as numbers
         return B * H * T * max(e, 4) + mask * e
     if T > KEPT:
         return 0
-    # In blocks of queries: the shares of each on the keys up to its last.
+    # In blocks of queries: the probabilities of each over the keys up to its last.
     return B * H * sum((stop - start) * stop for start, stop in blocks(T)) * e

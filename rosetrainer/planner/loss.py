@@ -20,18 +20,18 @@ def bytes_of_sums(N: int, V: int, e: int) -> list[int]:
 
 
 def bytes_saved(N: int, D: int, V: int, e: int = 4) -> int:
-    """By which the peak falls with chunks."""
+    """By how much chunks lower the peak."""
     return bytes_of_all_logits(N, D, V, e) - bytes_in_chunks(N, D, V, e)
 
 
 def bytes_in_chunks(N: int, D: int, V: int, e: int = 4) -> int:
-    """Both gradients, one chunk, and labels, shares and losses of all tokens."""
+    """Both gradients, one chunk, and labels, probabilities and losses of all tokens."""
     w = max(e, 4)
     C = min(rows_of_a_chunk(V, w), N)
     held = N * D * e + V * D * w + N * (1 + 8 + 2 * w)
     if e == w:
         return held + C * V * w + C * (2 + 8 + 4 * w)  # while the label's logit gets its gradient
-    # Copies of input and table in the product's dtype; a chunk's gradient turns into that.
+    # Copies of input and table in the product's dtype; a chunk's gradient is cast to it.
     return held + (N + V) * D * e + C * V * (w + e)
 
 

@@ -1,6 +1,6 @@
 """The dense oracle: the same GPT in plain nn.Linear and F.*, one process, no layer of ours.
 
-Slow and obvious on purpose. Its parameters have the names and shapes that gather_whole gives, so
+Slow and simple on purpose. Its parameters have the names and shapes that gather_whole gives, so
 load_state_dict takes them. Attention is written out; a padded row is computed by cutting the
 padding off.
 """
@@ -26,7 +26,8 @@ Drop = Callable[[str, Tensor], Tensor]
 class ReferenceDropout:
     """What dropout multiplies a whole activation by, in numpy's unsigned integers.
 
-    Each element's fate is a 16-bit lane of a hash of (seed, step, site, coordinates).
+    Whether an element is dropped is decided by a 16-bit lane of a hash of (seed, step, site,
+    coordinates).
     """
 
     p: float = 0.0
@@ -61,14 +62,14 @@ class ReferenceAttention(nn.Module):
     def forward(self, x: Tensor, drop: Drop) -> Tensor:
         T = x.shape[1]
         q, k, v = self.query_key_value(x).chunk(3, dim=-1)
-        shares = []
+        probabilities = []
         for head_q, head_k in zip(*(t.chunk(self.n_heads, dim=-1) for t in (q, k)), strict=True):
             scores = head_q @ head_k.transpose(1, 2) / math.sqrt(head_q.shape[-1])  # (B, T, T)
             future = torch.triu(torch.ones(T, T, device=x.device), diagonal=1) > 0
-            shares.append(scores.masked_fill(future, -math.inf).softmax(-1))
-        dropped = drop("dropout", torch.stack(shares, dim=1)).unbind(1)
+            probabilities.append(scores.masked_fill(future, -math.inf).softmax(-1))
+        dropped = drop("dropout", torch.stack(probabilities, dim=1)).unbind(1)
         values = zip(dropped, v.chunk(self.n_heads, dim=-1), strict=True)
-        return self.dense(torch.cat([share @ head_v for share, head_v in values], dim=-1))
+        return self.dense(torch.cat([p @ head_v for p, head_v in values], dim=-1))
 
 
 class ReferenceFeedForward(nn.Module):
@@ -90,10 +91,10 @@ class ReferenceBlock(nn.Module):
         self.feed_forward = ReferenceFeedForward(config)
 
     def forward(self, x: Tensor, drop: Drop) -> Tensor:
-        def drop_share(site: str, share: Tensor) -> Tensor:
-            return drop(f"attention.{site}", share)
+        def drop_within(site: str, x: Tensor) -> Tensor:
+            return drop(f"attention.{site}", x)
 
-        attended = self.attention(self.attention_norm(x), drop_share)
+        attended = self.attention(self.attention_norm(x), drop_within)
         x = x + drop("attention_dropout", attended)
         return x + drop("feed_forward_dropout", self.feed_forward(self.feed_forward_norm(x)))
 

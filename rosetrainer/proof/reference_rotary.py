@@ -1,4 +1,4 @@
-"""The dense oracle of blocks.py: the rotary GPT in plain modules, pair by pair and head by head."""
+"""The dense oracle of RotaryGPT in plain modules, pair by pair and head by head."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ class ReferenceRotaryAttention(nn.Module):
         self.query_key_value = nn.Linear(config.d_model, 3 * width, bias=config.bias)
         self.dense = nn.Linear(width, config.d_model, bias=config.bias)
 
-    def turned(self, x: Tensor) -> Tensor:
-        """(1, T, K): each pair of features of the token at place t by t x base^(-2i/K)."""
-        places = torch.arange(x.shape[1], dtype=x.dtype, device=x.device)
+    def rotated(self, x: Tensor) -> Tensor:
+        """(1, T, K): features 2i and 2i+1 at position t, rotated by the angle t x base^(-2i/K)."""
+        positions = torch.arange(x.shape[1], dtype=x.dtype, device=x.device)
         columns: list[Tensor] = []
         for i in range(0, self.head_width, 2):
-            angle = places * self.base ** (-i / self.head_width)
+            angle = positions * self.base ** (-i / self.head_width)
             a, b = x[..., i], x[..., i + 1]
             columns += [a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()]
         return torch.stack(columns, -1)
@@ -44,12 +44,12 @@ class ReferenceRotaryAttention(nn.Module):
             part.chunk(self.n_heads, dim=-1) for part in self.query_key_value(x).chunk(3, dim=-1)
         ]
         future = torch.ones(T, T, device=x.device).triu(diagonal=1) > 0
-        shares = []
+        probabilities = []
         for query, key in zip(heads[0], heads[1], strict=True):
-            scores = self.turned(query) @ self.turned(key).mT / math.sqrt(self.head_width)
-            shares.append(scores.masked_fill(future, -math.inf).softmax(-1))
-        dropped = drop("dropout", torch.stack(shares, dim=1)).unbind(1)
-        results = [share @ value for share, value in zip(dropped, heads[2], strict=True)]
+            scores = self.rotated(query) @ self.rotated(key).mT / math.sqrt(self.head_width)
+            probabilities.append(scores.masked_fill(future, -math.inf).softmax(-1))
+        dropped = drop("dropout", torch.stack(probabilities, dim=1)).unbind(1)
+        results = [p @ value for p, value in zip(dropped, heads[2], strict=True)]
         return self.dense(torch.cat(results, dim=-1))
 
 
@@ -66,10 +66,10 @@ class ReferenceRotaryBlock(nn.Module):
         self.feed_forward = ReferenceSquaredReLU(config)
 
     def forward(self, x: Tensor, drop: Drop) -> Tensor:
-        def drop_share(site: str, share: Tensor) -> Tensor:
-            return drop(f"attention.{site}", share)
+        def drop_within(site: str, x: Tensor) -> Tensor:
+            return drop(f"attention.{site}", x)
 
-        x = x + drop("attention_dropout", self.attention(standardized(x), drop_share))
+        x = x + drop("attention_dropout", self.attention(standardized(x), drop_within))
         return x + drop("feed_forward_dropout", self.feed_forward(standardized(x)))
 
 

@@ -19,8 +19,8 @@ from rosetrainer.models.gpt import GPTModel
 from rosetrainer.parallel.context import ParallelContext, init_parallel
 from rosetrainer.parallel.dropout import Dropout, DropoutSeed
 from rosetrainer.parallel.tensor_parallel import gather_whole, load_whole
-from rosetrainer.proof.comparison import prove
-from rosetrainer.proof.computation import Proof
+from rosetrainer.proof.tolerances import prove
+from rosetrainer.proof.trajectory import Proof
 from rosetrainer.training.setup import check_config, train
 
 pytestmark = [

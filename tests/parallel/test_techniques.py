@@ -35,9 +35,9 @@ from rosetrainer.parallel.context import ParallelContext, init_parallel
 from rosetrainer.parallel.dropout import DropoutSeed
 from rosetrainer.parallel.replicas import ReplicaError, check_replicas, checksum
 from rosetrainer.parallel.tensor_parallel import gather_whole, init_weights, load_whole
-from rosetrainer.proof.comparison import BOUND, prove
-from rosetrainer.proof.computation import Proof
 from rosetrainer.proof.reference import ReferenceDropout, ReferenceGPT
+from rosetrainer.proof.tolerances import BOUND, prove
+from rosetrainer.proof.trajectory import Proof
 from rosetrainer.training import setup, trainer
 from rosetrainer.training.step import compute_gradients
 from rosetrainer.validation import ConfigError

@@ -13,7 +13,7 @@ from rosetrainer.commands import parity
 from rosetrainer.config import GPTConfig, OptimConfig
 from rosetrainer.models.gpt import GPTModel, LayerNorm
 from rosetrainer.parallel.context import ParallelContext
-from rosetrainer.proof import computation, reference_rotary
+from rosetrainer.proof import reference_rotary, report, trajectory
 from rosetrainer.proof.reference_rotary import KNOWN, ORACLES
 from rosetrainer.validation import ConfigError
 
@@ -60,9 +60,9 @@ class QueryNormGPT(GPTModel):
 
 
 def test_a_parameter_that_the_oracle_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(computation, "build_model", QueryNormGPT)
+    monkeypatch.setattr(trajectory, "build_model", QueryNormGPT)
     with pytest.raises(ConfigError) as caught:
-        parity.show_proof(MODEL, ParallelContext(), torch.float64, OptimConfig())
+        report.show_proof(MODEL, ParallelContext(), torch.float64, OptimConfig())
     assert str(caught.value) == (
         "blocks.0.query_norm.weight is (8,) in the model and missing in its oracle, ReferenceGPT; "
         "teach the oracle in plain torch what the model does (rosetrainer/proof/)"
@@ -77,4 +77,4 @@ def test_a_parameter_that_the_model_lacks_is_named(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setitem(ORACLES, "gpt2", Wider)
     with pytest.raises(ConfigError, match=r"gate.weight is missing in the model and \(32, 8\) in "):
-        parity.show_proof(MODEL, ParallelContext(), torch.float64, OptimConfig())
+        report.show_proof(MODEL, ParallelContext(), torch.float64, OptimConfig())

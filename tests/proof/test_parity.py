@@ -15,9 +15,9 @@ from rosetrainer.config import IGNORED, GPTConfig, OptimConfig, ParallelConfig
 from rosetrainer.models.attention import BLOCK
 from rosetrainer.parallel import comm, overlap
 from rosetrainer.parallel.context import ParallelContext, init_parallel
-from rosetrainer.proof import computation
-from rosetrainer.proof.comparison import ParityError, check_traffic, not_proven, prove
-from rosetrainer.proof.computation import MICRO_BATCHES, ROWS, Proof
+from rosetrainer.proof import report, trajectory
+from rosetrainer.proof.tolerances import ParityError, check_traffic, not_proven, prove
+from rosetrainer.proof.trajectory import MICRO_BATCHES, ROWS, Proof
 
 MODEL = GPTConfig(vocab_size=140, context_length=16, n_layers=2, n_heads=4, d_model=32)
 LONGER = replace(MODEL, context_length=BLOCK + 32)  # attention in blocks takes two
@@ -70,7 +70,7 @@ def wrong_rank() -> str:
 
     with pytest.MonkeyPatch.context() as monkeypatch, pytest.raises(ParityError) as caught:
         monkeypatch.setattr(Proof, "model", wrong)
-        parity.show_proof(MODEL, layout, torch.float64)
+        report.show_proof(MODEL, layout, torch.float64)
     return str(caught.value)
 
 
@@ -87,7 +87,7 @@ def without_f() -> str:
         nothing = lambda buffer, axis, *_: comm.Pending(None, axis.ledger, lambda: buffer)  # noqa: E731
         monkeypatch.setattr(overlap, "start_all_reduce", nothing)
         with pytest.raises(ParityError) as caught:
-            parity.show_proof(MODEL, context, torch.float64)
+            report.show_proof(MODEL, context, torch.float64)
     return str(caught.value)
 
 
@@ -127,7 +127,7 @@ def test_the_oracle_is_alive_and_clipping_bites() -> None:
     found = alive.oracle
     assert abs(float(found["loss", "loss of step 1"]) - math.log(MODEL.vocab_size)) > 1e-3
     norm = float(found["gradient norm", "gradient norm of step 1"])
-    assert norm > 2 * alive.pace.clips[0] * (1 - 1e-12) > 0
+    assert norm > 2 * alive.calibration.clip_norms[0] * (1 - 1e-12) > 0
     assert all(t.abs().max() > 0 for (stage, _), t in found.items() if stage == "moved by updates")
     assert not_proven(alive) == []
 
@@ -137,7 +137,7 @@ def show_models_without_gradients(tp_size: int) -> None:
     one_id = replace(MODEL, vocab_size=1)
     one_wide = GPTConfig(vocab_size=8, context_length=4, n_layers=1, n_heads=tp_size, d_model=1)
     for config in (one_id, replace(one_wide, d_head=1)):
-        parity.show_proof(config, context, torch.bfloat16)
+        report.show_proof(config, context, torch.bfloat16)
 
 
 def test_what_has_no_gradient_in_truth_is_named_and_is_no_bug(
@@ -154,15 +154,15 @@ def test_a_long_context_is_proven_in_part_unless_all_is_asked_for(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     long = GPTConfig(vocab_size=8, context_length=643, n_layers=1, n_heads=1, d_model=4)
-    parity.show_proof(long, ParallelContext(), torch.float64)
+    report.show_proof(long, ParallelContext(), torch.float64)
     assert "4 sequences of 640 tokens, of the 643 of context_length" in capsys.readouterr().out
-    parity.show_proof(long, ParallelContext(), torch.float64, whole=True)
+    report.show_proof(long, ParallelContext(), torch.float64, whole=True)
     assert "4 sequences of 643 tokens, all of context_length" in capsys.readouterr().out
 
 
 def test_the_command_ends_with_one_line_and_status_1(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        computation, "draw_whole", lambda spec, *_: torch.full(spec.dense_shape, torch.nan)
+        trajectory, "draw_whole", lambda spec, *_: torch.full(spec.dense_shape, torch.nan)
     )
     with pytest.raises(ParityError) as caught:
         parity.main(
@@ -173,7 +173,7 @@ def test_the_command_ends_with_one_line_and_status_1(monkeypatch: pytest.MonkeyP
 
 
 def test_the_table_names_every_slice() -> None:
-    lines = parity.who_holds_what(parity.GPTModel(MODEL), tp_size=2).splitlines()
+    lines = report.who_holds_what(report.GPTModel(MODEL), tp_size=2).splitlines()
     assert lines[0].split() == ["weight", "whole", "rank", "0", "rank", "1"]
     by_name = {line.split()[0]: line for line in lines[1:]}
     assert len(by_name) == 3 + 1 + 12  # embeddings and final norm's two, and one block's

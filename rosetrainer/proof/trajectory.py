@@ -1,7 +1,7 @@
-"""Whether a layout computes what one process does: logits, gradients, and the updates they make.
+"""The same few updates in a layout and by the oracle: logits, gradients, and how weights move.
 
-The measure is the dense oracle in float64. What a shorter dtype computes is held against it, and
-against the same dtype on one process, which has the same roundings in another order.
+The oracle is dense and runs in float64. Results in a shorter dtype are compared with it, and with
+the same dtype on one process, which rounds as often in another order.
 Shape letters: R rows of the global batch, T tokens that are proven, V vocabulary.
 """
 
@@ -29,40 +29,40 @@ from rosetrainer.proof.reference import ReferenceDropout
 from rosetrainer.proof.reference_rotary import build_reference
 from rosetrainer.training.step import compute_gradients
 
-LONGEST = KEPT + BLOCK  # the shortest length on which attention takes all of its ways
+LONGEST = KEPT + BLOCK  # the shortest length on which attention takes each of its paths
 SHORT = 32  # tokens of the updates after the first
 MICRO_BATCHES, ROWS, UPDATES = 2, 2, 3  # of a rank, of a micro-batch, of the optimizer
-RATE = 1e-3  # of the optimizer's updates: with larger ones rounding soon goes its own way
-NOISE = 1e-3  # of the largest gradient of all: one below it may be zero in truth
-MOVED = 0.2  # of its norm: as far as the SGD step moves each weight
+RATE = 1e-3  # of the optimizer's updates: with larger ones rounding errors soon grow
+NOISE = 1e-3  # of the largest gradient of all: one below it may be zero but for rounding
+MOVED = 0.2  # of its norm: how far the SGD step moves each weight
 
 LOGITS, AHEAD, LOSS = "logits", "effect on earlier tokens", "loss"
 GRADIENTS, NORM = "gradients", "gradient norm"
 AFTER_SGD, UPDATED, MOVES = "after an SGD step", "after updates", "moved by updates"
 STAGES = (LOGITS, AHEAD, LOSS, GRADIENTS, NORM, AFTER_SGD, UPDATED, MOVES)
-Found = dict[tuple[str, str], Tensor]  # by stage and name
+Results = dict[tuple[str, str], Tensor]  # by stage and name
 
 
 @dataclass(frozen=True)
-class Pace:
-    """What all sides do alike: clip each step's gradient, and move by one rate for each weight."""
+class Calibration:
+    """Measured by the oracle, and used by all: the norm to clip to, and a rate for each weight."""
 
-    clips: list[float] = field(default_factory=list)
-    rates: dict[str, float] = field(default_factory=dict)
+    clip_norms: list[float] = field(default_factory=list)  # by step
+    sgd_rates: dict[str, float] = field(default_factory=dict)  # by the weight's name
 
 
 @dataclass(frozen=True)
 class Proof:
     """A layout on random weights, with biases that are not zero, and random batches.
 
-    config.context_length is T. Every rank computes the oracle, first of all: it sets the pace.
+    config.context_length is T. Every rank runs the oracle first, for the calibration.
     """
 
     config: GPTConfig
     context: ParallelContext
     optim: OptimConfig
     seed: int = 0
-    pace: Pace = field(default_factory=Pace)
+    calibration: Calibration = field(default_factory=Calibration)
 
     @cached_property
     def whole(self) -> dict[str, Tensor]:
@@ -75,8 +75,8 @@ class Proof:
     def batches(self) -> list[tuple[Tensor, Tensor]]:
         """Global batches (R, T), one of full length, then short ones.
 
-        Rows count unequally many tokens and the last row none; in the short ones, nor does the
-        last dp rank where there are several.
+        Rows have unequally many labels, the last row none; in the short ones the last dp rank has
+        none either, where there are several.
         """
         tp, dp = self.context.tp, self.context.dp
         generator = torch.Generator().manual_seed(self.seed)
@@ -95,14 +95,14 @@ class Proof:
         return batches
 
     def parts(self, context: ParallelContext) -> list[slice]:
-        """The rows of each micro-batch of a rank; one process has those of all ranks."""
+        """The rows of each micro-batch of a rank; one process takes those of all ranks."""
         micro_batches = MICRO_BATCHES * self.context.dp.size // context.dp.size
         numbers = (i * context.dp.size + context.dp.rank for i in range(micro_batches))
         return [slice(n * ROWS, (n + 1) * ROWS) for n in numbers]
 
     @cached_property
-    def oracle(self) -> Found:
-        """What the dense model finds in float64; its weights are moved by our optimizer, alone."""
+    def oracle(self) -> Results:
+        """The dense model's results in float64; our optimizer moves its weights, on one process."""
         carrier = self.model(ParallelContext(device=self.context.device), torch.float64)
         dense = build_reference(self.config, self.whole).to(self.context.device).double()
         own = [row for rows in self.parts(self.context) for row in range(rows.start, rows.stop)]
@@ -114,12 +114,12 @@ class Proof:
             dropout = ReferenceDropout(self.config.dropout, self.seed, step)
             ids, labels = self.batches[step]
             tokens, total = int((labels != IGNORED).sum()), 0.0
-            for row in range(len(ids)):  # one at a time, for its activations are many
+            for row in range(len(ids)):  # one at a time: its activations are large
                 one = slice(row, row + 1)
                 found, mean = dense(ids[one], labels=labels[one], dropout=dropout, first_row=row)
-                share = mean * (int((labels[one] != IGNORED).sum()) / tokens)
-                share.backward()
-                total += float(share.detach())
+                part = mean * (int((labels[one] != IGNORED).sum()) / tokens)
+                part.backward()
+                total += float(part.detach())
                 if step == 0 and row in own:
                     logits[row] = found.detach()
             gradients = dict(dense.named_parameters())
@@ -132,16 +132,16 @@ class Proof:
         def clip(step: int) -> float:
             gradients = {n: p.grad for n, p in carrier.named_parameters() if p.grad is not None}
             norm = float(torch.cat([g.flatten() for g in gradients.values()]).norm())
-            self.pace.clips.append(norm / 2)
+            self.calibration.clip_norms.append(norm / 2)
             torch._foreach_mul_(list(gradients.values()), 0.5)
             if step == 0:
                 for name, weight in carrier.named_parameters():
                     least = max(float(gradients[name].norm()), NOISE * norm)
                     size = float(weight.detach().norm())
-                    self.pace.rates[name] = MOVED * size / least if least else 0.0
+                    self.calibration.sgd_rates[name] = MOVED * size / least if least else 0.0
             return norm
 
-        found = self.course(carrier, ParallelContext(), gradient, clip)
+        found = self.trajectory(carrier, ParallelContext(), gradient, clip)
         return {(LOGITS, "logits"): torch.cat([logits[row] for row in own])} | found
 
     def jittered(self, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -162,19 +162,19 @@ class Proof:
         load_whole(model, whole or self.whole)
         return model
 
-    def course(
+    def trajectory(
         self,
         model: GPTModel,
         context: ParallelContext,
         gradient: Callable[[int], float],
         clip: Callable[[int], float],
-    ) -> Found:
+    ) -> Results:
         """One SGD step on the long batch, then updates of the optimizer on the short ones.
 
         gradient: leaves a step's gradient in the model, returns the loss. clip: halves it, returns
         its norm.
         """
-        found: Found = {}
+        found: Results = {}
         optimizer = build_optimizer(model, self.optim)
         for group in optimizer.param_groups:
             group["lr"] = RATE
@@ -195,7 +195,7 @@ class Proof:
             with torch.no_grad():
                 for name, parameter in model.named_parameters():
                     assert parameter.grad is not None
-                    parameter.sub_(parameter.grad, alpha=self.pace.rates[name])
+                    parameter.sub_(parameter.grad, alpha=self.calibration.sgd_rates[name])
                     parameter.grad = None
             before = {n: w.clone() for n, w in gather_whole(model, context.tp).items()}
         for name, after in gather_whole(model, context.tp).items():
@@ -205,9 +205,9 @@ class Proof:
     def scalar(self, value: float) -> Tensor:
         return torch.tensor(value, dtype=torch.float64, device=self.context.device)
 
-    def found(
+    def results(
         self, context: ParallelContext, dtype: torch.dtype, whole: dict[str, Tensor] | None = None
-    ) -> Found:
+    ) -> Results:
         """What our model finds in dtype, in the layout of context."""
         model, autocast = self.model(context, dtype, whole), autocast_for(dtype, context.device)
         parts = self.parts(context)
@@ -218,14 +218,14 @@ class Proof:
             return compute_gradients(model, own, context, autocast, DropoutSeed(self.seed, step))
 
         def clip(step: int) -> float:
-            return clip_gradients(model, context.tp, self.pace.clips[step])
+            return clip_gradients(model, context.tp, self.calibration.clip_norms[step])
 
         with fast_products(dtype, context.device):
             found = self.logits(model, autocast)
-            return found | self.course(model, context, gradient, clip)
+            return found | self.trajectory(model, context, gradient, clip)
 
     @torch.no_grad()
-    def logits(self, model: GPTModel, autocast: Autocast) -> Found:
+    def logits(self, model: GPTModel, autocast: Autocast) -> Results:
         """Those of the rows of this rank in the layout, and what they see of tokens to come.
 
         Each row is computed twice, from its own place on with other tokens: before that place the

@@ -1,4 +1,4 @@
-"""A layout's results beside those of one process: how far off they are, and how far they may be."""
+"""How far a layout's results differ from those of one process, and how far they may."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rosetrainer.launch.rank import RankError
 from rosetrainer.optim.non_finite import NonFiniteGradientError
 from rosetrainer.parallel.comm import all_reduce
 from rosetrainer.parallel.context import ParallelContext
-from rosetrainer.proof.computation import (
+from rosetrainer.proof.trajectory import (
     AFTER_SGD,
     AHEAD,
     GRADIENTS,
@@ -24,26 +24,26 @@ from rosetrainer.proof.computation import (
     NORM,
     STAGES,
     UPDATED,
-    Found,
     Proof,
+    Results,
 )
 
 BOUND = 1e-10  # in float64, of the largest expected value; rounding stays near 1e-15
 MARGIN = 8  # times what rounding does; right layouts of 32 features or more need 0.1 to 3 times
-ZERO = 1e-12  # of the largest gradient of all: one below it is zero in truth
+ZERO = 1e-12  # of the largest gradient of all: one below it is exactly zero but for rounding
 NOTHING = {AHEAD: 0.0}
 WIDE = 32  # features; over fewer, errors do not average out, and a norm subtracts near equals
 
 
 class ParityError(RankError):
-    """This layout computes something else than one process does."""
+    """This layout does not compute what one process does."""
 
 
 @dataclass(frozen=True)
 class Difference:
     """The worst |ours - expected| over all ranks, as a fraction of the largest expected value.
 
-    Of how weights moved, the norm of the difference as a fraction of the norm.
+    For how weights moved: the norm of the difference, as a fraction of the norm.
     """
 
     stage: str
@@ -53,7 +53,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Column:
-    """What our model found in dtype against the oracle in float64, or itself on one process."""
+    """Our model's results in dtype against the oracle's in float64, or its own on one process."""
 
     dtype: torch.dtype
     against: Literal["oracle", "1 process"]
@@ -63,7 +63,7 @@ class Column:
 
     @property
     def wrong(self) -> list[Difference]:
-        """What is no rounding, nan too: of the first stage that has some, the worst first."""
+        """Of the first stage that has some: differences beyond rounding, or nan, worst first."""
         for stage, differences in by_stage(self.differences).items():
             if wrong := [d for d in differences if not d.worst <= self.allowed[stage]]:
                 return sorted(wrong, key=lambda d: -d.worst)
@@ -84,15 +84,15 @@ def prove(proof: Proof, dtype: torch.dtype = torch.float64) -> list[Column]:
     for axis in context.axes:
         axis.ledger.clear()
     try:
-        ours, allowed = proof.found(context, exact), dict.fromkeys(STAGES, BOUND) | NOTHING
+        ours, allowed = proof.results(context, exact), dict.fromkeys(STAGES, BOUND) | NOTHING
         check_traffic(context)
         columns = [Column(exact, "oracle", differences(ours, oracle, proof), allowed)]
         if dtype == exact:
             return columns
-        allowed, ours = allowance(proof, dtype, ours), proof.found(context, dtype)
+        allowed, ours = allowance(proof, dtype, ours), proof.results(context, dtype)
         columns.append(Column(dtype, "oracle", differences(ours, oracle, proof), allowed))
         if context.world_size > 1:
-            alone = proof.found(ParallelContext(device=context.device), dtype)
+            alone = proof.results(ParallelContext(device=context.device), dtype)
             columns.append(Column(dtype, "1 process", differences(ours, alone, proof), allowed))
         return columns
     except NonFiniteGradientError as error:
@@ -100,22 +100,22 @@ def prove(proof: Proof, dtype: torch.dtype = torch.float64) -> list[Column]:
 
 
 def not_proven(proof: Proof) -> list[str]:
-    """The weights of which a proof says nothing, for in truth they have no gradient at all."""
+    """The weights of which a proof says nothing, because their true gradient is zero."""
     names = [key for key in proof.oracle if key[0] == GRADIENTS]
     idle = [name for name in names if not has_gradient(proof.oracle, name).any()]
     return [what.removeprefix("gradient of ") for _, what in idle]
 
 
-def allowance(proof: Proof, dtype: torch.dtype, exact: Found) -> dict[str, float]:
-    """By stage, how far a right layout may be off in dtype: MARGIN times what rounding does.
+def allowance(proof: Proof, dtype: torch.dtype, exact: Results) -> dict[str, float]:
+    """By stage, the tolerance in dtype: MARGIN times what rounding does.
 
-    That depends on a model's depth, width and weights, so it is measured: beside `exact`, what
-    the layout finds in float64, with all weights off by what dtype would round away. It counts
-    as eps at least, for a loss or a norm, in which errors cancel, as an eighth; and as the error
-    of sums in fp32, of which norms are made. Where a gradient is smaller than its rounding, about
-    an eps of all places, Adam steps either way: of how weights moved that is the root of eps.
+    That depends on a model's depth, width and weights, so it is measured: the layout's results in
+    float64, `exact`, against those with every weight off by what dtype would round away. It is at
+    least eps, or an eighth of it for a loss or a norm, in which errors cancel; and at least the
+    error of sums in fp32, of which norms are made. Where a gradient is smaller than its rounding,
+    in about an eps of all elements, Adam steps either way: that moves weights by the root of eps.
     """
-    jittered = proof.found(proof.context, torch.float64, proof.jittered(dtype))
+    jittered = proof.results(proof.context, torch.float64, proof.jittered(dtype))
     eps, narrow = torch.finfo(dtype).eps, max(WIDE / proof.config.d_model, 1)
     sums = 32 * narrow**3 * torch.finfo(torch.float32).eps
     least = dict.fromkeys(STAGES, eps) | dict.fromkeys((LOSS, NORM, UPDATED), eps / 8)
@@ -132,7 +132,7 @@ def allowance(proof: Proof, dtype: torch.dtype, exact: Found) -> dict[str, float
 
 
 def check_traffic(context: ParallelContext) -> None:
-    """Raises ParityError, on every rank, if nothing has moved over an axis of several ranks."""
+    """Raises ParityError, on every rank, if nothing was sent over an axis of several ranks."""
     for axis in context.axes:
         moved = [
             traffic.payload_bytes
@@ -146,8 +146,8 @@ def check_traffic(context: ParallelContext) -> None:
             raise ParityError(f"{axis.name}_size={axis.size}, but nothing moves over {axis.name}")
 
 
-def differences(ours: Found, expected: Found, proof: Proof) -> list[Difference]:
-    """Over all ranks, the same on each."""
+def differences(ours: Results, expected: Results, proof: Proof) -> list[Difference]:
+    """Of each result the worst over all ranks; every rank gets the same."""
     ratios = []
     for (stage, what), tensor in ours.items():
         if stage == AHEAD:  # a difference already
@@ -158,7 +158,7 @@ def differences(ours: Found, expected: Found, proof: Proof) -> list[Difference]:
         if stage == MOVES:
             name = GRADIENTS, f"gradient of {what.removeprefix('move of ')}"
             moves = has_gradient(proof.oracle, name)
-            if moves.any():  # then what no token reads stands still, or decays
+            if moves.any():  # a row that no token reads stands still, or decays
                 moves |= (ours[name] == 0) & (expected[name] == 0)
             error, size = (off * moves).norm(), (right * moves).norm()
         else:
@@ -175,14 +175,14 @@ def differences(ours: Found, expected: Found, proof: Proof) -> list[Difference]:
     return [Difference(*key, ratio) for key, ratio in zip(ours, worst.tolist(), strict=True)]
 
 
-def has_gradient(oracle: Found, name: tuple[str, str]) -> Tensor:
-    """Where a weight's true gradient is not zero: elsewhere Adam makes whole steps of rounding.
+def has_gradient(oracle: Results, name: tuple[str, str]) -> Tensor:
+    """Where a weight's true gradient is not zero: elsewhere Adam turns rounding into whole steps.
 
     A key bias has none without rotary positions: it moves no attention weight.
     """
     return oracle[name].abs() > ZERO * largest_gradient(oracle, GRADIENTS)
 
 
-def largest_gradient(found: Found, stage: str) -> float:
-    names = [key for key in found if key[0] == stage and key[1].startswith("gradient of ")]
-    return max(float(found[name].abs().max()) for name in names)
+def largest_gradient(results: Results, stage: str) -> float:
+    names = [key for key in results if key[0] == stage and key[1].startswith("gradient of ")]
+    return max(float(results[name].abs().max()) for name in names)
