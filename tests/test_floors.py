@@ -92,7 +92,9 @@ def test_a_folder_s_front_page_names_its_files_and_holds_no_code(folder: str) ->
     page = ast.parse((PACKAGE / folder / "__init__.py").read_text())
     text = ast.get_docstring(page) or ""
     assert len(page.body) == 1
-    assert {path.stem for path in (PACKAGE / folder).glob("[!_]*")} <= set(re.findall(r"\w+", text))
+    files = {path.stem for path in (PACKAGE / folder).glob("[!_]*")}
+    missing = sorted(files - set(re.findall(r"\w+", text)))
+    assert not missing, f"rosetrainer/{folder}/__init__.py does not name {', '.join(missing)}"
 
 
 def test_the_oracle_imports_no_layer_of_ours() -> None:
@@ -117,9 +119,10 @@ def test_a_file_holds_one_idea(module: str) -> None:
     assert len(MODULES[module].read_text().splitlines()) <= 250
 
 
+@pytest.mark.parametrize("folder", ["steps", "rosetrainer"])
 @pytest.mark.parametrize("page", ["README.md", "README.zh.md"])
-def test_the_page_that_shows_the_floors_shows_these(page: str) -> None:
-    text = (PACKAGE.parent / "steps" / page).read_text()
+def test_the_page_that_shows_the_floors_shows_these(folder: str, page: str) -> None:
+    text = (PACKAGE.parent / folder / page).read_text()
     shown = re.findall(r"^\| `(\w+)/` \|", text, re.MULTILINE)
     assert sorted(shown) == FOLDERS
     assert [floor_of(folder) for folder in shown] == sorted(map(floor_of, shown))

@@ -12,6 +12,8 @@ PAGES = sorted(
     path.relative_to(ROOT)
     for path in [
         ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        ROOT / "rosetrainer/README.md",
         ROOT / "tests/faults/README.md",
         ROOT / "benchmarks/README.md",
         *ROOT.glob("steps/**/README.md"),
@@ -34,8 +36,8 @@ def prose(text: str) -> str:
 @pytest.mark.parametrize("page", PAGES, ids=str)
 def test_both_languages_have_the_same_code_headings_and_tables(page: Path) -> None:
     english, chinese = read(page)
-    assert english.startswith("English | [中文](README.zh.md)\n")
-    assert chinese.startswith("[English](README.md) | 中文\n")
+    assert english.startswith(f"English | [中文]({page.stem}.zh.md)\n")
+    assert chinese.startswith(f"[English]({page.name}) | 中文\n")
     assert code_blocks(english) == code_blocks(chinese)
     levels = [re.findall(r"^#+(?= )", prose(text), re.MULTILINE) for text in (english, chinese)]
     assert levels[0] == levels[1]
@@ -60,3 +62,12 @@ def test_links_lead_to_files_and_headings(page: Path) -> None:
                 assert (ROOT / page.parent / file).exists(), target
             else:
                 assert anchor in anchors, target
+
+
+@pytest.mark.parametrize("page", [Path("CONTRIBUTING.md"), Path("rosetrainer/README.md")], ids=str)
+def test_every_file_that_a_page_names_is_there(page: Path) -> None:
+    for text in read(page):
+        named = re.findall(r"`([\w./]*/|[\w./]+\.(?:py|md|json|yml|patch))`", prose(text))
+        assert named
+        for name in {*named} - {"mistake.patch", "steps.py"}:
+            assert (ROOT / name).exists() or (ROOT / "rosetrainer" / name).exists(), name

@@ -226,6 +226,7 @@ def _open_texts(source: str, config: Any) -> tuple[dict[str, Any], Writer]:
     if source == "shakespeare":
         texts = read_one(config.path, fraction)
     else:
+        assert source == "file", f"_open_texts does not say where the text of {source} comes from"
         check_fields(config.reading)
         if not config.paths:
             raise ConfigError(f"file needs a path: {prepare_command()} file PATH...")

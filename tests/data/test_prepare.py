@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -385,6 +386,17 @@ def test_wrong_flags(tmp_path, monkeypatch, argv, expected):
     monkeypatch.chdir(tmp_path)
     assert expected in message(*argv)
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("source", prepare.SOURCES)
+def test_every_source_is_read_and_explained(source):
+    """What a new source has to have besides its flags: where its text comes from, and a line."""
+    with contextlib.suppress(ConfigError):  # it wants a path
+        prepare._open(source, prepare.SOURCES[source]())
+    assert f"\n  {source} " in prepare.__doc__, f"{source} has no line in the docstring, the help"
+    for page in ("README.md", "README.zh.md"):
+        text = (Path(__file__).resolve().parents[2] / page).read_text()
+        assert f"`{source}`" in text, f"{page} does not name the source {source}"
 
 
 def test_a_mistake_is_one_line_and_exit_status_2():
