@@ -12,7 +12,6 @@ import pytest
 
 from rosetrainer.__main__ import main
 from rosetrainer.commands.flags import parse_flags
-from rosetrainer.commands.generate import SamplingConfig
 from rosetrainer.config import (
     CheckpointConfig,
     GPTConfig,
@@ -21,6 +20,7 @@ from rosetrainer.config import (
     RunConfig,
     TrainConfig,
 )
+from rosetrainer.models.generation import SamplingConfig
 from rosetrainer.training.run_identity import MUST_MATCH_ON_RESUME
 from rosetrainer.validation import ConfigError, check_fields, config_from_dict
 

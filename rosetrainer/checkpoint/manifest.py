@@ -1,4 +1,4 @@
-"""What a checkpoint's manifest says, read and checked before anything of it is believed.
+"""A checkpoint's manifest, read and checked before anything in it is used.
 
 A manifest names every file of its folder with size and SHA-256, every tensor with its slices, and
 where the run stands; it holds its own SHA-256. It is JSON: nothing is pickled.
@@ -185,15 +185,15 @@ def with_own_hash(values: dict[str, Any]) -> bytes:
     return json.dumps(body | {"sha256": own}, indent=1).encode() + b"\n"
 
 
-def check_files(folder: Path, manifest: Manifest, share: int = 0, shares: int = 1) -> None:
+def check_files(folder: Path, manifest: Manifest, first: int = 0, every: int = 1) -> None:
     """Raises CheckpointError unless each byte is as written, and nothing is missing or new.
 
-    Of the files this reads number share, share + shares, ...: ranks can divide the work.
+    It reads the files number first, first + every, ...: ranks can divide the work.
     """
     present = {path.name for path in folder.iterdir()}
     if extra := present - set(manifest.files) - {MANIFEST}:
         raise CheckpointError(f"{folder / min(extra)} does not belong there")
-    for name, facts in sorted(manifest.files.items())[share::shares]:
+    for name, facts in sorted(manifest.files.items())[first::every]:
         path = folder / name
         _check_file(path)
         try:

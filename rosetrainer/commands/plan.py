@@ -1,4 +1,4 @@
-"""What a layout would move and hold, before anything is started."""
+"""Predicts what a layout moves and holds, without starting a process."""
 
 from __future__ import annotations
 
@@ -10,13 +10,10 @@ from rosetrainer.commands.train import TrainCommand, parse_train_flags
 from rosetrainer.config import TrainConfig
 from rosetrainer.data.batches import open_corpus
 from rosetrainer.hardware.performance import choose_dtype
-from rosetrainer.planner.layout import Plan, Work, plan
-from rosetrainer.planner.settings import check_settings
+from rosetrainer.planner.report import describe, plan_training
 from rosetrainer.validation import ConfigError, Count, check_fields
 
 MOST_LOGITS = 2**42  # of a micro-batch: they are counted chunk by chunk
-RING = {"all_reduce": 2.0, "all_gather": 1.0, "reduce_scatter": 1.0}
-"""Ring traffic of a rank is this x (n - 1) / n of the payload."""
 
 
 @dataclass(frozen=True)
@@ -57,39 +54,3 @@ def corpus_vocabulary(config: TrainConfig) -> int:
         return open_corpus(config.run.data, config.model.context_length).meta.vocab_size
     except ConfigError as error:
         raise ConfigError(f"{error}; or give --vocabulary") from None
-
-
-def plan_training(config: TrainConfig, dtype: torch.dtype) -> Plan:
-    """The plan of one of the ranks that config asks for. Raises ConfigError as check_settings."""
-    check_settings(config.optim)
-    dp = config.parallel.dp_size or 1
-    work = Work(
-        config.optim.micro_batch(dp),
-        config.model.context_length,
-        config.optim.accumulation(dp),
-        product_bytes=dtype.itemsize,
-        weight_bytes=8 if dtype == torch.float64 else 4,
-    )
-    return plan(config.model, config.parallel, work)
-
-
-def describe(config: TrainConfig, found: Plan, dtype: torch.dtype) -> str:
-    sizes = {"tp": config.parallel.tp_size or 1, "dp": config.parallel.dp_size or 1}
-    lines = [
-        f"{sizes['tp']} tensor-parallel x {sizes['dp']} data-parallel ranks, "
-        f"V {config.model.vocab_size}, {str(dtype).removeprefix('torch.')}\n",
-        f"{'a step moves':34} {'calls':>7} {'payload':>15} {'ring, a rank':>15}",
-    ]
-    total = 0.0
-    for (axis, operation, phase), (calls, payload) in found.ledger.items():
-        n = sizes[axis]
-        ring = RING[operation] * (n - 1) / n * payload
-        total += ring
-        name = f"  {axis} {operation} {phase}"
-        lines.append(f"{name:34} {calls:7,} {payload:15,} {ring:15,.0f}")
-    lines.append(f"{'  together':34} {'':7} {'':15} {total:15,.0f}\n")
-    lines.append(f"{'a rank holds':34} {'bytes':>23}")
-    for name, size in found.memory.items():
-        lines.append(f"  {name:32} {size:23,}")
-    lines.append(f"  {'together':32} {sum(found.memory.values()):23,}")
-    return "\n".join(lines)

@@ -1,4 +1,5 @@
 """What a layout moves and holds: pure functions of the config, no process is started.
 
-layout sums it up; attention and loss have closed forms of their own; settings names what they know.
+layout sums it up; attention and loss have closed forms of their own; settings names what they know;
+report prints the plan of a run.
 """

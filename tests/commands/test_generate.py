@@ -9,8 +9,9 @@ import torch
 from oracle import dense_model, tiny_config
 from ranks import run_ranks
 
-from rosetrainer.commands.generate import SamplingConfig, choose, first_tokens, generate, main
+from rosetrainer.commands.generate import main
 from rosetrainer.data.tokenizer import BytesTokenizer, CharsTokenizer
+from rosetrainer.models.generation import SamplingConfig, choose, first_tokens, generate
 from rosetrainer.models.gpt import GPTModel
 from rosetrainer.parallel.context import Axis, init_tensor_parallel
 from rosetrainer.parallel.tensor_parallel import load_whole

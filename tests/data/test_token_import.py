@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rosetrainer.commands.generate import first_tokens
 from rosetrainer.commands.prepare import main as prepare
 from rosetrainer.data.batches import open_corpus
 from rosetrainer.data.bpe import BPETokenizer
 from rosetrainer.data.tokenizer import IdsTokenizer
+from rosetrainer.models.generation import first_tokens
 from rosetrainer.validation import ConfigError
 
 TEXT = "The café is open, and the cat sits on the mat.\n" * 40

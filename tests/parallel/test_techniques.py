@@ -24,10 +24,10 @@ from oracle import (
 from peak import Peak
 from ranks import run_ranks
 
-from rosetrainer.commands.generate import SamplingConfig, generate
 from rosetrainer.commands.prepare import main as prepare
 from rosetrainer.config import GPTConfig, OptimConfig, ParallelConfig, TrainConfig
 from rosetrainer.data.batches import open_corpus
+from rosetrainer.models.generation import SamplingConfig, generate
 from rosetrainer.models.gpt import GPTModel
 from rosetrainer.optim.non_finite import NonFiniteGradientError, check_gradients
 from rosetrainer.optim.optimizer import build_optimizer

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from rosetrainer.commands.plan import main as plan_command
-from rosetrainer.commands.plan import plan_training
 from rosetrainer.config import GPTConfig, OptimConfig, ParallelConfig, TrainConfig
 from rosetrainer.planner import settings
 from rosetrainer.planner.layout import Plan, Work, plan
+from rosetrainer.planner.report import plan_training
 from rosetrainer.planner.settings import COUNTED, WITHOUT_EFFECT
 from rosetrainer.validation import ConfigError
 
