@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -39,6 +40,20 @@ def test_a_page_shows_its_picture_in_both_languages(step: Path, page: str) -> No
     assert len(re.findall(rf"^!\[[^]]+\]\({name}\)$", text, re.MULTILINE)) == 1
     assert (step / name).exists()
     assert "```mermaid" not in text
+
+
+@pytest.mark.parametrize("plot", sorted((ROOT / "steps").glob("*/plot.svg")), ids=str)
+def test_a_plot_stands_on_its_page_in_both_languages(plot: Path) -> None:
+    for page in ("README.md", "README.zh.md"):
+        assert (plot.parent / page).read_text().count("](plot.svg)\n") == 1
+
+
+def test_the_plot_of_step_02_shows_the_runs_that_its_page_prints() -> None:
+    step = next((ROOT / "steps").glob("02_*"))
+    page = (step / "README.md").read_text()
+    for losses in json.loads((step / "plot.json").read_text())["losses"].values():
+        for number in (1, 51, 101, 200):
+            assert f"loss {losses[number - 1]:.6f}" in page
 
 
 @pytest.mark.parametrize("picture", PICTURES, ids=lambda path: path.parent.name)
@@ -87,6 +102,28 @@ def test_check_fails_where_a_step_has_other_numbers_than_its_picture(copy: Path)
             assert "6 s" in (pages / "picture.svg").read_text()
             (pages / "picture.svg").write_text(kept)
     assert refused == "error: 00_two_ranks/picture.svg is stale; run steps.py readme\n"
+
+
+def test_the_runs_of_the_plots_still_fit_their_steps(copy: Path) -> None:
+    """A line that a run replaces stands in its step's file, once."""
+    code = (
+        "import sys; sys.path.insert(0, 'steps')\n"
+        "from plots import PLOTS; from ladder import find\n"
+        "for run in (run for runs in PLOTS.values() for run in runs if run.file):\n"
+        "    print((find(run.step) / run.file).read_text().count(run.old))\n"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=copy, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["1", "1"]
+
+
+def test_measure_refuses_a_step_without_a_plot(copy: Path) -> None:
+    command = [sys.executable, "steps/plots.py", "77"]
+    done = subprocess.run(command, cwd=copy, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (
+        1,
+        "error: step 77 has no plot; it can be 02, 04, 09\n",
+    )
 
 
 def test_check_fails_where_a_page_shows_no_picture(copy: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ladder import STEPS, StepError, folders
 
-from pictures import attention, first, later, layers, mesh, road
+from pictures import attention, first, later, layers, mesh, plots, road
 
 STEP_PICTURES: dict[str, Callable[[], str]] = {
     "00": first.two_ranks,
@@ -32,6 +32,11 @@ STEP_PICTURES: dict[str, Callable[[], str]] = {
     "19": later.overlap,
     "20": later.chunks,
 }
+STEP_PLOTS: dict[str, Callable[[Path], str]] = {
+    "02": plots.with_floor,
+    "04": plots.with_and_without_f,
+    "09": plots.two_ranks_and_one,
+}
 
 
 def drawn(steps: list[Path]) -> Iterator[tuple[Path, str]]:
@@ -39,6 +44,8 @@ def drawn(steps: list[Path]) -> Iterator[tuple[Path, str]]:
     for step in steps:
         if draw := STEP_PICTURES.get(step.name[:2]):
             yield step / "picture.svg", draw()
+        if plot := STEP_PLOTS.get(step.name[:2]):
+            yield step / "plot.svg", plot(step)
     if steps == folders():
         yield STEPS / "ladder.svg", road.the_ladder()
 

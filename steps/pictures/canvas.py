@@ -26,6 +26,8 @@ LIGHT = {
     "l2": "#eefaf0",
     "l3": "#f8f2ff",
     "red": "#cf222e",
+    "blue": "#0969da",
+    "brown": "#bc4c00",
 }
 DARK = {
     "paper": "#0d1117",
@@ -41,6 +43,8 @@ DARK = {
     "l2": "#10241a",
     "l3": "#1f162e",
     "red": "#ff7b72",
+    "blue": "#58a6ff",
+    "brown": "#ffa657",
 }
 RULES = """
 text{font-family:-apple-system,'Segoe UI','Noto Sans',Helvetica,Arial,sans-serif}
@@ -54,7 +58,9 @@ text{font-size:14px;fill:var(--ink)}
 .line{fill:none;stroke:var(--ink);stroke-width:1.5}
 .thin{fill:none;stroke:var(--faint);stroke-width:1.2;stroke-dasharray:4 3}
 .badline{fill:none;stroke:var(--red);stroke-width:2.5}
-.head{fill:var(--ink)}
+.head{fill:var(--ink)}.frame{fill:none;stroke:var(--faint)}.grid{fill:none;stroke:var(--w)}
+.c0{fill:none;stroke:var(--blue);stroke-width:2}.c1{fill:none;stroke:var(--brown);stroke-width:2}
+.dots{stroke-width:3.5;stroke-linecap:round}
 """
 
 
@@ -122,9 +128,9 @@ class Canvas:
     def line(self, *points: tuple[float, float], kind: str = "line", head: bool = True) -> None:
         """Through all points; the last of them is the arrow's tip."""
         (x0, y0), (x1, y1) = points[-2:]
-        way = max(abs(x1 - x0), abs(y1 - y0))
+        way = max(abs(x1 - x0), abs(y1 - y0)) or 1
         dx, dy = (x1 - x0) / way, (y1 - y0) / way
-        drawn = [*points[:-1], (x1 - 5 * dx, y1 - 5 * dy)] if head else points
+        drawn = [*points[:-1], (x1 - 5 * dx, y1 - 5 * dy)] if head else list(points)
         path = " ".join(f"{x:g},{y:g}" for x, y in drawn)
         self.parts.append(f'<polyline class="{kind}" points="{path}"/>')
         if head:

@@ -1,0 +1,120 @@
+"""Curves of runs, from the numbers that steps/plots.py measured and kept."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from pictures.canvas import WIDTH, Box, Canvas
+
+LEFT, RIGHT = 52, 16
+
+
+class Panel:
+    """Axes: steps to the right, and a loss or the decimal logarithm of a difference upward."""
+
+    def __init__(self, canvas: Canvas, box: Box, steps: int, low: float, high: float) -> None:
+        self.canvas, self.box, self.steps = canvas, box, steps
+        self.low, self.high = low, high
+        canvas.rect(box, "frame")
+
+    def x(self, step: float) -> float:
+        return self.box.x + self.box.w * step / self.steps
+
+    def y(self, value: float) -> float:
+        return self.box.bottom - self.box.h * (value - self.low) / (self.high - self.low)
+
+    def tick(self, value: float, words: str) -> None:
+        self.canvas.text(self.box.x - 6, self.y(value), words, "small", "end")
+        ends = [(self.box.x, self.y(value)), (self.box.right, self.y(value))]
+        self.canvas.line(*ends, kind="grid", head=False)
+
+    def level(self, value: float, words: str, above: bool = True) -> None:
+        """A dashed line across, with what it is at its right end."""
+        y = self.y(value)
+        self.canvas.line((self.box.x, y), (self.box.right, y), kind="thin", head=False)
+        self.canvas.text(self.box.right - 6, y - 10 if above else y + 10, words, "small", "end")
+
+    def curve(self, values: Sequence[float], kind: str) -> None:
+        """One value a step; the first one is step 1."""
+        points = [
+            (round(self.x(n), 1), round(self.y(min(max(v, self.low), self.high)), 1))
+            for n, v in enumerate(values, 1)
+        ]
+        self.canvas.line(*points, kind=kind, head=False)
+
+    def dots(self, values: Sequence[float], kind: str) -> None:
+        """One value a step, not joined; each dot is a line of no length with round ends."""
+        there = [
+            f"M{self.x(n):.1f} {self.y(min(max(v, self.low), self.high)):.1f}h0"
+            for n, v in enumerate(values, 1)
+        ]
+        self.canvas.parts.append(f'<path class="{kind} dots" d="{"".join(there)}"/>')
+
+    def axis(self) -> None:
+        for step in range(0, self.steps + 1, self.steps // 4):
+            self.canvas.text(self.x(step), self.box.bottom + 12, str(step), "small")
+
+
+def legend(canvas: Canvas, x: float, y: float, names: Sequence[str]) -> None:
+    for n, name in enumerate(names):
+        here = y + n * 18
+        canvas.line((x, here), (x + 22, here), kind=f"c{n}", head=False)
+        canvas.text(x + 28, here, name, "small", "start")
+
+
+def kept(step: Path) -> tuple[float, dict[str, list[float]]]:
+    numbers = json.loads((step / "plot.json").read_text())
+    return numbers["floor"], numbers["losses"]
+
+
+def with_floor(step: Path) -> str:
+    """Step 02: two losses, the start and the floor; one of them goes under it."""
+    floor, losses = kept(step)
+    letters = 8
+    steps = len(next(iter(losses.values())))
+    canvas = Canvas(270)
+    panel = Panel(canvas, Box(LEFT, 14, WIDTH - LEFT - RIGHT, 226), steps, 0, 2.25)
+    for value in (0, 1, 2):
+        panel.tick(value, str(value))
+    panel.level(math.log(letters), f"ln V {math.log(letters):.4f}")
+    panel.level(floor, f"floor {floor:.4f}", above=False)
+    for n, values in enumerate(losses.values()):
+        panel.curve(values, f"c{n}")
+    legend(canvas, 300, panel.y(0.75), list(losses))
+    panel.axis()
+    return canvas.svg()
+
+
+def parted(step: Path, pairs: dict[str, tuple[str, str]], low: int) -> str:
+    """The losses above; below, by how much the two of each pair differ, on a logarithmic axis."""
+    _, losses = kept(step)
+    steps = len(next(iter(losses.values())))
+    canvas = Canvas(364)
+    above = Panel(canvas, Box(LEFT, 14, WIDTH - LEFT - RIGHT, 110), steps, 1.2, 2.2)
+    for value in (1.5, 2.0):
+        above.tick(value, str(value))
+    below = Panel(canvas, Box(LEFT, 146, WIDTH - LEFT - RIGHT, 186), steps, low, 0)
+    for power in range(low + 2, 0, 2 if low > -10 else 4):
+        below.tick(power, f"1e{power}")
+    for n, (first, second) in enumerate(pairs.values()):
+        above.curve(losses[second], f"c{n}")
+        gaps = [abs(a - b) for a, b in zip(losses[first], losses[second], strict=True)]
+        below.dots([math.log10(gap) if gap else low for gap in gaps], f"c{n}")
+    canvas.text(LEFT - 6, below.box.bottom, "0", "small", "end")
+    legend(canvas, 330, 34, list(pairs))
+    below.axis()
+    return canvas.svg()
+
+
+def with_and_without_f(step: Path) -> str:
+    """Step 04: two ranks against one, with `f` and without, in the model of step 05."""
+    return parted(step, {"f on": ("1", "f on"), "f off": ("1", "f off")}, -8)
+
+
+def two_ranks_and_one(step: Path) -> str:
+    """Step 09: two ranks against one, in two dtypes."""
+    pairs = {dtype: (f"{dtype} 1", f"{dtype} 2") for dtype in ("float32", "float64")}
+    return parted(step, pairs, -17)
