@@ -30,7 +30,7 @@ ANSWER_SECONDS = 5.0
 
 
 class PlaceError(ConfigError):
-    """A launcher's variables that cannot be: told by each rank that has them, maybe one alone."""
+    """A launcher's variables are wrong: reported by each rank that has them, maybe one alone."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def is_rank() -> bool:
 
 
 def reports_for_machine() -> bool:
-    """Whether this rank is the one of its machine that tells of a mistake which all make."""
+    """Whether this rank is the one of its machine that reports an error which all of them have."""
     try:
         return world_from_environment()[2] == 0
     except ConfigError:
@@ -144,7 +144,7 @@ def choose_device(wanted: str) -> torch.device:
     Raises ConfigError if `wanted` is "cuda" and there are too few, and where nothing tells which of
     several GPUs is this rank's.
     """
-    import torch  # which who starts ranks does without: its seconds of importing are theirs
+    import torch  # late: the launcher, which needs no torch, saves the seconds of importing it
 
     _, _, local_rank, local_world_size = world_from_environment()
     gpus = torch.cuda.device_count() if wanted != "cpu" and torch.cuda.is_available() else 0
@@ -178,8 +178,8 @@ def gpus_are_own(visible: int, local_world_size: int) -> bool:
         return False
     per_task = f"gpu:{os.environ.get('SLURM_GPUS_PER_TASK', '')},"  # "2", or "a100:2"
     per_task += os.environ.get("SLURM_TRES_PER_TASK", "")  # "cpu=4,gres/gpu=2"
-    if told := re.search(r"gpu(?:[:=][^,]*)?[:=](\d+)(?:,|$)", per_task):
-        return visible == int(told[1])
+    if found := re.search(r"gpu(?:[:=][^,]*)?[:=](\d+)(?:,|$)", per_task):
+        return visible == int(found[1])
     of_node = _number("SLURM_GPUS_ON_NODE")
     if of_node is not None:  # there are enough, and this task is shown a part of them
         return of_node >= local_world_size

@@ -1,4 +1,4 @@
-"""Signs that this process is at work, for the hang watch: what takes long says so as it goes on."""
+"""Signs of work for the hang watch: what takes long gives one after each part."""
 
 from __future__ import annotations
 
@@ -50,12 +50,12 @@ class IdleClock:
     """
 
     SHARE = 0.02
-    """Of `seconds`: so much processor time is work. Who waits and looks takes less than half."""
+    """Of `seconds`: this much processor time counts as work; waiting and polling take less."""
 
     ENDLESS = 10
 
     STALL = 5.0
-    """Seconds between two looks, after which the whole process has stood still, and is not idle."""
+    """Seconds between two looks after which the whole process was stopped, and is not idle."""
 
     def __init__(self, seconds: float, now: float) -> None:
         self._seconds = seconds

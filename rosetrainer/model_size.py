@@ -11,13 +11,13 @@ from typing import Any
 from rosetrainer.validation import ConfigError
 
 LARGEST = 2**50
-"""Parameters; a thousand times those of the largest models that are known."""
+"""Parameters; a thousand times those of the largest known models."""
 
 
 def parameter_count(config: Any) -> int:
     """Of the whole model, the vocabulary without its pad."""
     D, F, width = config.d_model, config.ff_width, config.n_heads * config.head_width
-    plain = config.architecture == "gpt2"  # the other has no position table, and bare norms
+    plain = config.architecture == "gpt2"  # the other has no position table, and norms no weights
     norm = plain * D * (1 + config.bias)
     block = 4 * D * width + 2 * D * F + 2 * norm + config.bias * (3 * width + F + 2 * D)
     tables = config.vocab_size * D * (1 + (not config.tied)) + plain * config.context_length * D
@@ -25,7 +25,7 @@ def parameter_count(config: Any) -> int:
 
 
 def check_exists(config: Any) -> None:
-    """Raises ConfigError for sizes that no machine of today has a place for."""
+    """Raises ConfigError for sizes beyond any machine of today."""
     count = parameter_count(config)
     if count > LARGEST:
         names = ("n_layers", "n_heads", "d_model", "context_length", "vocab_size")
@@ -40,7 +40,7 @@ def check_memory(config: Any, bytes_each: int, what: str, copies: float = 1.0) -
     """Raises ConfigError if `copies` of the model do not fit into this machine's memory.
 
     bytes_each: of one parameter, with what is held beside it; `what` says what that is. copies:
-    those that the ranks of this machine hold together, below 1 where other machines' have a part.
+    what the ranks of this machine hold together, below 1 where those of other machines hold a part.
     """
     count, memory = parameter_count(config), machine_memory()
     need = count * bytes_each * copies

@@ -1,4 +1,4 @@
-"""What helps where no corpus is, told by what lies there; what a user made is never given up."""
+"""What to do where there is no corpus, by what is there instead; never to delete or overwrite."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def make_command(
 ) -> str:
     """The command that makes the corpus in folder.
 
-    source: the subcommand, told by the folder's name unless given. options: meta.json's; those of
+    source: the subcommand; by the folder's name unless given. options: meta.json's; those of
     them that are flags are given again, since another corpus would not be replaced.
     """
     if source not in SOURCES:
@@ -49,7 +49,7 @@ def make_command(
 
 
 def no_corpus(folder: Path) -> str:
-    """One line for a `folder` without meta.json: what it is, and what to do with that."""
+    """One line for a `folder` without meta.json: what it is, and what to do with it."""
     if folder.is_file():
         return f"{folder} is a file, and a corpus is a folder; {_of_a_file(folder)}"
     if not os.path.lexists(folder):
@@ -68,7 +68,7 @@ def another_folder(folder: Path, source: Any = None) -> str:
 
 
 def of_other_meta(folder: Path, values: Any) -> str:
-    """For a meta.json that is JSON and not as ours are."""
+    """For a meta.json that is JSON, but not one of ours."""
     values = values if isinstance(values, dict) else {}
     size, source = values.get("vocab_size"), values.get("source")
     too_large = isinstance(size, int) and size > LARGEST_VOCAB
@@ -84,7 +84,7 @@ def of_other_meta(folder: Path, values: Any) -> str:
 
 
 def damaged(folder: Path, source: str, options: Mapping[str, Any]) -> str:
-    """For a corpus whose meta.json is sound and whose ids are not what that says."""
+    """For a corpus whose ids are not what its meta.json says."""
     return (
         f"`{make_command(folder, source, options)}` makes it anew; ids of your own go into another "
         f"folder: `{prepare_command()} import --help`"
@@ -104,7 +104,7 @@ def _of_a_file(path: Path) -> str:
 
 
 def _own_text(path: Path, out: Path | None = None) -> str:
-    """How a text, which lies at path unless it is yet to be named, becomes a corpus."""
+    """How a text becomes a corpus: the file at path, or PATH... if that is no file."""
     what = _quoted(path) if path.is_file() else "PATH..."
     out = out or free(Path("data") / path.stem)
     return (
@@ -182,7 +182,7 @@ def _is_llm_c(path: Path) -> bool:
 
 
 def _corpora(folder: Path) -> list[str]:
-    """The names of the corpora in a folder."""
+    """The names of the corpora in `folder`."""
     try:
         return sorted(path.parent.name for path in folder.glob("*/meta.json"))
     except OSError:
@@ -194,7 +194,7 @@ def _some(names: list[str]) -> str:
 
 
 def _target(folder: Path) -> Path:
-    """Where a corpus made of what is in folder could go."""
+    """A free folder for a corpus that is made of what is in `folder`."""
     return free(Path("data") / (folder.resolve().name or "mine"))
 
 

@@ -17,7 +17,7 @@ OURS = {"meta.json", "train.bin", "val.bin", "tokenizer.json"}
 
 
 def must_make(out: Path, source: str, options: dict[str, Any], force: bool) -> bool:
-    """False, said on the screen, if what is there is just that corpus, whole.
+    """False, and prints so, if `out` holds this very corpus, undamaged.
 
     Raises ConfigError if `out` holds what must not be replaced.
     """
@@ -44,7 +44,7 @@ def must_make(out: Path, source: str, options: dict[str, Any], force: bool) -> b
 def _existing(out: Path) -> dict[str, Any] | None:
     """meta.json of the corpus in out, None if out is not there or empty.
 
-    Raises ConfigError if out holds anything else: we replace nothing but our own.
+    Raises ConfigError if out holds anything else: only a corpus of ours is ever replaced.
     """
     try:
         names = set(os.listdir(out))

@@ -109,7 +109,7 @@ def read_texts(
 def choose_validation(sizes: dict[bytes, int], val_fraction: float) -> set[bytes]:
     """Which documents are for validation, by the hash of each, out of its bytes.
 
-    In the order of their hashes, each is taken that brings the share of the bytes nearer to
+    In the order of their hashes, each is taken that brings the fraction of bytes nearer to
     val_fraction; so neither the order of the files nor a document's place decides, and equal
     documents stay together. Both sides get one at least. Raises ConfigError if one cannot.
     """

@@ -1,4 +1,4 @@
-"""Bytes to text: what is surely Unicode is taken, and for the rest one line says what it may be."""
+"""Bytes to text: Unicode is decoded; the rest is refused, with a guess at what it may be."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rosetrainer.durable_files import free
 from rosetrainer.environment import prepare_command
 from rosetrainer.validation import ConfigError
 
-SAMPLE = 1 << 16  # bytes that a guess looks at
+SAMPLE = 1 << 16  # bytes that a guess is based on
 # The longer marks first: UTF-32's begins as UTF-16's does.
 MARKS = {
     "utf-32le": codecs.BOM_UTF32_LE,
@@ -57,7 +57,7 @@ def decode(data: bytes, path: Path, offset: int = 0) -> str:
 
     The mark goes, and each line ends in a line feed, so that one text gives one corpus wherever it
     was written. offset: where in the file the bytes stand, for messages. Raises ConfigError for
-    bytes that are no text, or not surely one.
+    bytes that are not certainly a text.
     """
     encoding, mark = byte_order_mark(data)
     try:
@@ -124,7 +124,7 @@ def _without_mark(data: bytes) -> str | None:
 
 
 def _not_utf8(data: bytes, path: Path, offset: int, error: UnicodeDecodeError) -> ConfigError:
-    """What to do with bytes that are not UTF-8."""
+    """The error for bytes that are not UTF-8, with what to do about them."""
     name, where = shlex.quote(str(path)), offset + len(data) - len(error.object) + error.start
     if error.reason == "unexpected end of data":
         return ConfigError(

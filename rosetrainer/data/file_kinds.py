@@ -1,4 +1,4 @@
-"""What a file is, told by its bytes; each kind that is no text has a way out of its own."""
+"""What a file is, by its first bytes; for each kind that is no text, how to get text out of it."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from rosetrainer.durable_files import free
 from rosetrainer.environment import prepare_command
 from rosetrainer.validation import ConfigError
 
-HEAD = 1 << 16  # bytes that tell what a file is
+HEAD = 1 << 16  # first bytes that decide what a file is
 
-# Unpacked while they are read.
+# These are unpacked while they are read.
 COMPRESSED = {
     "gzip": rb"\x1f\x8b\x08",
     "bzip2": rb"BZh[1-9](1AY&SY|\x17rE8P\x90)",
@@ -78,7 +78,7 @@ BINARY = {
         PASS_TEXT,
     ),
 }
-# Text, but hardly the one that was meant; `--as-text` takes it all the same.
+# Text, but probably not the one that was meant; `--as-text` takes it as it is.
 MARKUP = {
     "a git-lfs pointer, not the file itself": (
         rb"version https://git-lfs\.github\.com/",
@@ -90,8 +90,8 @@ MARKUP = {
     ),
     "RTF": (rb"\{\\rtf\d", "write its text: `pandoc -f rtf -t plain -o {text} {path}`"),
 }
-# An object over several lines, a list of objects or of texts, each with jq's way to JSON lines,
-# which were asked for before.
+# An object over several lines, a list of objects or of texts, each with the jq program that makes
+# JSON lines of it. Those are recognised before.
 _JSON = {
     ".": rb'\s*\{\s*"(?:[^"\\]|\\.)*"\s*:',
     ".[]": rb"\s*\[\s*\{",
@@ -110,14 +110,14 @@ def is_parquet(head: bytes) -> bool:
 
 
 def refuse_binary(path: Path, head: bytes) -> None:
-    """Raises ConfigError if a file with this head is of a kind that is no text, with a way out."""
+    """Raises ConfigError if a file that begins like this is no text, with what to do about it."""
     for what, (magic, way) in BINARY.items():
         if re.match(magic, head, re.DOTALL):
             raise ConfigError(f"{path} is {what}; {_filled(way, path)}")
 
 
 def refuse_markup(path: Path, head: bytes) -> None:
-    """Raises ConfigError for a text that is hardly the one that was meant."""
+    """Raises ConfigError for a text that is probably not the one that was meant."""
     for what, (magic, way) in MARKUP.items():
         if re.match(magic, head, re.DOTALL | re.IGNORECASE):
             way = f"{_filled(way, path)}, or take it as it is: --as-text"

@@ -1,4 +1,4 @@
-"""Files of text, opened as what they are: packed or not, one text or JSON lines or parquet."""
+"""Files of text: packed or not; one text, JSON lines or parquet."""
 
 from __future__ import annotations
 
@@ -135,9 +135,9 @@ class TextFile:
 
 
 def recognise(path: Path, as_text: bool = False) -> TextFile:
-    """The file as what it is, by its bytes. as_text: JSON lines, JSON and markup are text too.
+    """Finds out by its bytes what a file is. as_text: JSON lines, JSON and markup are text too.
 
-    Raises ConfigError for what is no text, with what helps for its kind.
+    Raises ConfigError for what is no text, with advice for its kind.
     """
     _check_regular(path)
     file = TextFile(path, "text", None)

@@ -1,4 +1,4 @@
-"""Token ids that another program wrote, nanoGPT's or llm.c's, as a corpus."""
+"""Imports token ids that nanoGPT or llm.c wrote."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class IdFile:
     dtype: str
 
     def parts(self, tokenizer: Tokenizer) -> Iterator[Ids]:
-        """All ids, in parts of a bounded size. Raises ConfigError for one that is impossible."""
+        """All ids, in parts of bounded size. Raises ConfigError for one not in the vocabulary."""
         for first in range(0, self.count, SCAN):
             wanted = min(SCAN, self.count - first)
             start = self.offset + first * np.dtype(self.dtype).itemsize
@@ -118,7 +118,7 @@ def open_source(paths: tuple[Path, ...], tokenizer: str, vocab_size: int | None)
 
 
 def _are_uint32(ids: np.ndarray[Any, Any]) -> bool:
-    """Whether every second one is the upper half of a number, as of a vocabulary below 2^18."""
+    """Whether every second one is the upper half of a uint32 below 2^18."""
     low, high = ids[0::2], ids[1::2]
     return len(ids) > 15 and bool((high < 4).all() and (low > 3).any())
 

@@ -152,21 +152,21 @@ def micro_batch(model: GPTConfig, parallel: ParallelConfig, work: Work) -> Itera
     sums += [work.rows * model.d_model * work.weight_bytes * t for t in ends]  # embeddings
     table = padded_vocabulary(model, tp := parallel.tp_size or 1) // tp
     yield "all_reduce", "forward", bytes_of_sums(work.rows * work.tokens, table, work.product_bytes)
-    # Without dropout, backward needs nothing behind a block's last row-parallel product.
+    # Without dropout, backward needs nothing after a block's last row-parallel product.
     last = None if model.dropout else -1
-    again = all_blocks if parallel.recompute == "block" else []
-    sums_again = [product * t for block in again for t in block.rows[:last]]
+    recomputed = all_blocks if parallel.recompute == "block" else []
+    recomputed_sums = [product * t for block in recomputed for t in block.rows[:last]]
     if not parallel.sequence_parallel:
         yield "all_reduce", "forward", sums
         yield "all_reduce", "backward", [*columns, head]
-        yield "all_reduce", "recompute", sums_again
+        yield "all_reduce", "recompute", recomputed_sums
         return
     yield "all_gather", "forward", [*columns, head]
     yield "reduce_scatter", "forward", sums
     yield "reduce_scatter", "backward", [*columns, head]
     yield "all_gather", "backward", sums + (columns if parallel.overlap else [])
-    yield "reduce_scatter", "recompute", sums_again
-    yield "all_gather", "recompute", [product * t for block in again for t in block.columns]
+    yield "reduce_scatter", "recompute", recomputed_sums
+    yield "all_gather", "recompute", [product * t for block in recomputed for t in block.columns]
 
 
 def buckets(sizes: list[int], width: int) -> list[int]:
@@ -223,12 +223,12 @@ def activations(model: GPTConfig, parallel: ParallelConfig, work: Work) -> int:
 def memory_and_masks(
     model: GPTConfig, parallel: ParallelConfig, work: Work, own: int, gathered: int
 ) -> int:
-    """What an encoder-decoder's blocks share, as it differs from what each would keep alone."""
+    """Bytes, maybe negative, by which an encoder-decoder keeps more than its blocks would alone."""
     B, T, S, L = work.rows, work.tokens, work.source_tokens, model.n_layers
     encoded = B * S * model.d_model
-    again = parallel.recompute
-    masks = 0 if again == "none" else B * (2 * S + T * T)  # inputs of what is computed again
-    if again == "block":
+    recompute = parallel.recompute
+    masks = 0 if recompute == "none" else B * (2 * S + T * T)  # inputs of what is recomputed
+    if recompute == "block":
         return encoded // own * work.weight_bytes + masks
     # All layers look at one encoded source; each keeps it alone only where it gathered it.
     shared = gathered == own and work.product_bytes == work.weight_bytes
@@ -236,7 +236,7 @@ def memory_and_masks(
 
 
 def weight_copies(model: GPTConfig, parallel: ParallelConfig, work: Work) -> int:
-    """The matrices in a shorter dtype: those of blocks that are not run again."""
+    """Bytes of the weights' copies in the products' dtype, in blocks that are not recomputed."""
     sizes = parameters(model, parallel.tp_size or 1, bool(work.source_tokens))
     own = sum(p.elements for p in sizes if p.multiplied and parallel.recompute != "block")
     return own * work.product_bytes
