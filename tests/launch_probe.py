@@ -23,8 +23,9 @@ if "RANK" in os.environ:  # a rank that is being started and has not come to run
     while "PROBE_IS_SIGNALLED_EARLY" in os.environ and not signal.sigpending():
         time.sleep(0.005)
 
-from rosetrainer.launch import ending, launcher, rank  # noqa: E402
-from rosetrainer.launch.rank import RankError, report_stop_seconds, run_rank  # noqa: E402
+from rosetrainer.launch import launcher, rank  # noqa: E402
+from rosetrainer.launch.failures import RankError  # noqa: E402
+from rosetrainer.launch.rank import report_stop_seconds, run_rank  # noqa: E402
 from rosetrainer.validation import ConfigError  # noqa: E402
 
 
@@ -142,7 +143,7 @@ def suspended(words: list[str]) -> None:
     meet()
     if RANK == 0:
         os.kill(os.getpid(), signal.SIGSTOP)
-    while not ending.is_suspended(int((PIDS / "0").read_text())):
+    while not launcher.is_suspended(int((PIDS / "0").read_text())):
         time.sleep(0.005)
     if words == ["crash"]:
         raise RuntimeError("boom")
@@ -150,11 +151,12 @@ def suspended(words: list[str]) -> None:
 
 
 def explained(words: list[str]) -> None:
-    """Rank 0 leaves it to rank 1, a little slower, to say what went wrong."""
+    """Rank 1 is the first to fail, and slower to report it than rank 0."""
     meet()
-    if RANK == 1:
-        time.sleep(0.3)
-    raise RankError("the disk is full" if str(RANK) in words else "")
+    if words == ["1"] and RANK == 1 and os.environ["WORLD_SIZE"] == "2":
+        until_the_end_of(0)
+    is_first = str(RANK) in words
+    raise RankError("the disk is full" if is_first else "a connection is lost", first=is_first)
 
 
 def starved(words: list[str]) -> None:
@@ -246,9 +248,9 @@ if __name__ == "__main__":
         signal.signal(signal.SIGINT, signal.default_int_handler)
         if "PROBE_NOHUP" in os.environ:
             signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        for name in ("LOOK", "GRACE", "SUSPENDED", "STOP", "SECOND_SIGNAL"):
+        for name in ("POLL", "TERMINATE", "SUSPENDED", "STOP", "SECOND_SIGNAL"):
             name += "_SECONDS"
-            setattr(ending, name, float(os.environ.get(name, getattr(ending, name))))
+            setattr(launcher, name, float(os.environ.get(name, getattr(launcher, name))))
         threads = int(os.environ.get("PROBE_THREADS", "0"))
         handlers = [signal.getsignal(signum) for signum in launcher.STOP_SIGNALS]
         grace = float(os.environ.get("PROBE_GRACE", rank.GRACE))

@@ -1,4 +1,4 @@
-"""Ranks on this machine: starts them, ends them together, shows the first error once.
+"""Ranks on this machine: starts them, ends them together, reports the first error once.
 
 They are in sessions of their own, so a terminal's Ctrl-C reaches the launcher only, and they meet
 in a folder, so nothing has to listen on a port. For more than one machine there is torchrun.
@@ -16,26 +16,42 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 
 from rosetrainer.environment import usable_cores
-from rosetrainer.launch import ending
-from rosetrainer.launch.ending import Ranks, end, kill, say, stop
+from rosetrainer.launch.failures import memory_advice
 from rosetrainer.launch.interfaces import INTERFACE, local_interface
 from rosetrainer.launch.rank import (
+    ERROR_FILE,
     GRACE,
     LAUNCHED,
     PIPE_CLOSED,
     RENDEZVOUS_DIR,
-    error_file,
-    memory_advice,
+    STOP_MESSAGE,
+    STOP_SECONDS_FILE,
+    stop_line,
 )
+from rosetrainer.launch.stop import SECOND_SIGNAL_SECONDS
 from rosetrainer.validation import ConfigError
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 CRASHES = (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE)
 """Signals by which a rank dies of itself or by the system, never because another rank failed."""
+
+POLL_SECONDS = 0.05
+TERMINATE_SECONDS = 3
+"""Time that a rank has to end by itself after another one has failed."""
+STOP_SECONDS = 9
+"""Time that the ranks have, at least, to save and leave after a signal."""
+STOP_MARGIN = 1.5
+"""Times what the ranks were measured to need, for they may be slower now."""
+SUSPENDED_SECONDS = 5
+"""How long a rank may be suspended (SIGSTOP) after a signal; it takes no notice of that signal."""
+
+Ranks = list[subprocess.Popen[bytes]]
+Signals = list[tuple[int, float]]
+"""(number, time) of each that has come."""
 
 
 def launch(
@@ -58,21 +74,25 @@ def launch(
         raise ConfigError(f"nproc={nproc} must be 1 or more")
     with (
         _note_signals() as received,
-        tempfile.TemporaryDirectory(prefix="rosetrainer_", ignore_cleanup_errors=True) as folder,
+        tempfile.TemporaryDirectory(prefix="rosetrainer_", ignore_cleanup_errors=True) as name,
     ):
         ranks: Ranks = []
-        environment = _rank_environment(nproc, threads) | {RENDEZVOUS_DIR: folder}
+        folder = Path(name)
+        environment = _rank_environment(nproc, threads) | {RENDEZVOUS_DIR: name}
         try:
             for rank in range(nproc):
-                place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-                ranks.append(_start([sys.executable, "-m", module, *argv], environment | place))
-            failures = _wait(ranks, folder, received)
+                own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                own[ERROR_FILE] = str(_error_file(folder, rank))
+                ranks.append(_start([sys.executable, "-m", module, *argv], environment | own))
+            failed = _wait(ranks, received)
             if received:
                 return stop(ranks, received, folder, grace)
-            if not failures:
+            if not failed:
                 return 0
-            end(ranks, received)
-            return _report(min(failures, key=_Failure.order))
+            # The cause: what no other rank's end can do, else the first error, else any.
+            first = min((_cause(n, status, folder), n, status) for n, status in failed.items())
+            _end(ranks, received)
+            return _report(*first[1:], folder)
         finally:
             kill(ranks)
 
@@ -86,67 +106,56 @@ def _start(command: list[str], environment: dict[str, str]) -> subprocess.Popen[
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-@dataclass(frozen=True)
-class _Failure:
-    """How a rank ended, and what it wrote about that (see rosetrainer.launch.rank)."""
+def _wait(ranks: Ranks, received: Signals) -> dict[int, int]:
+    """Waits for the end of all ranks, for a failure or for a signal; gives failed ranks' statuses.
 
-    rank: int
-    status: int  # -n: killed by signal n
-    text: str | None  # None where it could not write, "" where another rank speaks for it
-    time: float
-
-    def order(self) -> tuple[int, float]:
-        """The smallest is the cause: a rank's end breaks the connections of all others."""
-        if -self.status in CRASHES or self.status == PIPE_CLOSED:
-            return 0, self.time  # nothing that another rank does ends a rank like this
-        if self.text:
-            return 1, self.time
-        return (2 if self.text is None else 3), self.time
-
-
-def _wait(ranks: Ranks, folder: str, received: list[tuple[int, float]]) -> list[_Failure]:
-    """Waits for the end of all ranks, for a failure or for a signal; returns the failures.
-
-    After the first failure it looks once more, since the cause may be the one seen later. And if
-    the first ones leave it to another rank to say why, that one has time to say it.
+    After the first failure it looks once more, since the cause may be the one seen later.
     """
-    latest = math.inf
+    seen = False
     while True:
         statuses = [rank.poll() for rank in ranks]
-        failures = [_failure(rank, n, folder) for rank, n in enumerate(statuses) if n]
-        if received or None not in statuses or time.monotonic() >= latest:
-            return failures
-        if failures:
-            explained = any(failure.text != "" for failure in failures)
-            latest = min(
-                latest,
-                time.monotonic() + (ending.LOOK_SECONDS if explained else ending.GRACE_SECONDS),
-            )
-        time.sleep(ending.LOOK_SECONDS)
+        failed = {rank: status for rank, status in enumerate(statuses) if status}
+        if received or None not in statuses or seen:
+            return failed
+        seen = bool(failed)
+        time.sleep(POLL_SECONDS)
 
 
-def _failure(rank: int, status: int, folder: str) -> _Failure:
-    try:
-        written = json.loads(error_file(folder, rank).read_text())
-    except FileNotFoundError:
-        return _Failure(rank, status, None, math.inf)
-    return _Failure(rank, status, written["text"], written["time"])
+def _error_file(folder: Path, rank: int) -> Path:
+    return folder / f"error_{rank:05}.json"
 
 
-def _report(failure: _Failure) -> int:
-    """Prints a failure; returns the exit status that it stands for."""
-    if failure.status == PIPE_CLOSED:
+def _error(folder: Path, rank: int) -> tuple[str, float] | None:
+    """What a rank has recorded, see launch.rank: the text, and when."""
+    path = _error_file(folder, rank)
+    if not path.exists():
+        return None
+    message = json.loads(path.read_text())["message"]
+    return message["message"], message["extraInfo"]["timestamp"]
+
+
+def _cause(rank: int, status: int, folder: Path) -> float:
+    """The smallest is the cause: a rank's end breaks the connections of all others."""
+    error = _error(folder, rank)
+    if -status in CRASHES or status == PIPE_CLOSED:
+        return -math.inf
+    return error[1] if error else math.inf
+
+
+def _report(rank: int, status: int, folder: Path) -> int:
+    """Prints why a rank has failed; returns the exit status that it stands for."""
+    if status == PIPE_CLOSED:
         return PIPE_CLOSED
-    if failure.text:
-        say(f"error: {failure.text}")
-    elif failure.status < 0:
-        name = {s.value: s.name for s in signal.Signals}.get(-failure.status, "unknown")
-        is_kill = failure.status == -signal.SIGKILL
+    if status < 0:
+        name = {s.value: s.name for s in signal.Signals}.get(-status, "unknown")
+        is_kill = status == -signal.SIGKILL
         hint = f"; if the machine ran out of memory: {memory_advice()}" if is_kill else ""
-        say(f"error: rank {failure.rank} was killed by signal {-failure.status} ({name}){hint}")
+        say(f"error: rank {rank} was killed by signal {-status} ({name}){hint}")
+    elif error := _error(folder, rank):
+        say(f"error: {error[0]}")
     else:
-        say(f"error: rank {failure.rank} ended with exit status {failure.status}")
-    return 2 if failure.status == 2 else 1
+        say(f"error: rank {rank} ended with exit status {status}")
+    return 2 if status == 2 else 1
 
 
 def _rank_environment(nproc: int, threads: int) -> dict[str, str]:
@@ -166,9 +175,9 @@ def _rank_environment(nproc: int, threads: int) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _note_signals() -> Iterator[list[tuple[int, float]]]:
-    """The list to which (signal, time) of each signal that would end us is added for a while."""
-    received: list[tuple[int, float]] = []
+def _note_signals() -> Iterator[Signals]:
+    """The list to which each signal that would end us is added for a while."""
+    received: Signals = []
 
     def note(signum: int, frame: FrameType | None) -> None:
         received.append((signum, time.monotonic()))
@@ -181,3 +190,79 @@ def _note_signals() -> Iterator[list[tuple[int, float]]]:
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
+
+
+def _end(ranks: Ranks, received: Signals) -> None:
+    """Ends the ranks that another one's failure has left; at once if a signal comes meanwhile."""
+    for rank in ranks:
+        rank.terminate()
+    end = time.monotonic() + TERMINATE_SECONDS
+    while None in [rank.poll() for rank in ranks] and time.monotonic() < end and not received:
+        time.sleep(POLL_SECONDS)
+    kill(ranks)
+
+
+def stop(ranks: Ranks, received: Signals, folder: Path, grace: float) -> int:
+    """Passes the signal on, lets the ranks save and leave, and kills those that do not.
+
+    They have as long as rank 0 has measured that they need, and up to `grace` seconds. Says it in
+    one line, with rank 0's own message if it had one.
+    """
+    signum, since = received[0]
+    interrupted = signum == signal.SIGINT
+    said = "interrupted" if interrupted else f"stopped by {signal.Signals(signum).name}"
+    for rank in ranks:
+        rank.send_signal(signal.SIGINT if interrupted else signal.SIGTERM)
+    end, needed = since + min(STOP_SECONDS, grace), 0.0
+    killed: set[int] = set()
+    suspended: dict[int, float] = {}  # rank -> since when
+    while running := [number for number, rank in enumerate(ranks) if rank.poll() is None]:
+        now = time.monotonic()
+        if received[-1][1] > since + SECOND_SIGNAL_SECONDS:
+            kill(ranks)
+            say(f"{said}; all ranks were killed")
+            return 128 + signum
+        if not needed and (needed := float(_read(folder / STOP_SECONDS_FILE) or 0)):
+            end = since + min(max(STOP_SECONDS, STOP_MARGIN * needed), grace)
+            if needed >= STOP_SECONDS:
+                say(stop_line(needed) + f"; --grace gives {grace:g} s" * (needed > grace))
+        suspended = {n: suspended.get(n, now) for n in running if is_suspended(ranks[n].pid)}
+        for n in running:
+            if now >= min(end, suspended.get(n, math.inf) + SUSPENDED_SECONDS):
+                ranks[n].kill()
+                killed.add(n)
+        if killed:
+            end = min(end, now + TERMINATE_SECONDS)  # without it its peers wait in vain
+        time.sleep(POLL_SECONDS)
+    names = ", ".join(map(str, sorted(killed)))
+    fate = f", rank{'s' * (len(killed) > 1)} {names} {'were' if len(killed) > 1 else 'was'} killed"
+    if needed > grace:
+        fate += f" after {grace:g} s; --grace gives them longer"
+    say(f"{said}; {_read(folder / STOP_MESSAGE) or 'all ranks have ended'}{fate * bool(killed)}")
+    saved = signum == signal.SIGTERM and not any(rank.returncode for rank in ranks)
+    return 0 if saved else 128 + signum
+
+
+def _read(path: Path) -> str:
+    return path.read_text() if path.exists() else ""
+
+
+def is_suspended(pid: int) -> bool:
+    if stat := _read(Path(f"/proc/{pid}/stat")):
+        state = stat.rpartition(")")[2]
+    else:
+        ps = ["ps", "-o", "state=", "-p", str(pid)]
+        state = subprocess.run(ps, capture_output=True, text=True).stdout
+    return state.strip().startswith(("T", "t"))
+
+
+def kill(ranks: Ranks) -> None:
+    for rank in ranks:
+        rank.kill()
+    for rank in ranks:
+        rank.wait()
+
+
+def say(text: str) -> None:
+    """Prints to standard error; on a terminal below the progress bar that may stand there."""
+    print("\n" * sys.stderr.isatty() + text, file=sys.stderr)

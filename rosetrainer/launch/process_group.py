@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -11,7 +10,8 @@ import torch
 import torch.distributed as dist
 
 from rosetrainer.environment import choose_device, name_ranks, world_from_environment
-from rosetrainer.launch.rank import RENDEZVOUS_DIR, SILENT_SECONDS, RankError
+from rosetrainer.launch.failures import RankError
+from rosetrainer.launch.rank import RENDEZVOUS_DIR
 from rosetrainer.validation import ConfigError
 
 WATCH_MARGIN_SECONDS = 24 * 3600
@@ -47,13 +47,9 @@ def open_store(timeout: timedelta) -> dist.Store | None:
                 f"port {port} is in use on this machine; choose another: torchrun's --master-port, "
                 f"or MASTER_PORT where you start the ranks yourself"
             ) from None
-        if rank != 1:  # which tells it; without a store they cannot agree who does
-            time.sleep(SILENT_SECONDS)
-            raise RankError("") from None
-        raise RankError(
-            f"{store_host()} has not answered in {seconds:g} s; has it started, and can this "
-            f"machine reach it?"
-        ) from None
+        text = f"{store_host()} has not answered in {seconds:g} s; has it started, and can this "
+        # Without a store they cannot agree which is first.
+        raise RankError(text + "machine reach it?", first=rank == 1) from None
     # torchrun keeps one store for all its restarts: nobody may read a dead rank's address.
     return dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", kept)
 

@@ -19,16 +19,16 @@ import torch.distributed as dist
 
 from rosetrainer.heartbeat import HEARTBEAT, IdleClock
 from rosetrainer.launch import process_group
-from rosetrainer.launch.failures import FAILURES, answer
+from rosetrainer.launch.failures import RankError, answer, is_first
 from rosetrainer.launch.process_group import START_SECONDS, store_host
-from rosetrainer.launch.rank import RankError, end_rank
+from rosetrainer.launch.rank import end_rank
 
 POLL_SECONDS = 0.25
 LEAST_ANSWER_SECONDS, MOST_ANSWER_SECONDS = 4.0, 30.0
 """How long the ranks have to answer another one: a tenth of the timeout, between these."""
 
-SILENT_SECONDS = 5.0
-"""How long a rank stays that leaves it to another one, which may come to it later, to tell."""
+FOLLOW_SECONDS = 5.0
+"""How long a rank stays after another one has reported what hangs, or is about to."""
 
 WAITING = (str(Path(torch.__file__).parent / "distributed"), process_group.__file__)
 """The code in which a rank waits for others."""
@@ -107,18 +107,17 @@ class HangWatch:
         """Ends this process if all hang; else gives the seconds until asking again makes sense."""
         found = answer(self._ask_if_there, self._patience + 2 * LEAST_ANSWER_SECONDS)
         if found is None:
-            self._end(f"{store_host()} does not answer" if self._rank == 1 else "")
+            self._end(f"{store_host()} does not answer", self._rank == 1)
         answers, here = found
         if not answers:  # the store has ended, with a rank that had a reason, and told it
-            self._end("")
+            self._end(f"{store_host()} has ended", False)
         at_work = min((one.idle for one in answers.values()), default=self._idle)
         if at_work < self._seconds:
             return self._seconds - at_work
         if len(here) == self._world_size or self._idle >= START_SECONDS:
             fault, why = at_fault(answers, here, self._world_size)
             # Where nobody keeps the store any more, it has ended with the rank that was first.
-            first = answer(lambda: self._store.add(FAILURES, 1), LEAST_ANSWER_SECONDS) == 1
-            self._end(f"rank {fault} {why}" if first else "")
+            self._end(f"rank {fault} {why}", is_first(self._store, False))
         return START_SECONDS - self._idle
 
     def _ask_if_there(self) -> tuple[dict[int, Answer], set[int]]:
@@ -158,15 +157,14 @@ class HangWatch:
         """Whether another rank has asked, so lately that it may have ended all since."""
         return time.monotonic() - self._asked_at < 2 * MOST_ANSWER_SECONDS
 
-    def _end(self, who: str) -> NoReturn:
-        if not who:
-            time.sleep(SILENT_SECONDS)  # its end is not to be told as the cause
-            end_rank(RankError(""))
+    def _end(self, why: str, first: bool) -> NoReturn:
         text = (
-            f"no progress for {self._seconds:g} s: {who}; all ranks end, and the same command goes "
+            f"no progress for {self._seconds:g} s: {why}; all ranks end, and the same command goes "
             f"on from the last checkpoint; --timeout gives slower ranks more time"
         )
-        end_rank(RankError(text))
+        if not first:
+            time.sleep(FOLLOW_SECONDS)  # its end is not to be reported as the cause
+        end_rank(RankError(text, first=first))
 
 
 def processor_seconds(on_cuda: bool) -> float | None:

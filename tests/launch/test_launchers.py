@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Callable
 from datetime import timedelta
@@ -119,8 +120,9 @@ def test_variables_that_contradict_each_other_are_one_line(
 
 
 def test_a_rank_alone_in_its_mistake_tells_of_it(
-    started_with: Start, capsys: pytest.CaptureFixture[str]
+    started_with: Start, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(os, "_exit", sys.exit)
     started_with({"RANK": "5", "WORLD_SIZE": "4", "LOCAL_RANK": "2", "LOCAL_WORLD_SIZE": "4"})
     with pytest.raises(SystemExit) as ended:
         run_rank(lambda: world_from_environment()[0])
