@@ -85,13 +85,15 @@ def is_first(store: dist.Store, unless_told: bool) -> bool:
     return unless_told if before is None else before == 1
 
 
-def answer(question: Callable[[], T], seconds: float) -> T | None:
-    """What a question to the store gives; None if the store fails or does not answer in time."""
-    answers: list[T] = []
+def answer(question: Callable[[], T], seconds: float, gone: T | None = None) -> T | None:
+    """What a question to the store gives; `gone` if that fails, None if it takes too long."""
+    answers: list[T | None] = []
 
     def ask() -> None:
-        with contextlib.suppress(RuntimeError, OSError):
+        try:
             answers.append(question())
+        except (RuntimeError, OSError):
+            answers.append(gone)
 
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()

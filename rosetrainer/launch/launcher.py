@@ -47,11 +47,11 @@ STOP_SECONDS = 9
 STOP_MARGIN = 1.5
 """Times what the ranks were measured to need, for they may be slower now."""
 SUSPENDED_SECONDS = 5
-"""How long a rank may be suspended (SIGSTOP) after a signal; it takes no notice of that signal."""
+"""How long a rank may be suspended (SIGSTOP) after a signal, which then does not reach it."""
 
+ERROR_NAME = "error_{:05}.json"
 Ranks = list[subprocess.Popen[bytes]]
-Signals = list[tuple[int, float]]
-"""(number, time) of each that has come."""
+Signals = list[tuple[int, float]]  # (number, time) of each that has come
 
 
 def launch(
@@ -82,17 +82,13 @@ def launch(
         try:
             for rank in range(nproc):
                 own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-                own[ERROR_FILE] = str(_error_file(folder, rank))
+                own[ERROR_FILE] = str(folder / ERROR_NAME.format(rank))
                 ranks.append(_start([sys.executable, "-m", module, *argv], environment | own))
             failed = _wait(ranks, received)
             if received:
                 return stop(ranks, received, folder, grace)
-            if not failed:
-                return 0
-            # The cause: what no other rank's end can do, else the first error, else any.
-            first = min((_cause(n, status, folder), n, status) for n, status in failed.items())
             _end(ranks, received)
-            return _report(*first[1:], folder)
+            return _report(failed, folder) if failed else 0
         finally:
             kill(ranks)
 
@@ -111,50 +107,40 @@ def _wait(ranks: Ranks, received: Signals) -> dict[int, int]:
 
     After the first failure it looks once more, since the cause may be the one seen later.
     """
-    seen = False
+    failed: dict[int, int] = {}
     while True:
-        statuses = [rank.poll() for rank in ranks]
+        seen, statuses = bool(failed), [rank.poll() for rank in ranks]
         failed = {rank: status for rank, status in enumerate(statuses) if status}
         if received or None not in statuses or seen:
             return failed
-        seen = bool(failed)
         time.sleep(POLL_SECONDS)
 
 
-def _error_file(folder: Path, rank: int) -> Path:
-    return folder / f"error_{rank:05}.json"
+def _error(folder: Path, rank: int) -> tuple[str, float]:
+    """What a rank has recorded, see launch.rank.record: the text, and when; else "" and never."""
+    if text := _read(folder / ERROR_NAME.format(rank)):
+        message = json.loads(text)["message"]
+        return message["message"], message["extraInfo"]["timestamp"]
+    return "", math.inf
 
 
-def _error(folder: Path, rank: int) -> tuple[str, float] | None:
-    """What a rank has recorded, see launch.rank: the text, and when."""
-    path = _error_file(folder, rank)
-    if not path.exists():
-        return None
-    message = json.loads(path.read_text())["message"]
-    return message["message"], message["extraInfo"]["timestamp"]
+def _report(failed: dict[int, int], folder: Path) -> int:
+    """Prints why the first of the ranks has failed; returns the exit status for all.
 
-
-def _cause(rank: int, status: int, folder: Path) -> float:
-    """The smallest is the cause: a rank's end breaks the connections of all others."""
-    error = _error(folder, rank)
-    if -status in CRASHES or status == PIPE_CLOSED:
-        return -math.inf
-    return error[1] if error else math.inf
-
-
-def _report(rank: int, status: int, folder: Path) -> int:
-    """Prints why a rank has failed; returns the exit status that it stands for."""
+    A rank's end breaks the connections of all others, so the cause is a crash, which no other
+    rank's end can be, or else the first error.
+    """
+    is_own = {n: -status in CRASHES or status == PIPE_CLOSED for n, status in failed.items()}
+    rank = min(failed, key=lambda n: -math.inf if is_own[n] else _error(folder, n)[1])
+    status, text = failed[rank], _error(folder, rank)[0]
     if status == PIPE_CLOSED:
         return PIPE_CLOSED
     if status < 0:
         name = {s.value: s.name for s in signal.Signals}.get(-status, "unknown")
-        is_kill = status == -signal.SIGKILL
-        hint = f"; if the machine ran out of memory: {memory_advice()}" if is_kill else ""
-        say(f"error: rank {rank} was killed by signal {-status} ({name}){hint}")
-    elif error := _error(folder, rank):
-        say(f"error: {error[0]}")
-    else:
-        say(f"error: rank {rank} ended with exit status {status}")
+        hint = f"; if the machine ran out of memory: {memory_advice()}"
+        text = f"rank {rank} was killed by signal {-status} ({name})"
+        text += hint * (status == -signal.SIGKILL)
+    say(f"error: {text or f'rank {rank} ended with exit status {status}'}")
     return 2 if status == 2 else 1
 
 
@@ -195,7 +181,7 @@ def _note_signals() -> Iterator[Signals]:
 def _end(ranks: Ranks, received: Signals) -> None:
     """Ends the ranks that another one's failure has left; at once if a signal comes meanwhile."""
     for rank in ranks:
-        rank.terminate()
+        rank.terminate()  # does nothing to one that has ended
     end = time.monotonic() + TERMINATE_SECONDS
     while None in [rank.poll() for rank in ranks] and time.monotonic() < end and not received:
         time.sleep(POLL_SECONDS)
@@ -205,14 +191,12 @@ def _end(ranks: Ranks, received: Signals) -> None:
 def stop(ranks: Ranks, received: Signals, folder: Path, grace: float) -> int:
     """Passes the signal on, lets the ranks save and leave, and kills those that do not.
 
-    They have as long as rank 0 has measured that they need, and up to `grace` seconds. Says it in
-    one line, with rank 0's own message if it had one.
+    They have as long as rank 0 has measured, at most `grace` seconds. Prints one line.
     """
     signum, since = received[0]
-    interrupted = signum == signal.SIGINT
-    said = "interrupted" if interrupted else f"stopped by {signal.Signals(signum).name}"
+    said = f"stopped by {signal.Signals(signum).name}".replace("stopped by SIGINT", "interrupted")
     for rank in ranks:
-        rank.send_signal(signal.SIGINT if interrupted else signal.SIGTERM)
+        rank.send_signal(signal.SIGINT if signum == signal.SIGINT else signal.SIGTERM)
     end, needed = since + min(STOP_SECONDS, grace), 0.0
     killed: set[int] = set()
     suspended: dict[int, float] = {}  # rank -> since when
@@ -235,7 +219,7 @@ def stop(ranks: Ranks, received: Signals, folder: Path, grace: float) -> int:
             end = min(end, now + TERMINATE_SECONDS)  # without it its peers wait in vain
         time.sleep(POLL_SECONDS)
     names = ", ".join(map(str, sorted(killed)))
-    fate = f", rank{'s' * (len(killed) > 1)} {names} {'were' if len(killed) > 1 else 'was'} killed"
+    fate = f", ranks {names} were killed" if len(killed) > 1 else f", rank {names} was killed"
     if needed > grace:
         fate += f" after {grace:g} s; --grace gives them longer"
     say(f"{said}; {_read(folder / STOP_MESSAGE) or 'all ranks have ended'}{fate * bool(killed)}")
@@ -248,11 +232,9 @@ def _read(path: Path) -> str:
 
 
 def is_suspended(pid: int) -> bool:
-    if stat := _read(Path(f"/proc/{pid}/stat")):
-        state = stat.rpartition(")")[2]
-    else:
-        ps = ["ps", "-o", "state=", "-p", str(pid)]
-        state = subprocess.run(ps, capture_output=True, text=True).stdout
+    ps = ["ps", "-o", "state=", "-p", str(pid)]
+    stat = _read(Path(f"/proc/{pid}/stat")).rpartition(")")[2]
+    state = stat or subprocess.run(ps, capture_output=True, text=True).stdout
     return state.strip().startswith(("T", "t"))
 
 

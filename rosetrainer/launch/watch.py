@@ -42,14 +42,14 @@ class Ledger(Protocol):
 
 @dataclass(frozen=True)
 class Answer:
-    """How a rank stands when another one asks."""
+    """What a rank is doing when another one asks."""
 
     collectives_started: int
     """Collectives."""
     idle: float
     """Seconds without a sign of work."""
     waits: bool
-    place: str
+    location: str
 
 
 class HangWatch:
@@ -105,7 +105,8 @@ class HangWatch:
 
     def _ask(self) -> float:
         """Ends this process if all hang; else gives the seconds until asking again makes sense."""
-        found = answer(self._ask_if_there, self._patience + 2 * LEAST_ANSWER_SECONDS)
+        nobody: tuple[dict[int, Answer], set[int]] = {}, set()
+        found = answer(self._ask_all, self._patience + 2 * LEAST_ANSWER_SECONDS, nobody)
         if found is None:
             self._end(f"{store_host()} does not answer", self._rank == 1)
         answers, here = found
@@ -120,13 +121,6 @@ class HangWatch:
             self._end(f"rank {fault} {why}", is_first(self._store, False))
         return START_SECONDS - self._idle
 
-    def _ask_if_there(self) -> tuple[dict[int, Answer], set[int]]:
-        """No answers at all if nobody keeps the store any more."""
-        try:
-            return self._ask_all()
-        except (RuntimeError, OSError):
-            return {}, set()
-
     def _ask_all(self) -> tuple[dict[int, Answer], set[int]]:
         """What each rank that answers says, and which ranks have ever come."""
         number, ranks = self._answered + 1, range(self._world_size)
@@ -135,10 +129,9 @@ class HangWatch:
         deadline = time.monotonic() + self._patience
         while not (complete := self._store.check(keys)) and time.monotonic() < deadline:
             time.sleep(0.1)
-        said = [rank for rank in ranks if complete or self._store.check([keys[rank]])]
-        texts = self._store.multi_get([keys[rank] for rank in said])
-        here = ranks if complete else [r for r in ranks if self._store.check([f"here/{r}"])]
-        return {r: Answer(**json.loads(t)) for r, t in zip(said, texts, strict=True)}, set(here)
+        there = [rank for rank in ranks if complete or self._store.check([keys[rank]])]
+        here = [rank for rank in ranks if complete or self._store.check([f"here/{rank}"])]
+        return {r: Answer(**json.loads(self._store.get(keys[r]))) for r in there}, set(here)
 
     def _reply(self) -> None:
         """Answers every question that a rank has asked, until the store is gone."""
@@ -148,7 +141,7 @@ class HangWatch:
                 while self._store.check([f"asked/{self._answered + 1}"]):
                     frame = sys._current_frames()[threading.main_thread().ident or 0]
                     waits = frame.f_code.co_filename.startswith(self._waiting)
-                    own = Answer(self._collectives_started(), self._idle, waits, place_of(frame))
+                    own = Answer(self._collectives_started(), self._idle, waits, location_of(frame))
                     key = f"answer/{self._answered + 1}/{self._rank}"
                     self._store.set(key, json.dumps(asdict(own)))
                     self._answered, self._asked_at = self._answered + 1, time.monotonic()
@@ -193,7 +186,7 @@ def _compiles(frame: FrameType | None) -> bool:
     return False
 
 
-def place_of(frame: FrameType) -> str:
+def location_of(frame: FrameType) -> str:
     """Where a thread stands: the innermost line of this package, as "micro_batches, data.py:12"."""
     own = Path(__file__).parent.parent
     found: FrameType | None = frame
@@ -211,7 +204,7 @@ def at_fault(answers: dict[int, Answer], here: set[int], world_size: int) -> tup
         return silent[0], "gives no sign of life"
     # Of those that have started equally many the one that does not wait: not all is counted.
     rank = min(answers, key=lambda r: (answers[r].collectives_started, answers[r].waits))
-    stands = f"it stands in {answers[rank].place}"
+    stands = f"it stands in {answers[rank].location}"
     if answers[rank].collectives_started < max(one.collectives_started for one in answers.values()):
         number = answers[rank].collectives_started + 1
         return rank, f"has not come to collective {number}, in which others wait; {stands}"
