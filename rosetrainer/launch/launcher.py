@@ -116,22 +116,22 @@ def _wait(ranks: Ranks, received: Signals) -> dict[int, int]:
         time.sleep(POLL_SECONDS)
 
 
-def _error(folder: Path, rank: int) -> tuple[str, float]:
-    """What a rank has recorded, see launch.rank.record: the text, and when; else "" and never."""
-    if text := _read(folder / ERROR_NAME.format(rank)):
-        message = json.loads(text)["message"]
-        return message["message"], message["extraInfo"]["timestamp"]
-    return "", math.inf
+def _error(folder: Path, rank: int) -> tuple[str, float, float]:
+    """(text, whether another rank was first, time), see launch.rank.record; the text may be ""."""
+    if not (text := _read(folder / ERROR_NAME.format(rank))):
+        return "", math.inf, math.inf
+    message = json.loads(text)["message"]
+    details = message["extraInfo"]
+    return message["message"], not details["first"], details["timestamp"]
 
 
 def _report(failed: dict[int, int], folder: Path) -> int:
     """Prints why the first of the ranks has failed; returns the exit status for all.
 
-    A rank's end breaks the connections of all others, so the cause is a crash, which no other
-    rank's end can be, or else the first error.
+    A crash follows from no other rank's end; else the first error is the cause.
     """
     is_own = {n: -status in CRASHES or status == PIPE_CLOSED for n, status in failed.items()}
-    rank = min(failed, key=lambda n: -math.inf if is_own[n] else _error(folder, n)[1])
+    rank = min(failed, key=lambda n: (not is_own[n], _error(folder, n)[1:]))
     status, text = failed[rank], _error(folder, rank)[0]
     if status == PIPE_CLOSED:
         return PIPE_CLOSED

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -17,6 +18,9 @@ from rosetrainer.validation import ConfigError
 WATCH_MARGIN_SECONDS = 24 * 3600
 """How much longer a collective waits than the hang watch, which ends ranks that hang, with the name
 of the one at fault, and lets them wait for one that is at work."""
+
+FOLLOW_SECONDS = 30
+"""How long a rank without a store waits to be ended, for the one that reports it may come later."""
 
 START_SECONDS = 120
 """So long, at least, a rank may need to import torch and come to the others."""
@@ -48,7 +52,8 @@ def open_store(timeout: timedelta) -> dist.Store | None:
                 f"or MASTER_PORT where you start the ranks yourself"
             ) from None
         text = f"{store_host()} has not answered in {seconds:g} s; has it started, and can this "
-        # Without a store they cannot agree which is first.
+        if rank != 1:  # which reports it: without a store they cannot agree which is first
+            time.sleep(FOLLOW_SECONDS)
         raise RankError(text + "machine reach it?", first=rank == 1) from None
     # torchrun keeps one store for all its restarts: nobody may read a dead rank's address.
     return dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", kept)

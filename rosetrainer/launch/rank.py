@@ -91,7 +91,7 @@ def record(told: RankError, now: float) -> bool:
     if not os.environ.get(ERROR_FILE):
         return False
     when = now if told.first else now + 1
-    details = {"py_callstack": f"error: {told}", "timestamp": when}
+    details = {"py_callstack": f"error: {told}", "timestamp": when, "first": told.first}
     message = {"message": str(told), "extraInfo": details}
     try:
         _write(Path(os.environ[ERROR_FILE]), json.dumps({"message": message}))
