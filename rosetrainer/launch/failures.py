@@ -73,16 +73,16 @@ def report_first_error(
     except Exception as error:
         if store is None and isinstance(error, ConfigError):
             raise
-        told = explain_training(error, rank, world_size, failures.folder)
+        failure = explain_training(error, rank, world_size, failures.folder)
         if store is not None:
-            told.first = is_first(store, not was_asked())
-        raise told from error
+            failure.first = is_first(store, not was_asked())
+        raise failure from error
 
 
-def is_first(store: dist.Store, unless_told: bool) -> bool:
-    """Whether no other rank has failed before; the store counts. unless_told: if it is gone."""
+def is_first(store: dist.Store, if_gone: bool) -> bool:
+    """Whether no other rank has failed before; the store counts. if_gone: without its answer."""
     before = answer(lambda: store.add("failures", 1), 4.0)
-    return unless_told if before is None else before == 1
+    return if_gone if before is None else before == 1
 
 
 def answer(question: Callable[[], T], seconds: float, gone: T | None = None) -> T | None:
@@ -118,7 +118,7 @@ def explain(error: Exception, rank: int, world_size: int) -> RankError:
 
 def explain_training(error: Exception, rank: int, world_size: int, path: Path | None) -> RankError:
     """As explain, and what a run that can go on may meet; path: the run folder."""
-    told = explain(error, rank, world_size)
+    failure = explain(error, rank, world_size)
     full = isinstance(error, OSError) and error.errno in NO_ROOM
     if full or (type(error).__name__ == "SafetensorError" and "I/O error" in str(error)):
         where = path or Path.cwd()
@@ -133,7 +133,7 @@ def explain_training(error: Exception, rank: int, world_size: int, path: Path | 
             f"command goes on from the last checkpoint"
         )
     if path is None or isinstance(error, ConfigError) or is_out_of_memory(error):
-        return told
+        return failure
     line = (str(error).splitlines() or [""])[0]
     last = traceback.extract_tb(error.__traceback__)[-1]
     text = (

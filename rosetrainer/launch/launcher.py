@@ -135,7 +135,7 @@ def _report(failed: dict[int, int], folder: Path) -> int:
     status, text = failed[rank], _error(folder, rank)[0]
     if status == PIPE_CLOSED:
         return PIPE_CLOSED
-    if status < 0:
+    if status < 0 and not text:
         name = {s.value: s.name for s in signal.Signals}.get(-status, "unknown")
         hint = f"; if the machine ran out of memory: {memory_advice()}"
         text = f"rank {rank} was killed by signal {-status} ({name})"

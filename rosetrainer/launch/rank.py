@@ -69,19 +69,19 @@ def end_rank(error: Exception) -> NoReturn:
     now, rank, world_size = time.time(), 0, 1
     with contextlib.suppress(PlaceError):
         rank, world_size, _, _ = world_from_environment()
-    told = explain(error, rank, world_size)
+    failure = explain(error, rank, world_size)
     if isinstance(error, ConfigError) and not isinstance(error, PlaceError):
-        told.first = reports_for_machine()  # for all ranks make the same mistake
-    if not record(told, now) and told.first:
-        print(f"error: {told}", file=sys.stderr)
+        failure.first = reports_for_machine()  # for all ranks make the same mistake
+    if not record(failure, now) and failure.first:
+        print(f"error: {failure}", file=sys.stderr)
     with contextlib.suppress(OSError):
         sys.stdout.flush()
         sys.stderr.flush()
     # The interpreter's own ending can hang in a communicator whose peers are gone.
-    os._exit(told.status)
+    os._exit(failure.status)
 
 
-def record(told: RankError, now: float) -> bool:
+def record(failure: RankError, now: float) -> bool:
     """Leaves the error for the launcher, in torchrun's format; whether that will report it.
 
     See torch.distributed.elastic.multiprocessing.errors. The time tells which error is the cause:
@@ -90,9 +90,9 @@ def record(told: RankError, now: float) -> bool:
     """
     if not os.environ.get(ERROR_FILE):
         return False
-    when = now if told.first else now + 1
-    details = {"py_callstack": f"error: {told}", "timestamp": when, "first": told.first}
-    message = {"message": str(told), "extraInfo": details}
+    when = now if failure.first else now + 1
+    details = {"py_callstack": f"error: {failure}", "timestamp": when, "first": failure.first}
+    message = {"message": str(failure), "extraInfo": details}
     try:
         _write(Path(os.environ[ERROR_FILE]), json.dumps({"message": message}))
     except OSError:

@@ -15,7 +15,7 @@ from types import FrameType
 from rosetrainer.launch.rank import GRACE, LAUNCHED, report_stop, report_stop_seconds
 
 SECOND_SIGNAL_SECONDS = 1.0
-"""A terminal and a launcher may both send a signal; a later second one is impatience."""
+"""A terminal and a launcher may both send a signal; one that comes later means: end at once."""
 
 
 class StopTime:
@@ -26,7 +26,7 @@ class StopTime:
         self.save = 0.0
         """Seconds."""
         self._step, self._steps, self._began = 0.0, 0, 0.0
-        self._told = False
+        self._warned = False
 
     def begin_step(self, now: float) -> None:
         self._began = now
@@ -45,9 +45,9 @@ class StopTime:
         torchrun = "TORCHELASTIC_RUN_ID" in os.environ and LAUNCHED not in os.environ
         given = os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30") if torchrun else self.grace
         need = self._step + self.save
-        if self._told or self._steps < 2 or need <= float(given):  # the first step compiles
+        if self._warned or self._steps < 2 or need <= float(given):  # the first step compiles
             return ""
-        self._told = True
+        self._warned = True
         flag = "torchrun's --shutdown-timeout" if torchrun else "--grace"
         return (
             f"warning: a step takes {self._step:.1f} s and a save {self.save:.1f} s, and {flag} "

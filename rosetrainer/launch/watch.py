@@ -110,7 +110,7 @@ class HangWatch:
         if found is None:
             self._end(f"{store_host()} does not answer", self._rank == 1)
         answers, here = found
-        if not answers:  # the store has ended, with a rank that had a reason, and told it
+        if not answers:  # the store has ended, with a rank that had a reason, and reported it
             self._end(f"{store_host()} has ended", False)
         at_work = min((one.idle for one in answers.values()), default=self._idle)
         if at_work < self._seconds:
@@ -161,11 +161,11 @@ class HangWatch:
 
 
 def processor_seconds(on_cuda: bool) -> float | None:
-    """The main thread's processor time; None where a thread that waits uses it, or none is told.
+    """The main thread's processor time; None where a thread that waits uses it, or none is known.
 
     On Linux with the time for which it was ready and the processors were taken: on a crowded
     machine a rank at work has little more. Waiting for a GPU takes all of a core, so that only a
-    compilation is told from it.
+    compilation differs from it.
     """
     main = threading.main_thread()
     if on_cuda and not _compiles(sys._current_frames().get(main.ident or 0)):
