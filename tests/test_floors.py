@@ -19,6 +19,7 @@ FLOORS = [  # from the top; what stands on one floor does not import each other'
     {"commands"},
     {"proof"},
     {"training"},
+    {"reporting"},
     {"checkpoint", "planner"},
     {"models", "optim"},
     {"parallel"},

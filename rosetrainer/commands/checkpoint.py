@@ -22,7 +22,7 @@ from rosetrainer.commands.flags import parse_flags
 from rosetrainer.durable_files import room, short, write_whole
 from rosetrainer.environment import trainer_command
 from rosetrainer.parallel.context import Axis
-from rosetrainer.training.resume import sound_one
+from rosetrainer.training.open_run import sound_one
 from rosetrainer.validation import ConfigError
 
 

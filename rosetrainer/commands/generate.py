@@ -27,7 +27,7 @@ from rosetrainer.models.gpt import GPTModel
 from rosetrainer.models.layers import build_model
 from rosetrainer.parallel.context import ParallelContext, end_parallel, init_parallel
 from rosetrainer.training.agreement import world_axis
-from rosetrainer.training.resume import sound_one
+from rosetrainer.training.open_run import sound_one
 from rosetrainer.validation import (
     LocalRanks,
     check_fields,

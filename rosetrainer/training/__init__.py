@@ -1,6 +1,5 @@
-"""The training run. Read trainer (the loop) and step (one update), then setup.
+"""The training run. Read trainer (the loop and one update), step (its gradient), then setup.
 
-evaluation measures the validation loss. A run's folder: open_run, run_identity and resume decide
-where it begins; agreement compares the ranks. What it shows: introduction, run_log, loss_curve,
-screen, profiler, and pace, which names slow ranks.
+evaluation measures the validation loss. A run's folder: resume_plan, open_run and run_identity
+decide where it begins; agreement compares the ranks.
 """

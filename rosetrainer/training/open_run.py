@@ -1,146 +1,118 @@
-"""The folder that --out and --resume ask for, and the checkpoints there to go on from."""
+"""Opens a run: locks its folder, and finds the newest sound checkpoint to resume it from."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
+import json
+import secrets
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from shlex import quote
+from typing import IO
 
-from rosetrainer.checkpoint.manifest import checkpoints, found_in, step_of
-from rosetrainer.checkpoint.run_folder import (
-    CONFIG,
-    RUNS,
-    check_run_folder,
-    check_unlocked,
-    read_config,
-    read_meta,
-    same_place,
+import torch
+
+from rosetrainer.checkpoint.manifest import (
+    CheckpointError,
+    Manifest,
+    check_files,
+    found_in,
+    read_manifest,
 )
+from rosetrainer.checkpoint.run_folder import LOCK, lock_run, new_run_folder
+from rosetrainer.checkpoint.slices import clear_drafts
 from rosetrainer.config import TrainConfig
 from rosetrainer.data.batches import Corpus
-from rosetrainer.training.run_identity import (
-    began_so,
-    check_data,
-    check_fits,
-    check_same_run,
-    differences,
-    dtype_of,
-    has_ended,
-    newest_readable,
-)
-from rosetrainer.training.run_log import LOG
+from rosetrainer.parallel.context import Axis
+from rosetrainer.training.agreement import gather_texts
+from rosetrainer.training.resume_plan import ResumePlan, find_resume_plan
 from rosetrainer.validation import ConfigError
-
-NEW_OUT = "a new --out"
-NO_RESUME = "leave --resume out"
 
 
 @dataclass(frozen=True)
-class Beginning:
-    """The run folder (None: a new one), and the checkpoints to try, newest first."""
+class RunLocation:
+    """Where a run writes, and what it is resumed from; the same on every rank but for the lock."""
 
-    folder: Path | None
-    candidates: tuple[Path, ...] = ()
-    given: bool = False
-    """The user named the checkpoint: no other one will do."""
-    dtype: str | None = None
-    """In which the run that is gone on with computes."""
+    folder: Path
+    attempt: str
+    """A name that no other process has used for this folder."""
+    checkpoint: tuple[Path, Manifest] | None
+    lock: IO[str] | None
+    """Held by rank 0 while it is open."""
 
 
-def find_beginning(config: TrainConfig, corpus: Corpus) -> Beginning:
-    """What --out and --resume ask for. Raises ConfigError if it cannot be had.
+def open_run(
+    config: TrainConfig, corpus: Corpus, plan: ResumePlan, world: Axis, device: torch.device
+) -> RunLocation:
+    """Rank 0 locks the run folder; all ranks look for the newest sound checkpoint.
 
-    Nothing is written, so that a run that is refused leaves every folder as it was.
+    plan: rank 0's. Raises ConfigError, on rank 0, for what --out and --resume cannot have.
     """
-    resume, out = config.checkpoint.resume, config.run.out
-    if resume not in ("auto", "never"):
-        return _from_path(Path(resume), config, corpus)
-    if out is None:
-        check_run_folder(None)
-        found = _unfinished(config, corpus) if resume == "auto" else iter(())
-        return next(found, Beginning(None))
-    if resume == "never" or not os.path.lexists(out / CONFIG):
-        check_run_folder(out)
-        return Beginning(None)
-    return _go_on(out, config, corpus)
+    lock, message = None, ""
+    if world.rank == 0:
+        folder = plan.folder or new_run_folder(config.run.out)
+        lock = lock_run(folder)
+    with ExitStack() as on_error:
+        if lock:
+            on_error.enter_context(lock)
+            # What is in it is looked at again now: another start may have come first.
+            plan = find_resume_plan(config.with_settings(out=folder), corpus)
+            folder = folder.absolute()
+            clear_drafts(folder)
+            paths = [str(path.absolute()) for path in plan.candidates]
+            message = json.dumps([str(folder), secrets.token_hex(4), paths, plan.named])
+            if plan.folder and not paths:
+                print(f"{folder} holds no checkpoint yet; beginning at step 1 again", flush=True)
+        name, attempt, paths, named = json.loads(gather_texts(message, world, device)[0])
+        if not (Path(name) / LOCK).exists():
+            raise ConfigError(
+                f"rank {world.rank} does not see {name}; --out has to lie on a disk that all "
+                f"machines share"
+            )
+        checkpoint = newest_sound([Path(path) for path in paths], named, world, device)
+        if paths and not checkpoint:
+            raise CheckpointError(
+                f"no checkpoint of {Path(paths[0]).parent} is sound; to begin anew give a new "
+                f"--out, without --resume"
+            )
+        on_error.pop_all()
+    return RunLocation(Path(name), attempt, checkpoint, lock)
 
 
-def _unfinished(config: TrainConfig, corpus: Corpus) -> Iterator[Beginning]:
-    """The runs of just this command that did not end, newest first."""
-    for folder in sorted(RUNS.glob("run-*"), key=lambda run: (len(run.name), run), reverse=True):
+def newest_sound(
+    candidates: list[Path], named: bool, world: Axis, device: torch.device
+) -> tuple[Path, Manifest] | None:
+    """The first candidate of which every byte is as written; the ranks divide the reading.
+
+    Rank 0 prints the damaged ones. Raises CheckpointError if the one that was `named` is damaged.
+    """
+    for candidate in candidates:
+        problem, manifest = "", None
         try:
-            held = read_config(folder)
-            of_another_dtype = config.precision.dtype == "auto" and held.precision.dtype != "auto"
-            if of_another_dtype or has_ended(folder, config.run.steps) or differences(held, config):
-                continue
-            check_unlocked(folder)
-            yield _go_on(folder, config, corpus)
-        except ConfigError:
-            continue  # of another version, of other data, or at work
+            manifest = read_manifest(candidate)
+            check_files(candidate, manifest, world.rank, world.size)
+        except CheckpointError as error:
+            problem = str(error)
+        problems = [text for text in gather_texts(problem, world, device) if text]
+        if not problems and manifest is not None:
+            return candidate, manifest
+        if named:
+            raise CheckpointError(
+                f"{problems[0]}; give {candidate.parent} instead, and its newest sound one is taken"
+            )
+        if world.rank == 0:
+            print(f"{problems[0]}; trying the one before it", flush=True)
+    return None
 
 
-def _go_on(
-    folder: Path, config: TrainConfig, corpus: Corpus, more: tuple[Path, ...] = ()
-) -> Beginning:
-    """With the run in the folder, which may have no checkpoint yet, but `more` elsewhere."""
-    try:
-        held = read_config(folder)
-    except ConfigError as error:
-        raise ConfigError(f"{error}; choose another --out") from None
-    check_same_run(folder, held, config, NEW_OUT)
-    candidates = checkpoints(folder)
-    readable = newest_readable(candidates)
-    if readable:
-        check_fits(*readable, config, corpus, NEW_OUT)
-    if meta := read_meta(folder):
-        check_data(folder, meta, corpus, NEW_OUT)
-    elif not readable and (folder / LOG).exists():
-        raise ConfigError(
-            f"{folder} has no meta.json that says what it was trained on; choose another --out"
-        )
-    if not candidates and has_ended(folder, held.run.steps):
-        raise ConfigError(
-            f"{folder} holds a finished run and no checkpoint to go on from; choose another --out"
-        )
-    origin = held.checkpoint.resume
-    if not (candidates or more or origin in ("auto", "never")):
-        raise ConfigError(
-            f"{folder} went on from {origin} and holds no checkpoint of its own; add --resume "
-            f"{quote(origin)}, or choose another --out"
-        )
-    candidates += [one for one in more if one not in candidates]
-    return Beginning(folder, tuple(candidates), dtype=dtype_of(held))
+def sound_one(path: Path, world: Axis, device: torch.device) -> tuple[Path, Manifest]:
+    """The checkpoint that path is, or the newest sound one of the run folder that it is.
 
-
-def _from_path(path: Path, config: TrainConfig, corpus: Corpus) -> Beginning:
-    """--resume PATH: a checkpoint, or a run folder, whose newest one is meant."""
-    candidates = tuple(found_in(path))
-    is_one = bool(candidates) and candidates[0].parent != path
-    run = candidates[0].parent if is_one else path
-    out = config.run.out or run
-    branched = os.path.lexists(out / CONFIG) and began_so(out, path)
-    if branched and (candidates or checkpoints(out)):
-        return _go_on(out, config, corpus, candidates)
+    Raises ConfigError if there is none, CheckpointError if none is sound.
+    """
+    candidates = found_in(path)
     if not candidates:
-        raise ConfigError(
-            f"resume={path} holds no checkpoint; give a run folder or its step_NNNNNN"
-        )
-    where, manifest = newest_readable(list(candidates)) or (path, None)
-    dtype = manifest.progress.dtype if manifest else None
-    if manifest:
-        check_same_run(where, manifest.progress.config, config, NO_RESUME)
-        check_fits(where, manifest, config, corpus, NO_RESUME)
-    if not same_place(out, run):
-        check_run_folder(out)
-        return Beginning(None, candidates, is_one, dtype)
-    if not os.path.lexists(run / CONFIG):
-        raise ConfigError(f"{run} has no {CONFIG}: it is no run folder; give a new --out")
-    _go_on(run, config, corpus)
-    newer = [one for one in checkpoints(run) if step_of(one) > step_of(candidates[0])]
-    if newer:
-        raise ConfigError(
-            f"{newer[0]} is newer than {candidates[0]}; give a new --out to branch off"
-        )
-    return Beginning(out, candidates, is_one, dtype)
+        raise ConfigError(f"{path} holds no checkpoint; give a run folder, or its step_NNNNNN")
+    found = newest_sound(candidates, candidates[0].parent != path, world, device)
+    if found is None:
+        raise CheckpointError(f"no checkpoint of {path} is sound; give another run")
+    return found

@@ -19,8 +19,8 @@ from rosetrainer.checkpoint.run_folder import read_config, same_place
 from rosetrainer.config import TrainConfig
 from rosetrainer.data.batches import Corpus
 from rosetrainer.hardware.performance import choose_dtype
+from rosetrainer.reporting.run_log import LOG, last_evaluation
 from rosetrainer.run_config import must_match_on_resume
-from rosetrainer.training.run_log import LOG, last_evaluation
 from rosetrainer.validation import ConfigError
 
 MUST_MATCH_ON_RESUME = {
@@ -31,14 +31,14 @@ MUST_MATCH_ON_RESUME = {
 
 
 def settle_dtype(
-    config: TrainConfig, begun: str | None, device: torch.device
+    config: TrainConfig, resumed: str, device: torch.device
 ) -> tuple[TrainConfig, str]:
-    """The config with what its dtype comes to, and a line if that is not what it would be here.
+    """The config with what its dtype resolves to, and a line if a new run's would be another here.
 
-    begun: the dtype of the run that is gone on with. Wherever it goes on, it keeps to that.
+    resumed: the dtype of the run that is resumed, which keeps it, or "".
     """
     here = str(choose_dtype(config.precision.dtype, device)).removeprefix("torch.")
-    dtype = begun if begun and config.precision.dtype == "auto" else here
+    dtype = resumed if resumed and config.precision.dtype == "auto" else here
     remark = ""
     if dtype != here:
         remark = f"dtype=auto is {here} here, but the run began in {dtype} and goes on in it"
@@ -46,10 +46,10 @@ def settle_dtype(
     return config.with_settings(compute_dtype=dtype), remark
 
 
-def dtype_of(held: TrainConfig) -> str | None:
-    """In which a run computes; None if it has not written that down."""
+def dtype_of(held: TrainConfig) -> str:
+    """In which a run computes; "" if it has not written that down."""
     dtype = held.precision.dtype
-    return held.precision.compute_dtype or (None if dtype == "auto" else dtype)
+    return held.precision.compute_dtype or ("" if dtype == "auto" else dtype)
 
 
 def differences(held: TrainConfig, wanted: TrainConfig) -> list[str]:

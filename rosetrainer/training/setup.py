@@ -1,4 +1,4 @@
-"""What training sets up on a rank before the loop begins."""
+"""What training needs, checked and built once on each rank, and how a run begins and ends."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from rosetrainer.checkpoint.run_folder import check_unlocked
+from rosetrainer.checkpoint.run_folder import check_unlocked, describe_run
 from rosetrainer.checkpoint.saver import Saver, load_checkpoint
 from rosetrainer.config import TrainConfig
 from rosetrainer.data.batches import Corpus, open_corpus
@@ -32,52 +32,61 @@ from rosetrainer.launch.watch import HangWatch
 from rosetrainer.model_size import check_memory
 from rosetrainer.models.gpt import GPTModel
 from rosetrainer.models.layers import build_model
+from rosetrainer.optim.adamw import AdamW
 from rosetrainer.optim.optimizer import build_optimizer
 from rosetrainer.optim.precision import autocast_for
 from rosetrainer.parallel import comm
 from rosetrainer.parallel.comm import all_reduce
 from rosetrainer.parallel.context import Axis, ParallelContext, end_parallel, init_parallel
 from rosetrainer.parallel.tensor_parallel import init_weights
-from rosetrainer.training.agreement import check_same_settings, gather_texts, world_axis
-from rosetrainer.training.introduction import (
+from rosetrainer.reporting.messages import (
     describe,
-    going_on,
     introduce,
-    say_goodbye,
-    schedule_notes,
+    report_end,
     show_curve,
     shown,
+    start_notes,
 )
-from rosetrainer.training.open_run import find_beginning
-from rosetrainer.training.profiler import StepProfile, check_profile
-from rosetrainer.training.resume import Place, begin
+from rosetrainer.reporting.profiler import StepProfile, check_profile
+from rosetrainer.reporting.reporter import Reporter
+from rosetrainer.reporting.run_log import LOG, RunLog, has_evaluation
+from rosetrainer.reporting.screen import own_screen
+from rosetrainer.training.agreement import check_same_settings, gather_texts, world_axis
+from rosetrainer.training.open_run import RunLocation, open_run
+from rosetrainer.training.resume_plan import ResumePlan, find_resume_plan
 from rosetrainer.training.run_identity import settle_dtype
-from rosetrainer.training.run_log import LOG, RunLog, has_evaluation
-from rosetrainer.training.screen import own_screen
-from rosetrainer.training.trainer import TrainingLoop
+from rosetrainer.training.trainer import Trainer, TrainingState
 
 
-def check_config(config: TrainConfig, world_size: int) -> tuple[TrainConfig, Corpus]:
-    """The config with the corpus's vocabulary, all of it checked. Raises ConfigError."""
+def check_config(config: TrainConfig, world_size: int) -> tuple[TrainConfig, Corpus, ResumePlan]:
+    """The config with the corpus's vocabulary, all of it checked. Raises ConfigError.
+
+    And what the run is resumed from, which rank 0 alone looks for.
+    """
     config.check(world_size)
     rank, _, local_rank, local_world_size = world_from_environment()
-    compiles(config, config.parallel.resolve(world_size)[0], choose_device(config.hardware.device))
+    tp_size, _ = config.parallel.resolve(world_size)
+    device = choose_device(config.hardware.device)
+    compiles(config, tp_size, device)
     check_profile(config.monitor.profile, config.run.steps)
     corpus = open_corpus(config.run.data, config.model.context_length, read_all=local_rank == 0)
     corpus.tokenizer()  # better found broken now than by whoever wants text of the trained model
     config = config.with_settings(vocab_size=corpus.meta.vocab_size)
-    if choose_device(config.hardware.device).type == "cpu":
+    if device.type == "cpu":
         each = 12 if config.optim.optimizer == "muon" else 16  # moments: one, or two
         each *= 2 if config.precision.dtype == "float64" else 1
-        copies = local_world_size / config.parallel.resolve(world_size)[0]
+        copies = local_world_size / tp_size
         check_memory(config.model, each, "weights, gradients and moments", copies)
-    if rank == 0 and (folder := find_beginning(config, corpus).folder):
-        check_unlocked(folder)
-    return config, corpus
+    plan = find_resume_plan(config, corpus) if rank == 0 else ResumePlan()
+    if plan.folder:
+        check_unlocked(plan.folder)
+    return config, corpus, plan
 
 
-def train(config: TrainConfig, corpus: Corpus) -> tuple[GPTModel, signal.Signals | None]:
-    """Trains on every rank; rank 0 writes the run folder.
+def train(
+    config: TrainConfig, corpus: Corpus, plan: ResumePlan
+) -> tuple[GPTModel, signal.Signals | None]:
+    """Trains on every rank; rank 0 writes the run folder. The arguments are check_config's.
 
     Gives the model, and the signal that stopped training before its end. Raises RankError.
     """
@@ -95,94 +104,94 @@ def train(config: TrainConfig, corpus: Corpus) -> tuple[GPTModel, signal.Signals
     with own_screen() if world.rank == 0 else nullcontext(), once as failures:
         limit = timedelta(seconds=timeout + WATCH_MARGIN_SECONDS)
         device = init_process_group(config.hardware.device, limit, store)
-        begun = find_beginning(config, corpus).dtype if world.rank == 0 else None
-        begun = gather_texts(begun or "", world, device)[0]
-        config, remark = settle_dtype(config, begun, device)
+        resumed_dtype = gather_texts(plan.dtype, world, device)[0]
+        config, remark = settle_dtype(config, resumed_dtype, device)
         check_same_settings(config, corpus, world, device)
-        place = begin(config, corpus, world, device)
+        location = open_run(config, corpus, plan, world, device)
+        failures.folder = location.folder
         if remark and world.rank == 0:
             print(remark)
-        failures.folder = place.folder
-        with place.lock or nullcontext():
-            return run_here(config, corpus, place, watch, world)
+        with location.lock or nullcontext():
+            context = init_parallel(config.parallel, config.hardware.device, limit.total_seconds())
+            if watch:
+                watch.follow((axis.ledger for axis in context.axes), device.type == "cuda")
+            trained = train_in_layout(config, corpus, location, context, world)
+            if watch:
+                watch.close()
+            end_parallel()
+            return trained
 
 
-def run_here(
+def train_in_layout(
     config: TrainConfig,
     corpus: Corpus,
-    place: Place,
-    watch: HangWatch | None,
+    location: RunLocation,
+    context: ParallelContext,
     world: Axis,
 ) -> tuple[GPTModel, signal.Signals | None]:
-    """Sets up what the loop needs, and runs it."""
-    timeout = config.monitor.timeout + WATCH_MARGIN_SECONDS
-    context = init_parallel(config.parallel, config.hardware.device, timeout)
-    if watch:
-        watch.follow((axis.ledger for axis in context.axes), context.device.type == "cuda")
-    assert config.precision.compute_dtype
-    dtype = choose_dtype(config.precision.compute_dtype, context.device)
-    speaks = context.rank == 0
-    if speaks:
+    """Builds what the loop needs, reports what it is, and runs the loop."""
+    dtype = choose_dtype(str(config.precision.compute_dtype), context.device)
+    folder, is_first = location.folder, context.rank == 0
+    if is_first:
         print(describe(context, dtype, config.hardware.device))
+    model, optimizer, state = build(config, location, context, dtype)
+    compiled, remark = compiles(config, context.tp.size, context.device)
+    if compiled:
+        compile_blocks(model)
+    evaluated = log_has_evaluation(folder, state.step, world, context.device)
+    finished = evaluated and state.step == config.run.steps
+    if is_first and not finished:
+        describe_run(folder, config, corpus.folder)
+        introduce(folder, config, model, context.dp.size)
+        for note in filter(None, [remark, *start_notes(config, location.checkpoint)]):
+            print(note)
+    peak = sum_over_ranks(matmul_peak(context.device, dtype), context)
+    profile = None
+    if config.monitor.profile:
+        own = (Path(shown(folder)), context.rank, context.device)
+        profile = StepProfile(config.monitor.profile, *own)
+    with RunLog(folder, config.run.steps, state.step) if is_first else nullcontext() as log:
+        trainer = Trainer(
+            config,
+            corpus,
+            model,
+            optimizer,
+            context,
+            world,
+            autocast_for(dtype, context.device),
+            Saver(folder, location.attempt, model, optimizer, context, config.checkpoint),
+            Reporter(config, context, world, log, peak, profile),
+            state,
+        )
+        with fast_products(dtype, context.device):
+            trainer.train(evaluated)
+        if log and not finished:
+            show_curve(log)
+    if is_first:
+        report_end(folder, config.run.steps, state.saved, bool(state.stopped), finished)
+    return model, state.stopped
+
+
+def build(
+    config: TrainConfig, location: RunLocation, context: ParallelContext, dtype: torch.dtype
+) -> tuple[GPTModel, AdamW, TrainingState]:
+    """The model and its optimizer, as the checkpoint has them, or with their initial weights."""
     model = build_model(config.model, context)
     if dtype == torch.float64:
         model.double()
     optimizer = build_optimizer(model, config.optim)
-    if place.checkpoint is not None and place.manifest is not None:
-        load_checkpoint(place.checkpoint, place.manifest, model, optimizer, dtype)
-    else:
+    if location.checkpoint is None:
         init_weights(model, config.run.seed)
-    compiled, remark = compiles(config, context.tp.size, context.device)
-    if compiled:
-        compile_blocks(model)
-    reached = place.manifest.progress if place.manifest else None
-    step = reached.step if reached else 0
-    evaluated = log_has_evaluation(place, step, world, context.device)
-    finished = evaluated and step == config.run.steps
-    if speaks and not finished:
-        introduce(place.folder, config, corpus, model, context)
-        for line in (remark, going_on(place.checkpoint, reached), *schedule_notes(config, reached)):
-            if line:
-                print(line)
-    peak = sum_over_ranks(matmul_peak(context.device, dtype), context)
-    profile = None
-    if config.monitor.profile:
-        where = Path(shown(place.folder))
-        profile = StepProfile(config.monitor.profile, where, context.rank, context.device)
-    with RunLog(place.folder, config.run.steps, step) if speaks else nullcontext() as log:
-        loop = TrainingLoop(
-            config=config,
-            corpus=corpus,
-            model=model,
-            optimizer=optimizer,
-            context=context,
-            world=world,
-            autocast=autocast_for(dtype, context.device),
-            dtype=dtype,
-            saver=Saver(place.folder, place.attempt, model, optimizer, context, config.checkpoint),
-            log=log,
-            peak=peak,
-            profile=profile,
-            step=step,
-            skipped=reached.skipped if reached else 0,
-            saved=step,
-            evaluated=evaluated,
-        )
-        with fast_products(dtype, context.device):
-            loop.run()
-        if log and not finished:
-            show_curve(log)
-    if speaks:
-        say_goodbye(place.folder, config.run.steps, loop.saved, bool(loop.stopped), finished)
-    if watch:
-        watch.close()
-    end_parallel()
-    return model, loop.stopped
+        return model, optimizer, TrainingState()
+    folder, manifest = location.checkpoint
+    load_checkpoint(folder, manifest, model, optimizer, dtype)
+    reached = manifest.progress
+    return model, optimizer, TrainingState(reached.step, reached.skipped, reached.step)
 
 
-def log_has_evaluation(place: Place, step: int, world: Axis, device: torch.device) -> bool:
-    """Whether the run goes on where rank 0's log tells of an evaluation; the same on all ranks."""
-    found = world.rank == 0 and step > 0 and has_evaluation(place.folder / LOG, step)
+def log_has_evaluation(folder: Path, step: int, world: Axis, device: torch.device) -> bool:
+    """Whether rank 0's log has the evaluation of the step that is resumed; same on all ranks."""
+    found = world.rank == 0 and step > 0 and has_evaluation(folder / LOG, step)
     return bool(gather_texts("yes" if found else "", world, device)[0])
 
 

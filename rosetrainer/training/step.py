@@ -1,4 +1,4 @@
-"""One update of the model, and what stops a run that has gone wrong."""
+"""A step's micro-batches on this rank, and the gradient of its global batch."""
 
 from __future__ import annotations
 
@@ -11,40 +11,11 @@ from torch import Tensor, nn
 
 from rosetrainer.config import TrainConfig
 from rosetrainer.data.batches import Corpus
-from rosetrainer.optim.adamw import AdamW
-from rosetrainer.optim.clip import clip_gradients
-from rosetrainer.optim.non_finite import check_finite, check_gradients, check_norm
-from rosetrainer.optim.optimizer import set_learning_rates
+from rosetrainer.optim.non_finite import check_gradients
 from rosetrainer.optim.precision import Autocast
 from rosetrainer.parallel.context import ParallelContext
 from rosetrainer.parallel.data_parallel import accumulate_gradients, reduce_gradients
-from rosetrainer.parallel.dropout import DropoutSeed, Seed
-
-
-def train_step(
-    config: TrainConfig,
-    corpus: Corpus,
-    model: nn.Module,
-    optimizer: AdamW,
-    context: ParallelContext,
-    autocast: Autocast,
-    step: int,
-) -> dict[str, float]:
-    """One update; its figures by TensorBoard tag. Raises ConfigError if the loss is not finite.
-
-    Raises NonFiniteGradientError, on every rank and before anything is updated, if a gradient or
-    the norm of all is not, or is too large for the optimizer.
-    """
-    rate = set_learning_rates(optimizer, config.optim, step, config.run.steps)
-    batches = micro_batches(config, corpus, context, step)
-    seed = DropoutSeed(config.run.seed, step)
-    loss = compute_gradients(model, batches, context, autocast, seed)
-    check_finite("loss", loss, step, config)
-    norm = clip_gradients(model, context.tp, config.optim.grad_clip)
-    check_norm(norm, next(model.parameters()).dtype, config)
-    optimizer.step()
-    optimizer.zero_grad()
-    return {"train/loss": loss, "train/lr": rate, "train/grad_norm": norm}
+from rosetrainer.parallel.dropout import Seed
 
 
 def compute_gradients(

@@ -25,7 +25,7 @@ from rosetrainer.models.layers import build_model
 from rosetrainer.parallel.context import ParallelContext, init_parallel
 from rosetrainer.parallel.tensor_parallel import gather_whole, shard_spec
 from rosetrainer.training.setup import check_config, train
-from rosetrainer.training.trainer import TrainingLoop
+from rosetrainer.training.trainer import Trainer
 
 MODEL = GPTConfig(vocab_size=8, context_length=4, n_layers=6, n_heads=2, d_model=64)
 Run = tuple[Path, list[dict[str, int]]]
@@ -65,7 +65,7 @@ def peaks_of_a_run(data: Path, out: Path) -> dict[str, int]:
         return call
 
     with (
-        mock.patch.object(TrainingLoop, "evaluate", watched("evaluate", TrainingLoop.evaluate)),
+        mock.patch.object(Trainer, "evaluate", watched("evaluate", Trainer.evaluate)),
         mock.patch.object(saver.Saver, "save", watched("save", saver.Saver.save)),
         mock.patch("rosetrainer.training.setup.matmul_peak", lambda *_: 1.0),
     ):

@@ -16,8 +16,8 @@ from rosetrainer.checkpoint import slices
 from rosetrainer.checkpoint.manifest import checkpoints, read_manifest
 from rosetrainer.commands.prepare import main as prepare
 from rosetrainer.config import GPTConfig, OptimConfig, TrainConfig
-from rosetrainer.training import resume, trainer
-from rosetrainer.training.run_log import has_evaluation
+from rosetrainer.reporting.run_log import has_evaluation
+from rosetrainer.training import open_run, trainer
 from rosetrainer.training.setup import check_config, train
 from rosetrainer.validation import ConfigError
 
@@ -201,14 +201,14 @@ def test_of_two_starts_at_the_same_moment_one_gives_way(
     config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The other one has come and gone between the look at the folder and its lock."""
-    original = resume.lock_run
+    original = open_run.lock_run
 
     def lock_late(folder: Path) -> Any:
-        monkeypatch.setattr(resume, "lock_run", original)
+        monkeypatch.setattr(open_run, "lock_run", original)
         start_and_kill(config)
         return original(folder)
 
-    monkeypatch.setattr(resume, "lock_run", lock_late)
+    monkeypatch.setattr(open_run, "lock_run", lock_late)
     with pytest.raises(ConfigError, match="seed=2 and not 1337 like"):
         start(config, seed=2)
     assert json.loads((tmp_path / "run" / "config.json").read_text())["run"]["seed"] == 1337

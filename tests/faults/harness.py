@@ -66,11 +66,11 @@ POINTS = {
     "layout": ("training.setup", "init_parallel", "before"),
     "describe": ("checkpoint.run_folder", "write_whole", "before"),
     "log": ("training.setup", "RunLog", "before"),
-    "batch": ("training.step", "micro_batches", "after"),
+    "batch": ("training.trainer", "micro_batches", "after"),
     "forward": ("training.step", "accumulate_gradients", "before"),
     "backward": ("training.step", "check_gradients", "before"),
     "reduce": ("training.step", "reduce_gradients", "before"),
-    "clip": ("training.step", "clip_gradients", "before"),
+    "clip": ("training.trainer", "clip_gradients", "before"),
     "updated": ("training.trainer", "train_step", "after"),
     "evaluation": ("training.trainer", "evaluate", "before"),
     # Inside a save.

@@ -19,7 +19,7 @@ from faults.harness import CHAOS, FLAGS, TRAINING, Fault, freeze, launch, run, s
 from rosetrainer.launch.rank import RENDEZVOUS_DIR
 from rosetrainer.launch.watch import Answer, at_fault
 from rosetrainer.parallel.context import Axis
-from rosetrainer.training.pace import Pace, slow_ranks
+from rosetrainer.reporting.slow_ranks import SlowRanks, slow_ranks
 
 TIMEOUT = 2
 COMMAND = [*FLAGS, "--timeout", str(TIMEOUT)]
@@ -139,12 +139,12 @@ def test_a_slow_rank_is_told_once_in_a_run(monkeypatch: pytest.MonkeyPatch) -> N
     """However often it recovers: on a machine that others use as well that is often."""
     windows = iter([[0.1, 0.9], [0.1, 0.9], [0.1, 0.1], [0.1, 0.9], [0.1, 0.9], [0.9, 0.1]] * 2)
     gathered = lambda *_, **__: torch.tensor(next(windows))  # noqa: E731
-    monkeypatch.setattr("rosetrainer.training.pace.all_gather", gathered)
-    pace = Pace(Axis("world", size=2), [], torch.device("cpu"))
+    monkeypatch.setattr("rosetrainer.reporting.slow_ranks.all_gather", gathered)
+    slow = SlowRanks(Axis("world", size=2), [], torch.device("cpu"))
     said = []
-    for _ in range(12 * Pace.WINDOW):
-        pace.begin()
-        said.append(pace.end())
+    for _ in range(12 * SlowRanks.WINDOW):
+        slow.begin_step()
+        said.append(slow.end_step())
     assert [line for line in said if line] == [
         "rank 1 is slow: 900 ms a step by itself, where the others need 100"
     ]

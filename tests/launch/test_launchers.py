@@ -22,7 +22,7 @@ from rosetrainer.environment import (
 )
 from rosetrainer.launch.process_group import check_devices, init_process_group
 from rosetrainer.launch.rank import run_rank
-from rosetrainer.training.introduction import gpu_remark
+from rosetrainer.reporting.messages import gpu_remark
 from rosetrainer.validation import ConfigError
 
 RANK_3 = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "4"}

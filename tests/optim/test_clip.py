@@ -20,7 +20,7 @@ from rosetrainer.optim.non_finite import NonFiniteGradientError
 from rosetrainer.optim.optimizer import build_optimizer
 from rosetrainer.parallel.context import Axis, ParallelContext, init_parallel
 from rosetrainer.parallel.tensor_parallel import init_weights, shard_spec
-from rosetrainer.training.step import train_step
+from rosetrainer.training.trainer import train_step
 
 # Squares of fp32 are infinite from 1.8e19 on and lose digits below 1e-19; float64's at 1e154.
 SIZES = {

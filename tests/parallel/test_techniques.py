@@ -39,6 +39,7 @@ from rosetrainer.proof.reference import ReferenceDropout, ReferenceGPT
 from rosetrainer.proof.tolerances import BOUND, prove
 from rosetrainer.proof.trajectory import Proof
 from rosetrainer.training import setup, trainer
+from rosetrainer.training.resume_plan import ResumePlan
 from rosetrainer.training.step import compute_gradients
 from rosetrainer.validation import ConfigError
 
@@ -261,7 +262,7 @@ def train_watched(
             trainer, "check_replicas", lambda m, *_: seen.append(m.final_norm.weight.tolist())
         )
         try:
-            setup.train(config, open_corpus(config.run.data, 8))
+            setup.train(config, open_corpus(config.run.data, 8), ResumePlan())
         except ConfigError as error:
             return seen, str(error)
     return seen, ""

@@ -27,8 +27,8 @@ from rosetrainer.data.batches import open_corpus
 from rosetrainer.environment import python_command
 from rosetrainer.models.gpt import GPTModel
 from rosetrainer.parallel.context import Axis, ParallelContext, init_tensor_parallel
+from rosetrainer.reporting.run_log import _rounded
 from rosetrainer.training.evaluation import evaluate
-from rosetrainer.training.run_log import _rounded
 from rosetrainer.training.setup import check_config, sum_over_ranks, train
 from rosetrainer.training.step import micro_batches
 from rosetrainer.validation import ConfigError
@@ -42,8 +42,7 @@ def train_on_ranks(config: TrainConfig, dp_size: int) -> None:
 
     world_size = int(os.environ["WORLD_SIZE"])
     config = replace(config, parallel=ParallelConfig(dp_size=dp_size))
-    checked, corpus = check_config(config, world_size)
-    train(checked, corpus)
+    train(*check_config(config, world_size))
 
 
 def read_log(folder: Path) -> list[dict[str, float]]:
@@ -138,8 +137,7 @@ def test_the_batch_is_one_inside_a_tp_group_and_another_in_each_dp_group(markov:
 
 
 def train_to_the_floor(config: TrainConfig) -> None:
-    checked, corpus = check_config(config, 2)
-    train(checked, corpus)
+    train(*check_config(config, 2))
 
 
 def test_on_a_markov_chain_the_loss_comes_near_the_floor_and_not_under_it(
@@ -235,8 +233,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_in_one_line(
 
 
 def train_on_one(config: TrainConfig) -> None:
-    checked, corpus = check_config(config, 1)
-    train(checked, corpus)
+    train(*check_config(config, 1))
 
 
 def test_a_validation_loss_that_is_not_finite_saves_nothing(
@@ -252,7 +249,7 @@ def test_a_validation_loss_that_is_not_finite_saves_nothing(
 def test_a_gradient_that_is_not_finite_moves_no_weight(
     markov: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rosetrainer.training.step.clip_gradients", lambda *_: math.inf)
+    monkeypatch.setattr("rosetrainer.training.trainer.clip_gradients", lambda *_: math.inf)
     with pytest.raises(
         ConfigError, match="step 1: the gradients' norm is inf; skipped 1, max_skipped=0"
     ):

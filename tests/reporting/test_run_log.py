@@ -23,10 +23,10 @@ from runs import run_once, tiny
 from rosetrainer.checkpoint.manifest import checkpoints
 from rosetrainer.commands.prepare import main as prepare
 from rosetrainer.config import GPTConfig, OptimConfig, RunConfig, TrainConfig
+from rosetrainer.reporting.loss_curve import LossCurves, Scale, thinned
+from rosetrainer.reporting.messages import changes, schedule_notes
+from rosetrainer.reporting.run_log import EVENTS, LOG, RunLog, has_evaluation, read_log
 from rosetrainer.training import trainer
-from rosetrainer.training.introduction import changes, schedule_notes
-from rosetrainer.training.loss_curve import LossCurves, Scale, thinned
-from rosetrainer.training.run_log import EVENTS, LOG, RunLog, has_evaluation, read_log
 
 Figures = dict[tuple[str, int], float]
 TAGS = ("train/", "val/")

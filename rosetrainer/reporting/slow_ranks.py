@@ -12,7 +12,7 @@ from rosetrainer.parallel.comm import all_gather
 from rosetrainer.parallel.context import Axis
 
 
-class Pace:
+class SlowRanks:
     """Compares what each rank needs for a step by itself, the waiting for others taken off.
 
     A rank that needs more than SLOW times the median of the others, in two windows of steps one
@@ -28,14 +28,13 @@ class Pace:
         self._busy: list[float] = []
         self._suspects: set[int] = set()
         self._told: set[int] = set()
-        self.begin()
+        self.begin_step()
 
-    def begin(self) -> None:
-        """Before each step."""
+    def begin_step(self) -> None:
         self._started, self._waited = time.perf_counter(), self._waited_so_far()
 
-    def end(self) -> str:
-        """After each step: a line about ranks that are slow, once for each in a run, or ""."""
+    def end_step(self) -> str:
+        """A line about ranks that are slow, once for each in a run, or ""."""
         if self._world.size == 1 or self._device.type == "cuda":
             return ""
         waited = self._waited_so_far() - self._waited

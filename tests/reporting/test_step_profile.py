@@ -12,16 +12,16 @@ from ranks import run_ranks
 from runs import config_for
 
 from rosetrainer.config import ParallelConfig, TrainConfig
-from rosetrainer.training.profiler import ROWS, WARM_UP, check_profile
+from rosetrainer.reporting.profiler import ROWS, WARM_UP, check_profile
 from rosetrainer.training.setup import check_config, train
 from rosetrainer.validation import ConfigError
 
 
 def train_and_listen(config: TrainConfig, said: Path) -> None:
-    checked, corpus = check_config(config, int(os.environ["WORLD_SIZE"]))
+    checked = check_config(config, int(os.environ["WORLD_SIZE"]))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rosetrainer.training.run_log.RunLog.say", lambda _, line: write(said, line))
-        train(checked, corpus)
+        patch.setattr("rosetrainer.reporting.run_log.RunLog.say", lambda _, line: write(said, line))
+        train(*checked)
 
 
 def write(said: Path, line: str) -> None:

@@ -19,9 +19,9 @@ import pytest
 from ranks import run_ranks
 from runs import run_once, tiny
 
-from rosetrainer.training import screen
-from rosetrainer.training.run_log import LOG, RunLog, read_log
-from rosetrainer.training.screen import Screen, own_screen
+from rosetrainer.reporting import screen
+from rosetrainer.reporting.run_log import LOG, RunLog, read_log
+from rosetrainer.reporting.screen import Screen, own_screen
 
 ROOT = Path(__file__).resolve().parents[2]
 PIPE = 64 * 1024
@@ -194,7 +194,7 @@ def shown_on_a_terminal(columns: int, program: str, **environment: str) -> str:
 
 
 PROGRAM = """
-from rosetrainer.training.screen import ProgressBar, own_screen
+from rosetrainer.reporting.screen import ProgressBar, own_screen
 with own_screen():
     print("word " * 30)
     bar = ProgressBar(9, 0)

@@ -1,4 +1,4 @@
-"""What a run says before its first step and after its last one."""
+"""What a run prints before its first step and after its last one."""
 
 from __future__ import annotations
 
@@ -9,20 +9,19 @@ from pathlib import Path
 
 import torch
 
-from rosetrainer.checkpoint.manifest import Progress, folder_name
-from rosetrainer.checkpoint.run_folder import CONFIG, describe_run
+from rosetrainer.checkpoint.manifest import Manifest, Progress, folder_name
+from rosetrainer.checkpoint.run_folder import CONFIG
 from rosetrainer.config import TrainConfig
-from rosetrainer.data.batches import Corpus
 from rosetrainer.environment import gpus_are_own, world_from_environment
 from rosetrainer.launch.rank import report_stop
 from rosetrainer.models.gpt import GPTModel
 from rosetrainer.optim.optimizer import learning_rate
 from rosetrainer.parallel.context import ParallelContext
-from rosetrainer.training.loss_curve import CURVE, NARROWEST
-from rosetrainer.training.run_log import RunLog
-from rosetrainer.training.screen import Screen
+from rosetrainer.reporting.loss_curve import CURVE, NARROWEST
+from rosetrainer.reporting.run_log import RunLog
+from rosetrainer.reporting.screen import Screen
 
-SAID_ELSEWHERE = ("out", "vocab_size", "compute_dtype")
+IN_OTHER_LINES = ("out", "vocab_size", "compute_dtype")
 
 
 def describe(context: ParallelContext, dtype: torch.dtype, wanted: str) -> str:
@@ -41,19 +40,16 @@ def describe(context: ParallelContext, dtype: torch.dtype, wanted: str) -> str:
     )
 
 
-def introduce(
-    folder: Path, config: TrainConfig, corpus: Corpus, model: GPTModel, context: ParallelContext
-) -> None:
-    """Says what the run is, once, and writes all of it to its folder."""
-    describe_run(folder, config, corpus.folder)
+def introduce(folder: Path, config: TrainConfig, model: GPTModel, dp_size: int) -> None:
+    """Prints what the run is."""
     optim, tokens = config.optim, config.model.context_length
-    held = sum(p.numel() for p in model.parameters())
-    accumulation, micro = (f(context.dp.size) for f in (optim.accumulation, optim.micro_batch))
-    shares = f" = {context.dp.size} dp ranks x {accumulation} micro-batches x {micro} sequences"
+    parameters = sum(p.numel() for p in model.parameters())
+    accumulation, micro = optim.accumulation(dp_size), optim.micro_batch(dp_size)
+    parts = f" = {dp_size} dp ranks x {accumulation} micro-batches x {micro} sequences"
     print(
-        f"{held:,} parameters on this rank, vocabulary {config.model.vocab_size:,}; a step is "
-        f"{optim.global_batch_size} sequences x {tokens} tokens"
-        f"{shares if context.dp.size * accumulation > 1 else ''}"
+        f"{parameters:,} parameters on this rank, vocabulary {config.model.vocab_size:,}; a step "
+        f"is {optim.global_batch_size} sequences x {tokens} tokens"
+        f"{parts if dp_size * accumulation > 1 else ''}"
     )
     changed = " ".join(changes(config)) or "none"
     print(f"not as by default: {changed}; all settings: {shown(folder / CONFIG)}")
@@ -62,19 +58,19 @@ def introduce(
 def changes(config: TrainConfig) -> list[str]:
     """Each setting that is not the default: "steps=300", ...
 
-    But for those that other lines say: the folder, the vocabulary, what dtype came to.
+    But for those in other lines: the folder, the vocabulary, the dtype that auto resolved to.
     """
     default = asdict(TrainConfig())
     return [
         f"{key}={value}"
         for name, component in asdict(config).items()
         for key, value in component.items()
-        if value != default[name][key] and key not in SAID_ELSEWHERE
+        if value != default[name][key] and key not in IN_OTHER_LINES
     ]
 
 
 def schedule_notes(config: TrainConfig, reached: Progress | None) -> list[str]:
-    """What may surprise of the learning rate: a line each, before the first step."""
+    """What may surprise of the learning rate, a line each."""
     optim, steps = config.optim, config.run.steps
     notes = []
     if reached and reached.config.run.steps != steps and reached.step < steps:
@@ -95,14 +91,17 @@ def schedule_notes(config: TrainConfig, reached: Progress | None) -> list[str]:
     return notes
 
 
-def going_on(checkpoint: Path | None, reached: Progress | None) -> str:
-    """A line, or "" for a run that begins."""
-    if checkpoint is None or reached is None:
-        return ""
-    return (
-        f"going on from {shown(checkpoint)}: {reached.step} steps, {reached.tokens_seen:,} tokens; "
+def start_notes(config: TrainConfig, checkpoint: tuple[Path, Manifest] | None) -> list[str]:
+    """Where the run goes on from, and what may surprise of the learning rate."""
+    if checkpoint is None:
+        return schedule_notes(config, None)
+    folder, manifest = checkpoint
+    reached = manifest.progress
+    resumed = (
+        f"going on from {shown(folder)}: {reached.step} steps, {reached.tokens_seen:,} tokens; "
         f"--resume never begins a new run"
     )
+    return [resumed, *schedule_notes(config, reached)]
 
 
 def show_curve(log: RunLog) -> None:
@@ -114,7 +113,7 @@ def show_curve(log: RunLog) -> None:
             print(f"\n{curves.plot(columns, screen.encoding)}\n")
 
 
-def say_goodbye(folder: Path, steps: int, saved: int, stopped: bool, finished: bool) -> None:
+def report_end(folder: Path, steps: int, saved: int, stopped: bool, finished: bool) -> None:
     """saved: the step of the newest checkpoint. finished: before this start."""
     where = shown(folder)
     checkpoint = f"{where}/{folder_name(saved)}"

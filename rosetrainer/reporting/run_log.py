@@ -16,8 +16,8 @@ from typing import Any
 
 from rosetrainer.durable_files import write_whole
 from rosetrainer.parallel.context import ParallelContext
-from rosetrainer.training.loss_curve import LossCurves
-from rosetrainer.training.screen import ProgressBar
+from rosetrainer.reporting.loss_curve import LossCurves
+from rosetrainer.reporting.screen import ProgressBar
 
 LOG = "log.jsonl"
 EVENTS = "events.out.tfevents.*"

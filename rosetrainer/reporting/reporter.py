@@ -1,0 +1,77 @@
+"""What the training loop reports of its steps, evaluations and checkpoints. Rank 0 prints it."""
+
+from __future__ import annotations
+
+import time
+
+from rosetrainer.config import TrainConfig
+from rosetrainer.hardware.performance import flops_per_token
+from rosetrainer.launch.stop import STOP
+from rosetrainer.parallel.context import Axis, ParallelContext
+from rosetrainer.reporting.profiler import StepProfile
+from rosetrainer.reporting.run_log import RunLog, traffic
+from rosetrainer.reporting.slow_ranks import SlowRanks
+
+
+class Reporter:
+    """Times each step. All ranks call it alike; `log` is rank 0's."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        context: ParallelContext,
+        world: Axis,
+        log: RunLog | None,
+        peak: float,
+        profile: StepProfile | None,
+    ) -> None:
+        """peak: FLOP/s of all ranks together."""
+        self._context, self._log, self._profile = context, log, profile
+        self._tokens = config.optim.global_batch_size * config.model.context_length
+        self._utilization = flops_per_token(config.model) / peak
+        self._slow_ranks = SlowRanks(world, (*context.axes, world), context.device)
+
+    def begin_step(self) -> None:
+        traffic(self._context)  # what an evaluation or a start has moved is not this step's
+        self._slow_ranks.begin_step()
+        STOP.time.begin_step(time.monotonic())
+        self._started = time.perf_counter()
+
+    def step(self, step: int, figures: dict[str, float]) -> None:
+        """A step, counted from 1, that has updated the model; its figures by TensorBoard tag."""
+        speed = self._tokens / (time.perf_counter() - self._started)
+        performance = {"perf/tokens_per_s": speed, "perf/mfu": speed * self._utilization}
+        if self._log:
+            self._log.step(step, figures | performance | traffic(self._context))
+
+    def skipped(self, step: int, count: int, why: str) -> None:
+        if self._log:
+            self._log.skipped(step, count, why)
+
+    def end_step(self) -> None:
+        STOP.time.end_step(time.monotonic())
+        self.say(self._slow_ranks.end_step())
+        self.say(STOP.time.warning())
+        if self._profile:
+            self.say(self._profile.after_step())
+
+    def evaluation(self, step: int, figures: dict[str, float], remark: str) -> None:
+        if self._log:
+            self._log.evaluation(step, figures, remark)
+
+    def checkpoints(self, saved: list[tuple[int, float, float]]) -> None:
+        """Takes what Saver.saved holds: (step, seconds blocked, seconds until it was saved)."""
+        for step, blocked, seconds in saved:
+            STOP.time.save = seconds
+            if self._log:
+                self._log.checkpoint(step, blocked, seconds)
+        saved.clear()
+
+    def close(self) -> str:
+        """Ends what goes on beside training, however that has ended; gives a line to say, or ""."""
+        unfinished = self._profile is not None and self._profile.close()
+        return "no profile: training ended before its steps were recorded" if unfinished else ""
+
+    def say(self, line: str) -> None:
+        if line and self._log:
+            self._log.say(line)
