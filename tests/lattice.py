@@ -168,7 +168,8 @@ def train(layout: Layout, context: ParallelContext) -> dict[str, Any]:
             found["kept"] = kept(model, parts[0], own[0])
         for axis in context.axes:
             axis.ledger.clear()
-        found["losses"].append(compute_gradients(model, parts, context, seed=seed))
+        batches = [(first, *part) for first, part in zip(firsts, parts, strict=True)]
+        found["losses"].append(compute_gradients(model, batches, context, seed=seed))
         if step == 0:
             found["norms"].append(clip_gradients(model, context.tp, 0.0))
             found["ledger"] = [

@@ -108,9 +108,19 @@ class Corpus:
         length = self.context_length
         labels = self.meta.val_tokens - 1
         end = max((min(tokens, labels) if tokens else labels) // length, 1) * length
-        for first in range(0, end, length * batch_size * dp_size):
-            mine = first + dp_rank * batch_size * length
-            yield range(min(mine, end), min(mine + batch_size * length, end), length)
+        batches = -(-end // (length * batch_size * dp_size))
+        for rows in rows_of_rank(dp_rank, dp_size, batches, batch_size):
+            yield range(min(rows.start * length, end), min(rows.stop * length, end), length)
+
+
+def rows_of_rank(rank: int, ranks: int, batches: int, size: int) -> Iterator[range]:
+    """The rows of each of a data-parallel rank's `batches` of `size` rows in the global batch.
+
+    The first batches of all ranks are the first rows, in order of rank; then come the second ones.
+    """
+    for index in range(batches):
+        first = (index * ranks + rank) * size
+        yield range(first, first + size)
 
 
 @lru_cache(maxsize=2)  # a batch can straddle two epochs

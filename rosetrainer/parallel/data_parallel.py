@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ BUCKET_BYTES = 25 * 2**20  # as large as DistributedDataParallel's: few calls, l
 
 def accumulate_gradients(
     model: nn.Module,
-    micro_batches: Sequence[tuple[Tensor, ...]],
+    micro_batches: Sequence[tuple[Any, ...]],
     context: ParallelContext,
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
     seed: Seed = None,
@@ -33,19 +34,16 @@ def accumulate_gradients(
 
     Returns the mean loss of the whole batch, in nats.
 
-    micro_batches: this rank's (input_ids, labels), each (b, T), or what else the model takes, the
-    labels last; all dp ranks have equally many.
-    The first micro-batches of all dp ranks are the global batch's first rows, in order of rank.
+    micro_batches: this rank's (first row in the global batch, input_ids, labels), the two (b, T);
+    or what else the model takes, the labels last. All dp ranks have equally many.
     seed: for dropout, of the global batch.
     """
     counts = [int((labels != IGNORED).sum()) for *_, labels in micro_batches]
     local = torch.tensor(sum(counts), dtype=torch.float64)
     tokens = max(float(_sum_over_dp(local, context)), 1.0)
     total = torch.zeros((), dtype=torch.float64)
-    for index, ((*inputs, labels), count) in enumerate(zip(micro_batches, counts, strict=True)):
-        if seed:
-            first = (index * context.dp.size + context.dp.rank) * len(labels)
-            seed = replace(seed, first_row=first)
+    for (first_row, *inputs, labels), count in zip(micro_batches, counts, strict=True):
+        seed = seed and replace(seed, first_row=first_row)
         with autocast():
             _, loss = model(*inputs, labels=labels, return_logits=False, seed=seed)
         share = loss * (count / tokens)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from rosetrainer.config import IGNORED, GPTConfig, OptimConfig
+from rosetrainer.data.batches import rows_of_rank
 from rosetrainer.hardware.onednn import fast_products
 from rosetrainer.models.attention import BLOCK, KEPT
 from rosetrainer.models.gpt import GPTModel
@@ -97,8 +98,8 @@ class Proof:
     def parts(self, context: ParallelContext) -> list[slice]:
         """The rows of each micro-batch of a rank; one process takes those of all ranks."""
         micro_batches = MICRO_BATCHES * self.context.dp.size // context.dp.size
-        numbers = (i * context.dp.size + context.dp.rank for i in range(micro_batches))
-        return [slice(n * ROWS, (n + 1) * ROWS) for n in numbers]
+        of_rank = rows_of_rank(context.dp.rank, context.dp.size, micro_batches, ROWS)
+        return [slice(rows.start, rows.stop) for rows in of_rank]
 
     @cached_property
     def oracle(self) -> Results:
@@ -214,7 +215,7 @@ class Proof:
 
         def gradient(step: int) -> float:
             ids, labels = self.batches[step]
-            own = [(ids[rows], labels[rows]) for rows in parts]
+            own = [(rows.start, ids[rows], labels[rows]) for rows in parts]
             return compute_gradients(model, own, context, autocast, DropoutSeed(self.seed, step))
 
         def clip(step: int) -> float:

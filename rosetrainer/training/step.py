@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rosetrainer.config import TrainConfig
-from rosetrainer.data.batches import Corpus
+from rosetrainer.data.batches import Corpus, rows_of_rank
 from rosetrainer.optim.non_finite import check_gradients
 from rosetrainer.optim.precision import Autocast
 from rosetrainer.parallel.context import ParallelContext
@@ -20,7 +21,7 @@ from rosetrainer.parallel.dropout import Seed
 
 def compute_gradients(
     model: nn.Module,
-    batches: Sequence[tuple[Tensor, ...]],
+    batches: Sequence[tuple[Any, ...]],
     context: ParallelContext,
     autocast: Autocast = nullcontext,
     seed: Seed = None,
@@ -39,15 +40,13 @@ def compute_gradients(
 
 def micro_batches(
     config: TrainConfig, corpus: Corpus, context: ParallelContext, step: int
-) -> list[tuple[Tensor, Tensor]]:
+) -> list[tuple[int, Tensor, Tensor]]:
     """This rank's part of the step's global batch: by dp rank alone, so a tp group shares it."""
     optim, dp = config.optim, context.dp
-    size = optim.micro_batch(dp.size)
+    count, size = optim.accumulation(dp.size), optim.micro_batch(dp.size)
     batches = []
-    for index in range(optim.accumulation(dp.size)):
-        first = (index * dp.size + dp.rank) * size
-        rows = range(first, first + size)
+    for rows in rows_of_rank(dp.rank, dp.size, count, size):
         arrays = corpus.train_batch(config.run.seed, step, optim.global_batch_size, rows)
         input_ids, labels = (torch.from_numpy(a).to(context.device) for a in arrays)
-        batches.append((input_ids, labels))
+        batches.append((rows.start, input_ids, labels))
     return batches

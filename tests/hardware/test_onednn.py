@@ -96,7 +96,7 @@ def test_other_dtypes_stay_with_torch(amd: None, dtype: torch.dtype) -> None:
 def test_a_model_s_products_run_there_and_it_trains_as_before(amd: None, recompute: str) -> None:
     gradients = []
     context = replace(ParallelContext(), recompute=recompute)
-    batch = [random_batch(tiny_config(), 2)]
+    batch = [(0, *random_batch(tiny_config(), 2))]
     for dtype in (torch.float64, torch.float32):  # what the context is made for, not the model
         model = GPTModel(tiny_config(), context)
         init_weights(model, seed=1)

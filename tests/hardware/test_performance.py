@@ -56,7 +56,8 @@ def test_training_multiplies_in_the_dtype_over_fp32_parameters(wanted: str) -> N
     layer = model.get_submodule("blocks.0.feed_forward.dense_h_to_4h")
     layer.register_forward_hook(lambda module, args, output: seen.add(output.dtype))
     autocast = autocast_for(dtype, CPU)
-    compute_gradients(model, [random_batch(tiny_config(), 2)], ParallelContext(), autocast)
+    batch = [(0, *random_batch(tiny_config(), 2))]
+    compute_gradients(model, batch, ParallelContext(), autocast)
     assert seen == {dtype}
     for parameter in model.parameters():
         assert parameter.dtype == torch.float32
@@ -70,7 +71,7 @@ def test_bf16_stays_near_fp32() -> None:
     losses = []
     for wanted in ("float32", "bfloat16"):
         autocast = autocast_for(choose_dtype(wanted, CPU), CPU)
-        batch = [random_batch(tiny_config(), 4)]
+        batch = [(0, *random_batch(tiny_config(), 4))]
         losses.append(compute_gradients(model, batch, ParallelContext(), autocast))
     assert losses[0] != losses[1]
     assert losses[0] == pytest.approx(losses[1], rel=2e-3)

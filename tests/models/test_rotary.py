@@ -68,7 +68,9 @@ def check_case(case: str) -> None:
     rows = slice(context.dp.rank * size, (context.dp.rank + 1) * size)
     logits, _ = model(input_ids[rows], seed=replace(SEED, first_row=rows.start))
     assert_equal("logits", logits, dense_logits[rows])
-    loss = compute_gradients(model, [(input_ids[rows], labels[rows])], context, seed=SEED)
+    loss = compute_gradients(
+        model, [(rows.start, input_ids[rows], labels[rows])], context, seed=SEED
+    )
     assert_equal("loss", torch.full_like(dense_loss, loss), dense_loss)
     assert_all_equal(gather_whole(model, context.tp, gradients=True), gradients(dense))
 

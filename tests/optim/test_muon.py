@@ -94,7 +94,7 @@ def check_updates(parallel: ParallelConfig, changes: dict[str, Any]) -> None:
         size = ROWS // context.dp.size
         rows = slice(context.dp.rank * size, (context.dp.rank + 1) * size)
         set_learning_rates(optimizer, OPTIM, step, STEPS)
-        compute_gradients(model, [(input_ids[rows], labels[rows])], context)
+        compute_gradients(model, [(rows.start, input_ids[rows], labels[rows])], context)
         optimizer.step()
         optimizer.zero_grad()
     assert_all_equal(gather_whole(model, context.tp), dict(dense.named_parameters()))

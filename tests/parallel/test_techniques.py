@@ -80,7 +80,7 @@ def check_case(case: str) -> None:
     for rows in own:
         logits, _ = model(input_ids[rows], seed=replace(masks, first_row=rows.start))
         assert_equal("logits", logits, dense_logits[rows])
-    batches = [(input_ids[rows], labels[rows]) for rows in own]
+    batches = [(rows.start, input_ids[rows], labels[rows]) for rows in own]
     loss = compute_gradients(model, batches, context, seed=masks)
     assert_equal("loss", torch.full_like(dense_loss, loss), dense_loss)
     assert_all_equal(gather_whole(model, context.tp, gradients=True), gradients(dense))
@@ -122,7 +122,7 @@ def check_not_finite(bad_rank: int, bad: float) -> None:
     with pytest.raises(NonFiniteGradientError, match=message):
         check_gradients(model, context)
     with pytest.raises(NonFiniteGradientError, match=message):
-        compute_gradients(model, [batch], context)
+        compute_gradients(model, [(0, *batch)], context)
     assert ("all_reduce", "backward") not in context.dp.ledger.entries
 
 

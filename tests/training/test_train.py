@@ -123,14 +123,15 @@ def test_the_batch_is_one_inside_a_tp_group_and_another_in_each_dp_group(markov:
         for tp_rank in range(2):
             context = ParallelContext(Axis("tp", 2, tp_rank), Axis("dp", 2, dp_rank))
             batches = micro_batches(config, corpus, context, step=5)
-            assert [tuple(inputs.shape) for inputs, _ in batches] == [(2, 16)] * 2
-            rows[dp_rank, tp_rank] = torch.cat([inputs for inputs, _ in batches])
-            for inputs, labels in batches:
+            assert [tuple(inputs.shape) for _, inputs, _ in batches] == [(2, 16)] * 2
+            assert [first for first, _, _ in batches] == [2 * dp_rank, 2 * dp_rank + 4]
+            rows[dp_rank, tp_rank] = torch.cat([inputs for _, inputs, _ in batches])
+            for _, inputs, labels in batches:
                 assert torch.equal(inputs[:, 1:], labels[:, :-1])
     assert torch.equal(rows[0, 0], rows[0, 1])
     assert torch.equal(rows[1, 0], rows[1, 1])
     alone = micro_batches(config, corpus, ParallelContext(), step=5)
-    everything = torch.cat([inputs for inputs, _ in alone])
+    everything = torch.cat([inputs for _, inputs, _ in alone])
     both = torch.cat([rows[0, 0], rows[1, 0]])
     assert sorted(both.tolist()) == sorted(everything.tolist())
     assert len(set(map(tuple, both.tolist()))) == 8

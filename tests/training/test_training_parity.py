@@ -95,9 +95,8 @@ def check_training(kind: str, dp_size: int, accumulation: int, clip: float) -> N
         set_rate(optimizer, step)
         input_ids, labels = global_batch(config, step)
         own = slice(context.dp.rank, None, dp_size)
-        micro_batches = list(
-            zip(input_ids[own].chunk(accumulation), labels[own].chunk(accumulation), strict=True)
-        )
+        chunks = (whole[own].chunk(accumulation) for whole in (input_ids, labels))
+        micro_batches = [(0, *pair) for pair in zip(*chunks, strict=True)]
         loss = compute_gradients(model, micro_batches, context)
         norm = clip_gradients(model, context.tp, clip)
         figures += [loss, norm]
@@ -133,7 +132,7 @@ def check_moments(dp_size: int) -> None:
     model = GPTModel(config, context).double()
     load_whole(model, dense.state_dict())
     own = slice(context.dp.rank, None, dp_size)
-    compute_gradients(model, [(input_ids[own], labels[own])], context)
+    compute_gradients(model, [(0, input_ids[own], labels[own])], context)
     optimizer = build_optimizer(model, OPTIM)
     optimizer.step()
     for key, expected in (
@@ -185,7 +184,7 @@ def check_batches_count_once() -> None:
     load_whole(model, dense_model(tiny_config()).state_dict())
     input_ids, labels = random_batch(tiny_config(), 2)
     empty = labels.masked_fill(torch.tensor(context.dp.rank == 1), -100)
-    loss = compute_gradients(model, [(input_ids, empty)], context)
+    loss = compute_gradients(model, [(0, input_ids, empty)], context)
     alone = model(input_ids, labels=labels)[1].item()
     assert loss == pytest.approx(alone, rel=1e-12), "a rank without labels must not count"
 
