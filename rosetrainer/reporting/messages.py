@@ -70,7 +70,7 @@ def changes(config: TrainConfig) -> list[str]:
 
 
 def schedule_notes(config: TrainConfig, reached: Progress | None) -> list[str]:
-    """What may surprise of the learning rate, a line each."""
+    """Lines about a learning rate that may be unexpected."""
     optim, steps = config.optim, config.run.steps
     notes = []
     if reached and reached.config.run.steps != steps and reached.step < steps:
@@ -92,7 +92,7 @@ def schedule_notes(config: TrainConfig, reached: Progress | None) -> list[str]:
 
 
 def start_notes(config: TrainConfig, checkpoint: tuple[Path, Manifest] | None) -> list[str]:
-    """Where the run goes on from, and what may surprise of the learning rate."""
+    """Where the run is resumed, and schedule_notes."""
     if checkpoint is None:
         return schedule_notes(config, None)
     folder, manifest = checkpoint
@@ -105,7 +105,7 @@ def start_notes(config: TrainConfig, checkpoint: tuple[Path, Manifest] | None) -
 
 
 def show_curve(log: RunLog) -> None:
-    """On a terminal with room for it; loss.svg shows it too."""
+    """Plots the loss on a terminal that is wide enough; loss.svg has it too."""
     screen, curves = sys.stdout, log.curves()
     if isinstance(screen, Screen) and screen.is_terminal and curves.can_be_drawn:
         columns = screen.columns()
@@ -114,7 +114,7 @@ def show_curve(log: RunLog) -> None:
 
 
 def report_end(folder: Path, steps: int, saved: int, stopped: bool, finished: bool) -> None:
-    """saved: the step of the newest checkpoint. finished: before this start."""
+    """saved: the step of the newest checkpoint. finished: already before this start."""
     where = shown(folder)
     checkpoint = f"{where}/{folder_name(saved)}"
     if finished:
@@ -136,7 +136,7 @@ def shown(path: Path) -> str:
 
 
 def gpu_remark(device: torch.device, wanted: str) -> str:
-    """Of the GPUs that this rank sees and does not use; "" if there is none."""
+    """About GPUs that this rank sees and does not use, or ""."""
     gpus, (_, _, _, local_world_size) = torch.cuda.device_count(), world_from_environment()
     if device.type == "cpu":
         too_few = gpus and wanted == "auto"

@@ -1,4 +1,4 @@
-"""Where a step's time goes: torch.profiler over a few steps, for a browser and as a table."""
+"""Where a step's time goes: a few steps under torch.profiler, as a trace and a table."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def check_profile(recorded: int, steps: int) -> None:
 
 
 class StepProfile:
-    """Records steps on this rank, from the sixth that it is told of."""
+    """Records steps on this rank, beginning with the sixth."""
 
     def __init__(self, recorded: int, folder: Path, rank: int, device: torch.device) -> None:
         """recorded: how many steps. folder: where each rank writes its trace."""
@@ -47,7 +47,7 @@ class StepProfile:
         self._profile.start()
 
     def after_step(self) -> str:
-        """What to say, once: where the trace lies and what took longest; "" after other steps."""
+        """Once, where the trace is and what took longest; "" after other steps."""
         if self._profile is not None:
             self._profile.step()
             if self.text:
@@ -56,7 +56,7 @@ class StepProfile:
         return text
 
     def close(self) -> bool:
-        """Ends recording; whether it was still to end: then nothing is written."""
+        """Ends recording; whether it was not complete, in which case nothing is written."""
         if self._profile is None:
             return False
         ended, self._profile = self._profile, None

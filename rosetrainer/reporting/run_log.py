@@ -1,7 +1,7 @@
-"""What a run says while it goes: the terminal, log.jsonl and TensorBoard. Rank 0 has one.
+"""What rank 0 logs during a run: to the terminal, log.jsonl and TensorBoard.
 
-log.jsonl is the truth: where a run goes on, TensorBoard's events are written anew out of it. Its
-readers would show twice what an appended file tells again, or lose it if the clock was set back.
+log.jsonl is the source: when a run is resumed, TensorBoard's events are written again from it. Its
+viewers would show repeated steps of an appended file twice, or none if the clock was set back.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class RunLog:
     """A progress bar on a terminal, one line a step elsewhere; the same figures in both files."""
 
     def __init__(self, folder: Path, steps: int, reached: int = 0) -> None:
-        """reached: steps that are done already; what the log says of later ones is taken back."""
+        """reached: steps that are done already; lines of later ones are removed from the log."""
         self._folder, self._steps = folder, steps
         cut_log(folder / LOG, reached)
         self._events = events_of(folder)
@@ -56,8 +56,8 @@ class RunLog:
     def evaluation(self, step: int, figures: dict[str, float], remark: str) -> None:
         self._write(step, figures)
         bits = figures.get("val/bits_per_byte")
-        told = "" if bits is None else f" nats per token, {bits:.4f} bits per byte"
-        self.say(f"step {step:5d}/{self._steps}  val loss {figures['val/loss']:.6f}{told}{remark}")
+        unit = "" if bits is None else f" nats per token, {bits:.4f} bits per byte"
+        self.say(f"step {step:5d}/{self._steps}  val loss {figures['val/loss']:.6f}{unit}{remark}")
 
     def checkpoint(self, step: int, blocked: float, seconds: float) -> None:
         """blocked: seconds for which training stood still; seconds: until it was on the disk."""
@@ -70,7 +70,7 @@ class RunLog:
             )
 
     def curves(self) -> LossCurves:
-        """Of the whole run, whatever parts it had."""
+        """Of the whole run, however often it was resumed."""
         return LossCurves.of(read_log(self._folder / LOG))
 
     def say(self, line: str) -> None:
@@ -85,7 +85,7 @@ class RunLog:
         self._events.close()
         curves = self.curves()
         if curves.can_be_drawn:
-            with contextlib.suppress(OSError):  # a full disk has been told of, and ends the run
+            with contextlib.suppress(OSError):  # a full disk is reported elsewhere
                 curves.write(self._folder)
 
     def _write(self, step: int, figures: dict[str, float]) -> None:
@@ -96,7 +96,7 @@ class RunLog:
 
 
 def read_log(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a log.jsonl; one that is torn, as where a process was killed, is left out."""
+    """The lines of a log.jsonl but for a partial one, which a killed process may leave."""
     if not path.exists():
         return
     with path.open(errors="replace") as file:
@@ -108,10 +108,7 @@ def read_log(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def cut_log(path: Path, reached: int) -> None:
-    """Keeps what a log says of steps up to `reached`: a run that goes on from there says the rest.
-
-    Each line that stays is whole and ends: the next one does not join it.
-    """
+    """Removes the lines after step `reached`, from which the run is resumed, and a partial one."""
     if path.exists():
         kept = (json.dumps(line) + "\n" for line in read_log(path) if line["step"] <= reached)
         write_whole(path, lambda part: _write_lines(part, kept))
@@ -123,19 +120,19 @@ def _write_lines(path: Path, lines: Iterator[str]) -> None:
 
 
 def has_evaluation(path: Path, step: int) -> bool:
-    """Whether the log has that of the step."""
+    """Whether the log has the evaluation of that step."""
     return any("val/loss" in line and line["step"] == step for line in read_log(path))
 
 
 def events_of(folder: Path) -> Any:
-    """A writer of TensorBoard's events, in a file that tells what log.jsonl does; the only one."""
-    # Late, for its import is not needed to show a user's mistake.
+    """A writer of TensorBoard's events, in a new file that holds what log.jsonl does."""
+    # Here, so that a user's mistake is reported without waiting for this import.
     from tensorboard.compat.proto.event_pb2 import Event, SessionLog
     from torch.utils.tensorboard import FileWriter
 
     old = list(folder.glob(EVENTS))
     events = FileWriter(str(folder), filename_suffix=f".{secrets.token_hex(4)}")
-    # A TensorBoard that is looking on forgets what it has read.
+    # A TensorBoard that is running drops what it has read.
     events.add_event(Event(session_log=SessionLog(status=SessionLog.START)), step=0)
     for line in read_log(folder / LOG):
         add_event(events, line)
@@ -146,7 +143,7 @@ def events_of(folder: Path) -> Any:
 
 
 def add_event(events: Any, line: dict[str, Any]) -> None:
-    """What a line of the log says, at the time at which it said so."""
+    """A line of the log, with its time."""
     from tensorboard.compat.proto.summary_pb2 import Summary
 
     figures = {tag: value for tag, value in line.items() if "/" in tag}
@@ -155,7 +152,7 @@ def add_event(events: Any, line: dict[str, Any]) -> None:
 
 
 def last_evaluation(path: Path) -> int:
-    """The last step of which a log has an evaluation; 0 if there is none."""
+    """The last step of which a log has an evaluation, or 0."""
     return max((line["step"] for line in read_log(path) if "val/loss" in line), default=0)
 
 

@@ -1,4 +1,4 @@
-"""Standard output that training never waits for: a thread of its own writes to it.
+"""Standard output that training never waits for: a separate thread writes to it.
 
 `train | less`, Ctrl-S on a terminal, a pipe that nobody reads: all of them block whoever writes.
 """
@@ -21,7 +21,7 @@ LINES = 10_000
 """Lines that may wait for a reader; more are dropped."""
 
 PATIENCE_SECONDS = 5.0
-"""How long the end of a run waits for a reader of what it has said."""
+"""How long the end of a run waits until its output is read."""
 
 ERASE = "\r\x1b[K"
 
@@ -95,23 +95,23 @@ class Screen(io.TextIOBase):
             if not self._closed:
                 if self._partial:
                     self._put(self._partial)
-                self._tell_of_dropped()
+                self._report_dropped()
                 self._closed, self._partial = True, ""
                 self._changed.notify_all()
         self.flush()
 
     def _put(self, line: str) -> None:
         if self._dropped:
-            self._tell_of_dropped()
+            self._report_dropped()
         if len(self._lines) < LINES:
             self._lines.append(line + "\n")
         else:
             self._dropped += 1
 
-    def _tell_of_dropped(self) -> None:
+    def _report_dropped(self) -> None:
         if self._dropped and len(self._lines) < LINES:
-            told = f"({self._dropped:,} lines left out: nobody read them; log.jsonl has all)\n"
-            self._lines.append(told)
+            line = f"({self._dropped:,} lines left out: nobody read them; log.jsonl has all)\n"
+            self._lines.append(line)
             self._dropped = 0
 
     def _wrapped(self, line: str) -> str:
@@ -177,7 +177,7 @@ def descriptor_of(stream: TextIO) -> int | None:
 
 @contextlib.contextmanager
 def own_screen() -> Iterator[None]:
-    """Whatever is printed in here does not wait for its reader. At the end it does, for a while."""
+    """Printing in here does not wait for a reader; at the end it does, for PATIENCE_SECONDS."""
     stream: TextIO | None = sys.stdout
     if stream is None:  # the process was started without one
         yield

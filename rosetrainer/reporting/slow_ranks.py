@@ -1,4 +1,4 @@
-"""Ranks that are slow by themselves, found and named while training goes on."""
+"""Finds ranks that compute slowly, while training goes on."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rosetrainer.parallel.context import Axis
 
 
 class SlowRanks:
-    """Compares what each rank needs for a step by itself, the waiting for others taken off.
+    """Compares the seconds of a step that each rank does not spend waiting for others.
 
     A rank that needs more than SLOW times the median of the others, in two windows of steps one
     after the other, is slow. On CUDA the waiting is the device's, and nothing is compared.
@@ -27,14 +27,14 @@ class SlowRanks:
         self._world, self._axes, self._device = world, axes, device
         self._busy: list[float] = []
         self._suspects: set[int] = set()
-        self._told: set[int] = set()
+        self._reported: set[int] = set()
         self.begin_step()
 
     def begin_step(self) -> None:
         self._started, self._waited = time.perf_counter(), self._waited_so_far()
 
     def end_step(self) -> str:
-        """A line about ranks that are slow, once for each in a run, or ""."""
+        """A line about slow ranks, once for each in a run, or ""."""
         if self._world.size == 1 or self._device.type == "cuda":
             return ""
         waited = self._waited_so_far() - self._waited
@@ -45,8 +45,8 @@ class SlowRanks:
         self._busy.clear()
         busy = all_gather(own, self._world, "pace", dim=0).tolist()
         suspects = slow_ranks(busy, self.SLOW, self.LEAST_SECONDS)
-        found = (suspects & self._suspects) - self._told
-        self._suspects, self._told = suspects, self._told | found
+        found = (suspects & self._suspects) - self._reported
+        self._suspects, self._reported = suspects, self._reported | found
         return "; ".join(
             f"rank {rank} is slow: {busy[rank] * 1000:.0f} ms a step by itself, where the others "
             f"need {statistics.median(busy[:rank] + busy[rank + 1 :]) * 1000:.0f}"

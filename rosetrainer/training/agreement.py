@@ -1,4 +1,4 @@
-"""What all ranks have to know of each other: settings before the first step, a wish to stop."""
+"""What ranks compare: their settings before the first step, and between steps a signal to stop."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def check_same_settings(
 ) -> None:
     """Raises ConfigError on every rank if one has another config, other data or other software.
 
-    And if "auto" has come to something else there. Before the layout is built: ranks that disagree
-    on it would wait for each other for ever.
+    And if "auto" has resolved to another value there. Before the layout is built: ranks that
+    disagree on it would wait for each other for ever.
     """
     own = json.dumps([given_settings(config, corpus), resolved_settings(config, world, device)])
     digest = bytearray(hashlib.sha256(own.encode()).digest())
@@ -55,12 +55,12 @@ def check_same_settings(
         return
     settings = [json.loads(text) for text in gather_texts(own, world, device)]
     given, resolved = (list(part) for part in zip(*settings, strict=True))
-    if told := difference(given)[0]:
-        raise ConfigError(f"{told}; start all ranks with the same flags")
+    if found := difference(given)[0]:
+        raise ConfigError(f"{found}; start all ranks with the same flags")
     if len({one["dtype"] for one in resolved}) > 1:
         for one in resolved:
             del one["products"]  # which follow from it
-    told, keys = difference(resolved)
+    found, keys = difference(resolved)
     flags = {
         "dtype": "--dtype float32",
         "threads": f"--threads {min(one['threads'] for one in resolved)}",
@@ -71,21 +71,21 @@ def check_same_settings(
         remedy = "install the same versions for all ranks"
     elif "products" in keys:
         remedy = "start all ranks on processors of one make"
-    raise ConfigError(f"{told}; {remedy}")
+    raise ConfigError(f"{found}; {remedy}")
 
 
 def difference(of_ranks: list[dict[str, Any]]) -> tuple[str, list[str]]:
-    """What the first ranks that are not like rank 0 have instead, and the keys; "" if all are."""
+    """How the first ranks that differ from rank 0 differ, and in which keys; "" if none does."""
     first = of_ranks[0]
     other = next((own for own in of_ranks if own != first), first)
     ranks = [rank for rank, own in enumerate(of_ranks) if own == other]
     keys = [key for key in first if other.get(key) != first[key]]
-    told = ", ".join(f"{key}={other.get(key)} and not {first[key]}" for key in keys[:5])
-    return f"{name_ranks(ranks)} {told} like rank 0" if keys else "", keys
+    found = ", ".join(f"{key}={other.get(key)} and not {first[key]}" for key in keys[:5])
+    return f"{name_ranks(ranks)} {found} like rank 0" if keys else "", keys
 
 
 def given_settings(config: TrainConfig, corpus: Corpus) -> dict[str, Any]:
-    """Every setting by name as it was given, and the hashes of the data."""
+    """Every setting as it was given, by name, and the hashes of the data."""
     parts = {**asdict(config), "data": corpus.meta.sha256}
     settings = {key: value for part in parts.values() for key, value in part.items()}
     del settings["compute_dtype"]
@@ -93,7 +93,7 @@ def given_settings(config: TrainConfig, corpus: Corpus) -> dict[str, Any]:
 
 
 def resolved_settings(config: TrainConfig, world: Axis, device: torch.device) -> dict[str, Any]:
-    """What decides the bits that this rank computes, and does not follow from the flags alone."""
+    """What decides the bits that this rank computes and depends on more than the flags."""
     dtype = config.precision.compute_dtype
     assert dtype, "settle_dtype comes first"
     tp_size, _ = config.parallel.resolve(world.size)
@@ -109,7 +109,7 @@ def resolved_settings(config: TrainConfig, world: Axis, device: torch.device) ->
 
 
 def source_version() -> str:
-    """A hash of this package's source: a version number says nothing of a checkout."""
+    """A hash of this package's source: all checkouts have the same version number."""
     digest, package = hashlib.sha256(), Path(__file__).parent.parent
     for path in sorted(package.rglob("*.py")):
         digest.update(f"{path.relative_to(package)}\n".encode() + path.read_bytes())
@@ -119,7 +119,7 @@ def source_version() -> str:
 def agree_to_stop(
     own: signal.Signals | None, world: Axis, device: torch.device
 ) -> signal.Signals | None:
-    """A signal that has reached any rank, or None: the same on all ranks."""
-    wish = torch.tensor(own or 0, device=device)
-    agreed = int(all_reduce(wish, world, "stop", dist.ReduceOp.MAX))
+    """A signal that any rank has received, or None; the same on all ranks."""
+    received = torch.tensor(own or 0, device=device)
+    agreed = int(all_reduce(received, world, "stop", dist.ReduceOp.MAX))
     return signal.Signals(agreed) if agreed else None

@@ -23,18 +23,18 @@ def evaluate(
     model: GPTModel,
     context: ParallelContext,
     autocast: Autocast,
-    breaks_off: Callable[[], bool] = lambda: False,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> tuple[dict[str, float], str] | None:
     """Figures by TensorBoard tag, and a remark where the corpus's floor is known.
 
-    breaks_off is asked before each batch, and says the same on all ranks; None if it says yes.
+    should_stop is called before each batch, and returns the same on all ranks; None if it is true.
     """
     dp = context.dp
     split = (config.evaluation.eval_tokens, config.optim.micro_batch(dp.size), dp.rank, dp.size)
     floors = corpus.floor_losses(*split) if corpus.has_floor else None
     sums = torch.zeros(4, dtype=torch.float64)  # labels, loss, loss - floor, its square
     for inputs, labels in corpus.val_batches(*split):
-        if breaks_off():
+        if should_stop():
             return None
         target = torch.from_numpy(labels)
         with autocast():

@@ -22,7 +22,6 @@ from rosetrainer.config import TrainConfig
 from rosetrainer.data.batches import Corpus
 from rosetrainer.reporting.run_log import LOG
 from rosetrainer.training.run_identity import (
-    began_so,
     check_data,
     check_fits,
     check_same_run,
@@ -30,6 +29,7 @@ from rosetrainer.training.run_identity import (
     dtype_of,
     has_ended,
     newest_readable,
+    was_resumed_from,
 )
 from rosetrainer.validation import ConfigError
 
@@ -50,9 +50,9 @@ class ResumePlan:
 
 
 def find_resume_plan(config: TrainConfig, corpus: Corpus) -> ResumePlan:
-    """What --out and --resume ask for. Raises ConfigError if it cannot be had.
+    """Raises ConfigError if what --out and --resume ask for is not possible.
 
-    Nothing is written, so that a run that is refused leaves every folder as it was.
+    Writes nothing, so that a run that is refused leaves every folder as it was.
     """
     resume, out = config.checkpoint.resume, config.run.out
     if resume not in ("auto", "never"):
@@ -71,10 +71,10 @@ def _unfinished(config: TrainConfig, corpus: Corpus) -> Iterator[ResumePlan]:
     """The unfinished runs of this very command, newest first."""
     for folder in sorted(RUNS.glob("run-*"), key=lambda run: (len(run.name), run), reverse=True):
         try:
-            held = read_config(folder)
-            of_another_dtype = config.precision.dtype == "auto" and held.precision.dtype != "auto"
-            if of_another_dtype or has_ended(folder, config.run.steps) or differences(held, config):
-                continue
+            saved = read_config(folder)
+            given = config.precision.dtype == "auto" and saved.precision.dtype != "auto"
+            if given or has_ended(folder, config.run.steps) or differences(saved, config):
+                continue  # of another command, or finished
             check_unlocked(folder)
             yield _resume(folder, config, corpus)
         except ConfigError:
@@ -86,10 +86,10 @@ def _resume(
 ) -> ResumePlan:
     """The run in the folder, which may have no checkpoint of its own yet, but `more` elsewhere."""
     try:
-        held = read_config(folder)
+        saved = read_config(folder)
     except ConfigError as error:
         raise ConfigError(f"{error}; choose another --out") from None
-    check_same_run(folder, held, config, NEW_OUT)
+    check_same_run(folder, saved, config, NEW_OUT)
     candidates = checkpoints(folder)
     readable = newest_readable(candidates)
     if readable:
@@ -100,18 +100,18 @@ def _resume(
         raise ConfigError(
             f"{folder} has no meta.json that says what it was trained on; choose another --out"
         )
-    if not candidates and has_ended(folder, held.run.steps):
+    if not candidates and has_ended(folder, saved.run.steps):
         raise ConfigError(
             f"{folder} holds a finished run and no checkpoint to go on from; choose another --out"
         )
-    origin = held.checkpoint.resume
+    origin = saved.checkpoint.resume
     if not (candidates or more or origin in ("auto", "never")):
         raise ConfigError(
             f"{folder} went on from {origin} and holds no checkpoint of its own; add --resume "
             f"{quote(origin)}, or choose another --out"
         )
     candidates += [one for one in more if one not in candidates]
-    return ResumePlan(folder, tuple(candidates), dtype=dtype_of(held))
+    return ResumePlan(folder, tuple(candidates), dtype=dtype_of(saved))
 
 
 def _from_path(path: Path, config: TrainConfig, corpus: Corpus) -> ResumePlan:
@@ -120,7 +120,7 @@ def _from_path(path: Path, config: TrainConfig, corpus: Corpus) -> ResumePlan:
     is_one = bool(candidates) and candidates[0].parent != path
     run = candidates[0].parent if is_one else path
     out = config.run.out or run
-    branched = os.path.lexists(out / CONFIG) and began_so(out, path)
+    branched = os.path.lexists(out / CONFIG) and was_resumed_from(out, path)
     if branched and (candidates or checkpoints(out)):
         return _resume(out, config, corpus, candidates)
     if not candidates:

@@ -46,50 +46,50 @@ def settle_dtype(
     return config.with_settings(compute_dtype=dtype), remark
 
 
-def dtype_of(held: TrainConfig) -> str:
+def dtype_of(saved: TrainConfig) -> str:
     """In which a run computes; "" if it has not written that down."""
-    dtype = held.precision.dtype
-    return held.precision.compute_dtype or ("" if dtype == "auto" else dtype)
+    dtype = saved.precision.dtype
+    return saved.precision.compute_dtype or ("" if dtype == "auto" else dtype)
 
 
-def differences(held: TrainConfig, wanted: TrainConfig) -> list[str]:
-    """What decides the numbers of a run and differs: "seed=1 and not 2", ...
+def differences(saved: TrainConfig, wanted: TrainConfig) -> list[str]:
+    """The settings that must match on resume and do not: "seed=1 and not 2", ...
 
-    dtype=auto wants nothing: a run goes on in the dtype in which it began.
+    dtype=auto matches any: a resumed run keeps its dtype.
     """
-    told = []
+    found = []
     for component, keys in MUST_MATCH_ON_RESUME.items():
-        old, new = asdict(getattr(held, component)), asdict(getattr(wanted, component))
-        told += [f"{key}={new[key]} and not {old[key]}" for key in keys if old[key] != new[key]]
-    dtype, begun = wanted.precision.dtype, dtype_of(held)
-    if dtype != "auto" and begun and dtype != begun:
-        told.append(f"dtype={dtype} and not {begun}")
-    return told
+        old, new = asdict(getattr(saved, component)), asdict(getattr(wanted, component))
+        found += [f"{key}={new[key]} and not {old[key]}" for key in keys if old[key] != new[key]]
+    dtype, saved_dtype = wanted.precision.dtype, dtype_of(saved)
+    if dtype != "auto" and saved_dtype and dtype != saved_dtype:
+        found.append(f"dtype={dtype} and not {saved_dtype}")
+    return found
 
 
-def check_same_run(where: Path, held: TrainConfig, wanted: TrainConfig, instead: str) -> None:
+def check_same_run(where: Path, saved: TrainConfig, wanted: TrainConfig, instead: str) -> None:
     """Raises ConfigError unless they compute the same; a run may be given more steps.
 
-    instead: what the user can do who wants the new settings.
+    instead: what a user can do to keep the new settings.
     """
-    told = [one for one in differences(held, wanted) if not one.startswith("steps=")]
-    if told:
+    found = [one for one in differences(saved, wanted) if not one.startswith("steps=")]
+    if found:
         raise ConfigError(
-            f"this run has {', '.join(told)} like {where}; give the same flags to go on with that "
+            f"this run has {', '.join(found)} like {where}; give the same flags to go on with that "
             f"one, or {instead}"
         )
 
 
-def check_data(where: Path, held: dict[str, Any], corpus: Corpus, instead: str) -> None:
-    """Raises ConfigError unless the corpus is the one that `held`, of a meta.json, describes."""
-    for name, digest in held["sha256"].items():
+def check_data(where: Path, saved: dict[str, Any], corpus: Corpus, instead: str) -> None:
+    """Raises ConfigError unless the corpus is the one that `saved`, of a meta.json, describes."""
+    for name, digest in saved["sha256"].items():
         if corpus.meta.sha256.get(name) != digest:
             raise ConfigError(
                 f"{corpus.folder / name} is not what {where} was trained on; give the same corpus, "
                 f"or {instead}"
             )
     for key in ("tokenizer", "characters"):
-        if key in held and held[key] != getattr(corpus.meta, key):
+        if key in saved and saved[key] != getattr(corpus.meta, key):
             raise ConfigError(
                 f"{corpus.folder / 'meta.json'} has another {key} than {where}; give the same "
                 f"corpus, or {instead}"
@@ -109,29 +109,29 @@ def check_fits(
 
 
 def newest_readable(candidates: list[Path]) -> tuple[Path, Manifest] | None:
-    """The first whose manifest can be read; of its files nothing is looked at."""
+    """The first whose manifest can be read; its other files are not."""
     for candidate in candidates:
         try:
             return candidate, read_manifest(candidate)
         except CheckpointError:
-            continue  # whoever loads it will say so
+            continue  # newest_sound reports it
     return None
 
 
 def has_ended(folder: Path, steps: int) -> bool:
-    """Whether the run came to its last step, and to that one's evaluation and checkpoint.
+    """Whether the run has finished its last step, with the evaluation and the checkpoint.
 
-    Its log says so even where all checkpoints are gone.
+    The log shows it even where all checkpoints are gone.
     """
     found = checkpoints(folder)
     reached = step_of(found[0]) if found else steps
     return reached >= steps and last_evaluation(folder / LOG) >= steps
 
 
-def began_so(out: Path, path: Path) -> bool:
-    """Whether the run there was begun, or last gone on with, by --resume of this very path."""
+def was_resumed_from(out: Path, path: Path) -> bool:
+    """Whether --resume of this very path started the run there, or resumed it last."""
     try:
-        held = read_config(out).checkpoint.resume
+        resumed = read_config(out).checkpoint.resume
     except ConfigError:
         return False
-    return held == str(path) or same_place(Path(held), path)
+    return resumed == str(path) or same_place(Path(resumed), path)
