@@ -2,8 +2,9 @@
 
 Folders are floors: a folder imports only from those below it.
 
-    commands > proof > training > checkpoint, planner > models, optim > parallel
+    commands > proof > training > reporting > checkpoint, planner > models, optim > parallel
              > hardware, launch, data > config
 
-At the bottom, beside config: validation, environment, cgroup, durable_files, heartbeat, model_size.
+At the bottom, beside config: run_config, validation, environment, cgroup, durable_files, heartbeat,
+model_size.
 """
