@@ -15,7 +15,6 @@ import torch.distributed as dist
 from rosetrainer.config import TrainConfig
 from rosetrainer.data.batches import Corpus
 from rosetrainer.environment import name_ranks, world_from_environment
-from rosetrainer.hardware.block_compile import compiles
 from rosetrainer.hardware.onednn import takes_onednn
 from rosetrainer.parallel.comm import all_gather, all_reduce
 from rosetrainer.parallel.context import Axis
@@ -40,14 +39,14 @@ def gather_texts(text: str, world: Axis, device: torch.device) -> list[str]:
 
 
 def check_same_settings(
-    config: TrainConfig, corpus: Corpus, world: Axis, device: torch.device
+    config: TrainConfig, corpus: Corpus, compiled: bool, world: Axis, device: torch.device
 ) -> None:
     """Raises ConfigError on every rank if one has another config, other data or other software.
 
     And if "auto" has resolved to another value there. Before the layout is built: ranks that
     disagree on it would wait for each other for ever.
     """
-    own = json.dumps([given_settings(config, corpus), resolved_settings(config, world, device)])
+    own = json.dumps([given_settings(config, corpus), resolved_settings(config, compiled, device)])
     digest = bytearray(hashlib.sha256(own.encode()).digest())
     row = torch.frombuffer(digest, dtype=torch.int64)[None].to(device)
     hashes = all_gather(row, world, "start", dim=0)
@@ -92,16 +91,15 @@ def given_settings(config: TrainConfig, corpus: Corpus) -> dict[str, Any]:
     return {k: str(v) if isinstance(v, Path) else v for k, v in settings.items()}
 
 
-def resolved_settings(config: TrainConfig, world: Axis, device: torch.device) -> dict[str, Any]:
+def resolved_settings(config: TrainConfig, compiled: bool, device: torch.device) -> dict[str, Any]:
     """What decides the bits that this rank computes and depends on more than the flags."""
     dtype = config.precision.compute_dtype
     assert dtype, "settle_dtype comes first"
-    tp_size, _ = config.parallel.resolve(world.size)
     on_cpu = device.type == "cpu"
     return {
         "dtype": dtype,
         "threads": torch.get_num_threads() if on_cpu else 0,
-        "compile": "on" if compiles(config, tp_size, device)[0] else "off",
+        "compile": "on" if compiled else "off",
         "products": "oneDNN" if takes_onednn(getattr(torch, dtype), device) else "torch",
         "torch": torch.__version__,
         "rosetrainer": source_version(),

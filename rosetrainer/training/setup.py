@@ -106,7 +106,8 @@ def train(
         device = init_process_group(config.hardware.device, limit, store)
         resumed_dtype = gather_texts(plan.dtype, world, device)[0]
         config, remark = settle_dtype(config, resumed_dtype, device)
-        check_same_settings(config, corpus, world, device)
+        compiled = compiles(config, config.parallel.resolve(world.size)[0], device)
+        check_same_settings(config, corpus, compiled[0], world, device)
         location = open_run(config, corpus, plan, world, device)
         failures.folder = location.folder
         if remark and world.rank == 0:
@@ -115,7 +116,7 @@ def train(
             context = init_parallel(config.parallel, config.hardware.device, limit.total_seconds())
             if watch:
                 watch.follow((axis.ledger for axis in context.axes), device.type == "cuda")
-            trained = train_in_layout(config, corpus, location, context, world)
+            trained = train_in_layout(config, corpus, location, context, world, compiled)
             if watch:
                 watch.close()
             end_parallel()
@@ -128,22 +129,22 @@ def train_in_layout(
     location: RunLocation,
     context: ParallelContext,
     world: Axis,
+    compiled: tuple[bool, str],
 ) -> tuple[GPTModel, signal.Signals | None]:
-    """Builds what the loop needs, reports what it is, and runs the loop."""
+    """Builds what the loop needs, reports what it is, and runs the loop. compiled: of compiles."""
     dtype = choose_dtype(str(config.precision.compute_dtype), context.device)
     folder, is_first = location.folder, context.rank == 0
     if is_first:
         print(describe(context, dtype, config.hardware.device))
     model, optimizer, state = build(config, location, context, dtype)
-    compiled, remark = compiles(config, context.tp.size, context.device)
-    if compiled:
+    if compiled[0]:
         compile_blocks(model)
     evaluated = log_has_evaluation(folder, state.step, world, context.device)
     finished = evaluated and state.step == config.run.steps
     if is_first and not finished:
         describe_run(folder, config, corpus.folder)
         introduce(folder, config, model, context.dp.size)
-        for note in filter(None, [remark, *start_notes(config, location.checkpoint)]):
+        for note in filter(None, [compiled[1], *start_notes(config, location.checkpoint)]):
             print(note)
     peak = sum_over_ranks(matmul_peak(context.device, dtype), context)
     profile = None

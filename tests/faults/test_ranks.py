@@ -213,7 +213,7 @@ def amd_on_rank_0(rank: int) -> None:
 
 
 def compiled_on_rank_1(rank: int) -> None:
-    patch("training.agreement", "compiles", lambda *_: (rank == 1, ""))
+    patch("training.setup", "compiles", lambda *_: (rank == 1, ""))
 
 
 def a_gpu_on_rank_1(rank: int) -> None:
