@@ -97,9 +97,8 @@ class Proof:
 
     def parts(self, context: ParallelContext) -> list[slice]:
         """The rows of each micro-batch of a rank; one process takes those of all ranks."""
-        micro_batches = MICRO_BATCHES * self.context.dp.size // context.dp.size
-        of_rank = rows_of_rank(context.dp.rank, context.dp.size, micro_batches, ROWS)
-        return [slice(rows.start, rows.stop) for rows in of_rank]
+        dp, count = context.dp, MICRO_BATCHES * self.context.dp.size // context.dp.size
+        return [slice(r.start, r.stop) for r in rows_of_rank(dp.rank, dp.size, count, ROWS)]
 
     @cached_property
     def oracle(self) -> Results:

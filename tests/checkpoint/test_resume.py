@@ -422,7 +422,7 @@ def test_a_run_goes_on_in_its_dtype_on_a_machine_where_auto_is_another(
     assert ours == {step: loss for step, loss in whole.items() if step in ours}
     assert max(ours) == STEPS
     assert read_manifest(out / "step_000004").progress.dtype == "bfloat16"
-    written = json.loads((out / "config.json").read_text())["run"]
+    written = json.loads((out / "config.json").read_text())["precision"]
     assert written["compute_dtype"] == "bfloat16"
 
 
