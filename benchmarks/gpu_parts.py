@@ -32,7 +32,7 @@ from rosetrainer.models.layers import build_model
 from rosetrainer.optim.optimizer import build_optimizer
 from rosetrainer.optim.precision import autocast_for
 from rosetrainer.parallel.context import ParallelContext
-from rosetrainer.parallel.tensor_parallel import init_weights
+from rosetrainer.parallel.sharding import init_weights
 from rosetrainer.training.trainer import train_step
 
 VOCABULARY = 50257  # ours pads it to 50304 by itself, the plain model is given those rows

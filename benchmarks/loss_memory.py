@@ -50,7 +50,7 @@ def measure(way: str, bench: Bench) -> None:
 
     from rosetrainer.optim.precision import autocast_for
     from rosetrainer.parallel.context import Axis
-    from rosetrainer.parallel.tensor_parallel import init_weights
+    from rosetrainer.parallel.sharding import init_weights
     from rosetrainer.parallel.vocab_parallel import VocabParallelEmbedding
 
     torch.set_num_threads(bench.threads)

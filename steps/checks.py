@@ -33,11 +33,11 @@ import hashlib, sys
 from importlib import import_module
 folder, *modules = sys.argv[1:]
 sys.path.insert(0, folder)
-config, model, tp = map(import_module, modules)
+config, model, sharding = map(import_module, modules)
 import torch
 shape = dict(vocab_size=128, context_length=24, n_layers=3, n_heads=4, d_model=64)
 gpt = model.GPTModel(config.GPTConfig(**shape))
-tp.init_weights(gpt, 3)
+sharding.init_weights(gpt, 3)
 ids = torch.randint(128, (3, 20), generator=torch.Generator().manual_seed(0))
 print(hashlib.sha256(gpt(ids)[0].detach().numpy().tobytes()).hexdigest())
 """
@@ -156,7 +156,7 @@ def check_core(name: str, package: Path) -> None:
 
 def check_logits() -> None:
     """Of step 09 and the package, bitwise: outside the core too, nothing computes otherwise."""
-    names = ("config", "models.gpt", "parallel.tensor_parallel")
+    names = ("config", "models.gpt", "parallel.sharding")
     packaged = logits_digest(PACKAGE.parent, *(f"rosetrainer.{name}" for name in names))
     if logits_digest(find("09"), "config", "model", "tensor_parallel") != packaged:
         raise StepError(
@@ -166,9 +166,9 @@ def check_logits() -> None:
         )
 
 
-def logits_digest(folder: Path, config: str, model: str, tensor_parallel: str) -> str:
+def logits_digest(folder: Path, config: str, model: str, sharding: str) -> str:
     """A hash of a GPT's logits, made by these modules in the folder."""
-    command = [sys.executable, "-c", LOGITS, str(folder), config, model, tensor_parallel]
+    command = [sys.executable, "-c", LOGITS, str(folder), config, model, sharding]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         last = done.stderr.strip().rpartition("\n")[2]

@@ -14,6 +14,7 @@ PACKAGE = STEPS.parent / "rosetrainer"
 CORE = {  # a step's file, and the package's that is the same code
     "comm.py": "parallel/comm.py",
     "parallel_context.py": "parallel/context.py",
+    "sharding.py": "parallel/sharding.py",
     "tensor_parallel.py": "parallel/tensor_parallel.py",
     "model.py": "models/gpt.py",
     "clip.py": "optim/clip.py",

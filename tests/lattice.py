@@ -28,7 +28,7 @@ from rosetrainer.optim.clip import clip_gradients
 from rosetrainer.optim.optimizer import build_optimizer
 from rosetrainer.parallel.context import ParallelContext, init_parallel
 from rosetrainer.parallel.dropout import DropoutSeed
-from rosetrainer.parallel.tensor_parallel import draw_whole, gather_whole, load_whole, shard_spec
+from rosetrainer.parallel.sharding import draw_whole, gather_whole, load_whole, shard_spec
 from rosetrainer.proof.reference import ReferenceDropout, ReferenceGPT
 from rosetrainer.training.step import compute_gradients
 
@@ -119,7 +119,7 @@ def one_process(layout: Layout) -> dict[str, Any]:
     """Logits, losses, norms, first gradients, and weights and moments at the end."""
     if layout.encoder_decoder:
         return train(layout, ParallelContext())
-    whole = gather_whole(build(layout, ParallelContext()), ParallelContext().tp)
+    whole = gather_whole(build(layout, ParallelContext()))
     dense = ReferenceGPT(layout.model).double()
     dense.load_state_dict(whole)
     decayed = [p for n, p in dense.named_parameters() if p.dim() == 2 and "position" not in n]
@@ -171,22 +171,22 @@ def train(layout: Layout, context: ParallelContext) -> dict[str, Any]:
         batches = [(first, *part) for first, part in zip(firsts, parts, strict=True)]
         found["losses"].append(compute_gradients(model, batches, context, seed=seed))
         if step == 0:
-            found["norms"].append(clip_gradients(model, context.tp, 0.0))
+            found["norms"].append(clip_gradients(model, context, 0.0))
             found["ledger"] = [
                 ((axis.name, *key), (t.calls, t.payload_bytes))
                 for axis in context.axes
                 for key, t in axis.ledger.entries.items()
             ]
-            found["gradients"] = gather_whole(model, context.tp, gradients=True)
+            found["gradients"] = gather_whole(model, gradients=True)
             found["gradients"] = {n: g.clone() for n, g in found["gradients"].items()}
-        norm = clip_gradients(model, context.tp, CLIP)
+        norm = clip_gradients(model, context, CLIP)
         found["norms"] += [norm] if step else []
         optimizer.step()
     found["rows"] = [row for first in firsts for row in range(first, first + size)]
-    found["weights"] = gather_whole(model, context.tp)
+    found["weights"] = gather_whole(model)
     for key in ("exp_avg", "exp_avg_sq"):
         found[key] = {
-            name: shard_spec(p).unshard(optimizer.state[p][key], context.tp, "checkpoint")
+            name: shard_spec(p).unshard(optimizer.state[p][key], "checkpoint")
             for name, p in model.named_parameters()
         }
     found["held"] = held(model, optimizer)

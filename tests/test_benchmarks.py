@@ -22,7 +22,7 @@ from benchmarks.side_by_side import Rounds, Side
 from benchmarks.work import Work, parse_work
 from rosetrainer.config import GPTConfig
 from rosetrainer.parallel.context import init_tensor_parallel
-from rosetrainer.parallel.tensor_parallel import load_whole
+from rosetrainer.parallel.sharding import load_whole
 from rosetrainer.validation import ConfigError
 
 HEAVY = pytest.mark.skipif(

@@ -28,7 +28,7 @@ from rosetrainer.config import GPTConfig, OptimConfig, TrainConfig
 from rosetrainer.model_size import parameter_count
 from rosetrainer.models.layers import build_model
 from rosetrainer.parallel.context import ParallelContext
-from rosetrainer.parallel.tensor_parallel import shard_spec
+from rosetrainer.parallel.sharding import shard_spec
 from rosetrainer.training.setup import check_config, train
 from rosetrainer.validation import ConfigError
 

@@ -168,12 +168,14 @@ def gpt_logits(folder: str, prefix: str, dtype: str) -> list[float]:
     if not prefix:
         enter(folder)
     names = ("config", "model", "tensor_parallel", "parallel_context")
-    config, model, tensor_parallel, context = (import_module(prefix + name) for name in names)
+    if prefix:
+        names = ("config", "models.gpt", "parallel.sharding", "parallel.context")
+    config, model, sharding, context = (import_module(prefix + name) for name in names)
     shape = config.GPTConfig(  # a vocabulary that needs no pad, which step 09 has not
         vocab_size=128, context_length=24, n_layers=3, n_heads=4, d_model=64, tied=False
     )
     gpt = model.GPTModel(shape, context.init_tensor_parallel()).to(getattr(torch, dtype))
-    tensor_parallel.init_weights(gpt, 3)
+    sharding.init_weights(gpt, 3)
     ids = torch.randint(128, (3, 20), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     mask[0, :3] = mask[1, 15:] = 0

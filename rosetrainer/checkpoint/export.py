@@ -12,7 +12,7 @@ from rosetrainer.checkpoint.manifest import CheckpointError, Manifest
 from rosetrainer.checkpoint.saver import read_whole
 from rosetrainer.models.layers import build_model
 from rosetrainer.parallel.context import ParallelContext
-from rosetrainer.parallel.tensor_parallel import ShardSpec, shard_spec
+from rosetrainer.parallel.sharding import ShardSpec, shard_spec
 
 DTYPES = {"float32": "F32", "float64": "F64"}
 """torch's names of what parameters can be, and those of safetensors."""

@@ -21,13 +21,12 @@ from rosetrainer.durable_files import sha256_of, short
 from rosetrainer.validation import (
     Bounds,
     ConfigError,
-    Count,
     CountOrZero,
     config_from_dict,
 )
 
 MANIFEST = "manifest.json"
-FORMAT = 2
+FORMAT = 3
 LARGEST_MANIFEST = 2**28  # bytes
 STEP = re.compile(r"step_(\d{6,15})")
 RANK_FILE = re.compile(r"rank_\d{5,8}\.safetensors")
@@ -50,11 +49,11 @@ def unreadable(path: Path, error: OSError) -> ConfigError:
 
 @dataclass(frozen=True)
 class Slice:
-    """The part start to stop of a tensor, along its dimension `dim`, and the file that has it."""
+    """A part of a tensor: its first index and size along each dimension, and its file."""
 
     file: str
-    start: CountOrZero
-    stop: Count
+    first: tuple[int, ...]
+    size: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,6 @@ class SavedTensor:
 
     shape: tuple[int, ...]
     dtype: str
-    dim: int
     slices: tuple[Slice, ...]
 
 
@@ -147,7 +145,7 @@ def _parse_manifest(content: bytes, folder: Path) -> Manifest:
     values = json.loads(content)
     if not isinstance(values, dict) or content != with_own_hash(values):
         raise ValueError("its own SHA-256 does not fit it")
-    if values["format"] != FORMAT:
+    if values["format"] not in (2, FORMAT):
         raise OtherFormatError(
             f"{folder} has format {values['format']}, and this program reads format {FORMAT}; use "
             f"the program that wrote it"
@@ -159,15 +157,20 @@ def _parse_manifest(content: bytes, folder: Path) -> Manifest:
         files[name] = config_from_dict(SavedFile, facts, name)
     tensors = {}
     for name, facts in values["tensors"].items():
-        slices = tuple(config_from_dict(Slice, one, name) for one in facts.pop("slices"))
+        if values["format"] == 2:
+            facts = from_format_2(facts)
+        slices = tuple(
+            Slice(one.pop("file"), *(tuple(one.pop(key)) for key in ("first", "size")), **one)
+            for one in facts.pop("slices")
+        )
         if unknown := {one.file for one in slices} - set(files):
             raise ValueError(f"{name} lies in {unknown}, which is not among its files")
         shape = tuple(facts.pop("shape"))
-        are_sizes = all(type(size) is int and size > 0 for size in shape)
-        if not are_sizes or facts["dim"] not in range(len(shape)):
-            raise ValueError(f"{name} has no such shape")
-        facts |= {"shape": shape, "slices": slices}
-        tensors[name] = SavedTensor(**facts)
+        for first, size in [((0,) * len(shape), shape), *((one.first, one.size) for one in slices)]:
+            sides = zip(first, size, shape, strict=True)
+            if not all(type(a) is type(n) is int and 0 <= a < a + n <= end for a, n, end in sides):
+                raise ValueError(f"{name} has no part of size {size} from {first} on")
+        tensors[name] = SavedTensor(shape=shape, slices=slices, **facts)
     numbers = sum(math.prod(tensor.shape) for tensor in tensors.values())
     if numbers > sum(file.size for file in files.values()):
         raise ValueError(f"its tensors hold {numbers} numbers, more than its files have bytes")
@@ -176,6 +179,16 @@ def _parse_manifest(content: bytes, folder: Path) -> Manifest:
     if progress.step != step_of(folder):
         raise ValueError(f"it is of step {progress.step}")
     return Manifest(progress, files, tensors)
+
+
+def from_format_2(facts: dict[str, Any]) -> dict[str, Any]:
+    """What format 2 says of a tensor: its slices lie along one dimension, from start to stop."""
+    dim, shape = facts.pop("dim"), facts["shape"]
+    for one in facts["slices"]:
+        start, stop = one.pop("start"), one.pop("stop")
+        one["first"] = [start if d == dim else 0 for d in range(len(shape))]
+        one["size"] = [stop - start if d == dim else n for d, n in enumerate(shape)]
+    return facts
 
 
 def with_own_hash(values: dict[str, Any]) -> bytes:

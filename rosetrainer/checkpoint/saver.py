@@ -9,7 +9,9 @@ from __future__ import annotations
 import math
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from rosetrainer.config import CheckpointConfig
 from rosetrainer.heartbeat import HEARTBEAT
 from rosetrainer.optim.adamw import AdamW
 from rosetrainer.parallel.context import ParallelContext
-from rosetrainer.parallel.tensor_parallel import ShardSpec, shard_spec
+from rosetrainer.parallel.sharding import ShardSpec, shard_spec
 
 
 class Saver:
@@ -109,17 +111,16 @@ def owned_slices(
     need = sum(math.prod(spec.shape) * tensor.element_size() for _, tensor, spec in everything)
     writers = assign_writers([spec for _, _, spec in everything], context)
     for (name, tensor, spec), writer in zip(everything, writers, strict=True):
-        start, stop = own_range(spec)
-        if start == stop or writer != context.rank:
+        first, size = own_box(spec)
+        if 0 in size or writer != context.rank:
             continue
-        own = tensor.detach().narrow(spec.dim, 0, stop - start)
+        own = tensor.detach()[tuple(map(slice, size))]
         tensors[name] = own.to("cpu", copy=copy).contiguous()
         slices[name] = {
             "shape": list(spec.shape),
             "dtype": str(tensor.dtype).removeprefix("torch."),
-            "dim": spec.dim,
-            "start": start,
-            "stop": stop,
+            "first": first,
+            "size": size,
         }
     return tensors, slices, need
 
@@ -134,12 +135,11 @@ def whole_state(model: nn.Module, optimizer: AdamW) -> Iterator[tuple[str, Tenso
             yield f"{name}/{moment}", moments[moment], spec
 
 
-def own_range(spec: ShardSpec) -> tuple[int, int]:
-    """Which indices along spec.dim this rank holds, without the pad: start to stop."""
-    start, stop = (
-        min(part * spec.width, spec.shape[spec.dim]) for part in (spec.part, spec.part + 1)
-    )
-    return start, stop
+def own_box(spec: ShardSpec) -> tuple[list[int], list[int]]:
+    """(first index, size) along each dimension of what this rank holds, without the pad."""
+    sides = list(zip(spec.index, spec.shape, strict=True))
+    first = [min(one.start, n) for one, n in sides]
+    return first, [min(one.stop, n) - start for (one, n), start in zip(sides, first, strict=True)]
 
 
 def assign_writers(specs: Sequence[ShardSpec], context: ParallelContext) -> list[int]:
@@ -147,18 +147,28 @@ def assign_writers(specs: Sequence[ShardSpec], context: ParallelContext) -> list
 
     Of all that hold it, the one with the least to write so far; every rank computes the same.
     """
-    dp, tp = context.dp, context.tp
     load, writers = [0] * context.world_size, []
+    known: dict[Any, dict[tuple[int, ...], list[int]]] = {}  # most tensors are cut in few ways
     for spec in specs:
-        neighbours = tp.size // spec.parts
-        writer = {}
-        for part in range(spec.parts):
-            holders = range(part * neighbours, (part + 1) * neighbours)
-            everywhere = [d * tp.size + t for d in range(dp.size) for t in holders]
-            writer[part] = min(everywhere, key=lambda rank: load[rank])
-            load[writer[part]] += math.prod(spec.shape) // spec.parts
-        writers.append(writer[spec.part])
+        way = tuple((cut.axis.name, cut.copies, cut.ranks) for cut in spec.cuts)
+        if way not in known:
+            known[way] = holders_by_part(spec, context)
+        chosen = {}
+        for part, holders in known[way].items():
+            chosen[part] = min(holders, key=load.__getitem__)
+            load[chosen[part]] += math.prod(spec.shape) // len(known[way])
+        writers.append(chosen[tuple(cut.part for cut in spec.cuts)])
     return writers
+
+
+def holders_by_part(spec: ShardSpec, context: ParallelContext) -> dict[tuple[int, ...], list[int]]:
+    """The world ranks that hold each part, in order; of several stages only the first's."""
+    found = defaultdict(list)
+    for rank, place in enumerate(product(*(range(axis.size) for axis in context.axes))):
+        at = dict(zip((axis.name for axis in context.axes), place, strict=True))
+        if all(not cut.ranks or at[cut.axis.name] == cut.ranks[0] for cut in spec.cuts):
+            found[tuple(cut.part_of(at[cut.axis.name]) for cut in spec.cuts)].append(rank)
+    return found
 
 
 def load_checkpoint(
@@ -207,44 +217,52 @@ def own_part(folder: Path, manifest: Manifest, name: str, parameter: nn.Paramete
     if saved is None:
         raise CheckpointError(f"{folder} does not hold {name}")
     dtype = str(parameter.dtype).removeprefix("torch.")
-    if (saved.shape, saved.dim, saved.dtype) != (spec.shape, spec.dim, dtype):
+    if (saved.shape, saved.dtype) != (spec.shape, dtype):
         raise CheckpointError(
-            f"{folder}: {name} is {saved.dtype} {saved.shape} cut along {saved.dim}, the model's "
-            f"{dtype} {spec.shape} along {spec.dim}"
+            f"{folder}: {name} is {saved.dtype} {saved.shape}, the model's {dtype} {spec.shape}"
         )
     local = torch.zeros_like(parameter)
-    start, stop = own_range(spec)
-    if start < stop:
-        local.narrow(spec.dim, 0, stop - start).copy_(read_range(folder, name, saved, start, stop))
+    first, size = own_box(spec)
+    if 0 not in size:
+        local[tuple(map(slice, size))] = read_box(folder, name, saved, first, size)
     return local
 
 
-def read_range(folder: Path, name: str, saved: SavedTensor, start: int, stop: int) -> Tensor:
-    """The indices start to stop of a whole tensor along its cut dimension, out of its slices."""
-    pieces, reached = [], start
-    for piece in sorted(saved.slices, key=lambda one: one.start):
-        if piece.stop <= reached or piece.start >= stop or piece.start > reached:
+def read_box(
+    folder: Path, name: str, saved: SavedTensor, first: Sequence[int], size: Sequence[int]
+) -> Tensor:
+    """The part of a whole tensor with this first index and size, out of its slices."""
+    box, missing = torch.empty(0), math.prod(size)
+    for piece in saved.slices:
+        sides = list(zip(first, size, piece.first, piece.size, strict=True))
+        common = [(max(a, b), min(a + n, b + m)) for a, n, b, m in sides]
+        if any(start >= stop for start, stop in common):
             continue
-        path, first, end = folder / piece.file, reached - piece.start, min(piece.stop, stop)
+        path = folder / piece.file
         HEARTBEAT.beat()
         try:
             with safe_open(path, "pt") as file:
                 view = file.get_slice(name)
-                extent = list(saved.shape)
-                extent[saved.dim] = piece.stop - piece.start
-                if view.get_shape() != extent:
-                    raise CheckpointError(f"{path}: {name} is {view.get_shape()}, not {extent}")
-                index = [slice(None)] * saved.dim + [slice(first, end - piece.start)]
-                pieces.append(view[tuple(index)])
+                if tuple(view.get_shape()) != piece.size:
+                    found = view.get_shape()
+                    raise CheckpointError(f"{path}: {name} is {found}, not {list(piece.size)}")
+                here, there = (
+                    tuple(slice(a - o, b - o) for (a, b), o in zip(common, origin, strict=True))
+                    for origin in (first, piece.first)
+                )
+                part = view[there]
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{path} cannot be read: {error}") from None
-        reached = end
-    if reached < stop:
-        raise CheckpointError(f"{folder}: nothing holds {name}[{reached}:{stop}]")
-    return torch.cat(pieces, saved.dim)
+        if not len(box):
+            box = part.new_empty(tuple(size))
+        box[here] = part
+        missing -= part.numel()
+    if missing:
+        raise CheckpointError(f"{folder}: its slices do not hold each number of {name} once")
+    return box
 
 
 def read_whole(folder: Path, manifest: Manifest, name: str) -> Tensor:
     """A whole tensor, as its layer would hold it alone."""
     saved = manifest.tensors[name]
-    return read_range(folder, name, saved, 0, saved.shape[saved.dim])
+    return read_box(folder, name, saved, (0,) * len(saved.shape), saved.shape)

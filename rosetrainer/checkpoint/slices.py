@@ -115,7 +115,7 @@ class Draft:
                 name = f"rank_{rank:05d}.safetensors"
                 metadata = self._await_metadata(name)
                 for tensor, facts in metadata.pop("slices").items():
-                    one = {"file": name, "start": facts.pop("start"), "stop": facts.pop("stop")}
+                    one = {"file": name, "first": facts.pop("first"), "size": facts.pop("size")}
                     tensors.setdefault(tensor, facts | {"slices": []})["slices"].append(one)
                 marks[name] = metadata["size"], metadata.pop("mtime_ns")
                 files[name] = metadata

@@ -18,11 +18,8 @@ from rosetrainer.parallel.comm import first_token, gather_from_tensor_parallel_r
 from rosetrainer.parallel.context import Axis, ParallelContext
 from rosetrainer.parallel.dropout import Dropout, Seed, name_sites
 from rosetrainer.parallel.recompute import recompute
-from rosetrainer.parallel.tensor_parallel import (
-    ColumnParallelLinear,
-    RowParallelLinear,
-    replicated_parameter,
-)
+from rosetrainer.parallel.sharding import replicated_parameter
+from rosetrainer.parallel.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from rosetrainer.parallel.vocab_parallel import VocabParallelEmbedding
 
 EMBEDDING_STD = 0.02

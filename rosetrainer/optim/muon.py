@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from rosetrainer.optim.adamw import AdamW
-from rosetrainer.parallel.context import Axis
-from rosetrainer.parallel.tensor_parallel import ColumnParallelLinear, RowParallelLinear, shard_spec
+from rosetrainer.parallel.sharding import shard_spec
+from rosetrainer.parallel.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # the paper's: steep at zero, flat enough around one
 ITERATIONS = 5
@@ -28,13 +28,9 @@ STACK_BYTES = 2**24  # of whole matrices at once: larger stacks are no faster
 class Muon(AdamW):
     """One optimizer: groups with "momentum" hold matrices for Muon, all others are AdamW's.
 
-    A cut matrix is gathered over tp first, so that every layout makes the same step, and q, k and
+    A cut matrix is gathered first, so that every layout makes the same step, and q, k and
     v of a fused projection are matrices of their own. Decay is AdamW's, by the learning rate.
     """
-
-    def __init__(self, groups: list[dict[str, Any]], tp: Axis, **adamw: Any) -> None:
-        super().__init__(groups, **adamw)
-        self._tp = tp
 
     @torch.no_grad()
     def step(self) -> None:
@@ -67,7 +63,7 @@ class Muon(AdamW):
         for parameter in parameters:
             assert parameter.grad is not None
             spec = shard_spec(parameter)
-            whole = spec.unshard(parameter.grad, self._tp, "optimizer")
+            whole = spec.unshard(parameter.grad, "optimizer")
             matrices += whole.unflatten(0, (spec.stride, -1)).unbind()
             parameter.grad = None
         steps = iter(orthogonalized(matrices))

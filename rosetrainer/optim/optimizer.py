@@ -10,7 +10,7 @@ from torch import nn
 from rosetrainer.config import OptimConfig
 from rosetrainer.optim.adamw import AdamW
 from rosetrainer.optim.muon import Muon, hidden_layers
-from rosetrainer.parallel.tensor_parallel import shard_spec
+from rosetrainer.parallel.sharding import shard_spec
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> AdamW:
@@ -37,7 +37,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> AdamW:
     ]
     used = [{**group, "lr": group["peak"]} for group in groups if group["params"]]
     adamw: dict[str, Any] = {"betas": (config.beta1, config.beta2), "eps": config.eps}
-    return Muon(used, layers[0].tp, **adamw) if layers else AdamW(used, **adamw)
+    return (Muon if layers else AdamW)(used, **adamw)
 
 
 def set_learning_rates(optimizer: AdamW, config: OptimConfig, step: int, steps: int) -> float:

@@ -1,4 +1,5 @@
-"""Ways to divide the work. Read context (named axes), comm (collectives), tensor_parallel.
+"""Ways to divide the work. Read context (named axes), comm (collectives), sharding
+(which part of a parameter a rank holds), tensor_parallel.
 
 vocab_parallel cuts embedding, head and loss; data_parallel sums gradients; overlap hides a
 collective behind a product. dropout and recompute hold in every layout, and replicas

@@ -18,7 +18,7 @@ from rosetrainer.config import IGNORED
 from rosetrainer.parallel.comm import all_reduce, all_reduce_
 from rosetrainer.parallel.context import ParallelContext
 from rosetrainer.parallel.dropout import Seed
-from rosetrainer.parallel.tensor_parallel import shard_spec
+from rosetrainer.parallel.sharding import shard_spec
 
 BUCKET_BYTES = 25 * 2**20  # as large as DistributedDataParallel's: few calls, little memory
 
@@ -59,7 +59,7 @@ def reduce_gradients(model: nn.Module, context: ParallelContext) -> None:
             continue
         partial = []
         for name, parameter in model.named_parameters():
-            if axis.name in shard_spec(parameter).partial_over:
+            if shard_spec(parameter).is_partial(axis):
                 assert parameter.grad is not None, f"{name} has no gradient"
                 partial.append(parameter.grad)
         for bucket in buckets(partial, BUCKET_BYTES):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from rosetrainer.parallel.comm import all_gather, all_reduce
 from rosetrainer.parallel.context import Axis, ParallelContext
-from rosetrainer.parallel.tensor_parallel import ShardSpec, shard_spec
+from rosetrainer.parallel.sharding import shard_spec
 
 CHUNK = 2**16  # words of 16 bits
 
@@ -33,7 +35,7 @@ def check_replicas(model: nn.Module, context: ParallelContext, step: int) -> Non
     for axis in context.axes:
         together = all_gather(own[None], axis, "replicas", dim=0)  # (n, parameters)
         for index, spec in enumerate(specs):
-            first = first_holder(spec, axis)
+            first = spec.holders(axis)[0]
             if together[axis.rank, index] != together[first, index]:
                 other = context.rank + (first - axis.rank) * stride_of(axis, context)
                 code = (index * ranks + context.rank) * ranks + other
@@ -64,12 +66,6 @@ def checksum(tensor: Tensor) -> Tensor:
     return total
 
 
-def first_holder(spec: ShardSpec, axis: Axis) -> int:
-    """The first rank of the axis that holds the same part as this one; over dp all hold it."""
-    ranks_a_part = axis.size // spec.parts if axis.name == "tp" else axis.size
-    return axis.rank - axis.rank % ranks_a_part
-
-
 def stride_of(axis: Axis, context: ParallelContext) -> int:
     """How far apart in world rank two neighbours of the axis are."""
-    return 1 if axis.name == "tp" else context.tp.size
+    return math.prod(inner.size for inner in context.axes[context.axes.index(axis) + 1 :])

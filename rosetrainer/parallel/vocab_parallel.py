@@ -25,7 +25,7 @@ from rosetrainer.parallel.comm import (
 )
 from rosetrainer.parallel.context import Axis
 from rosetrainer.parallel.overlap import column_linear, for_product
-from rosetrainer.parallel.tensor_parallel import ShardSpec, new_parameter
+from rosetrainer.parallel.sharding import Cut, ShardSpec, new_parameter
 
 # Of logits that the loss holds at a time; a GPU's products want more rows than a CPU's.
 CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}
@@ -47,7 +47,7 @@ class VocabParallelEmbedding(nn.Module):
         self.vocab_size, self.tp = vocab_size, tp
         pad = -vocab_size % math.lcm(PADDED_TO, tp.size)
         shape = (vocab_size, d_model)
-        spec = ShardSpec(shape, 0, tp.size, tp.rank, pad=pad, init_std=init_std, decay=True)
+        spec = ShardSpec(shape, (Cut(tp),), pad=(pad, 0), init_std=init_std, decay=True)
         self.weight = new_parameter(spec)
 
     def forward(self, ids: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from rosetrainer.config import GPTConfig, OptimConfig
 from rosetrainer.models.gpt import GPTModel
 from rosetrainer.models.layers import build_model
 from rosetrainer.parallel.context import ParallelContext
-from rosetrainer.parallel.tensor_parallel import shard_spec
+from rosetrainer.parallel.sharding import ShardSpec, shard_spec
 from rosetrainer.proof.tolerances import (
     Column,
     Difference,
@@ -33,6 +33,18 @@ from rosetrainer.proof.trajectory import (
 )
 
 
+def part_of(spec: ShardSpec, rank: int) -> str:
+    """What of a parameter this tp rank holds, as an index into the whole."""
+    cuts = tuple(replace(cut, axis=replace(cut.axis, rank=rank)) for cut in spec.cuts)
+    if all(cut.parts == 1 for cut in cuts):
+        return "all of it"
+    place = [":"] * len(spec.shape)
+    for cut in cuts:
+        own, end = replace(spec, cuts=cuts).index[cut.dim], spec.shape[cut.dim]
+        place[cut.dim] = f"{own.start}:{min(own.stop, end)}" if own.start < end else "pad"
+    return f"[{', '.join(place)}]"
+
+
 def who_holds_what(model: GPTModel, tp_size: int) -> str:
     """A table: each weight's whole shape, and the slice of it that each tp rank holds."""
     last = model.config.n_layers - 1
@@ -42,13 +54,7 @@ def who_holds_what(model: GPTModel, tp_size: int) -> str:
         if name.startswith("blocks.") and not name.startswith("blocks.0."):
             continue  # every block is cut alike
         spec = shard_spec(parameter)
-        slices = []
-        for rank in range(tp_size):
-            start = rank * spec.parts // tp_size * spec.width
-            end = min(start + spec.width, spec.shape[spec.dim])
-            cut = [":"] * len(spec.shape)
-            cut[spec.dim] = f"{start}:{end}" if start < end else "pad"
-            slices.append("all of it" if spec.parts == 1 else f"[{', '.join(cut)}]")
+        slices = [part_of(spec, rank) for rank in range(tp_size)]
         whole = " x ".join(map(str, spec.shape))
         rows.append((name.replace("blocks.0.", blocks), whole, *slices))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]

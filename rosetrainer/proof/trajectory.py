@@ -25,7 +25,7 @@ from rosetrainer.optim.optimizer import build_optimizer
 from rosetrainer.optim.precision import Autocast, autocast_for
 from rosetrainer.parallel.context import ParallelContext
 from rosetrainer.parallel.dropout import DropoutSeed
-from rosetrainer.parallel.tensor_parallel import draw_whole, gather_whole, load_whole, shard_spec
+from rosetrainer.parallel.sharding import draw_whole, gather_whole, load_whole, shard_spec
 from rosetrainer.proof.reference import ReferenceDropout
 from rosetrainer.proof.reference_rotary import build_reference
 from rosetrainer.training.step import compute_gradients
@@ -109,7 +109,7 @@ class Proof:
         logits: dict[int, Tensor] = {}
 
         def gradient(step: int) -> float:
-            dense.load_state_dict(gather_whole(carrier, ParallelContext().tp))
+            dense.load_state_dict(gather_whole(carrier))
             dense.zero_grad()
             dropout = ReferenceDropout(self.config.dropout, self.seed, step)
             ids, labels = self.batches[step]
@@ -185,7 +185,7 @@ class Proof:
             )
             found[of_loss, f"loss of step {step + 1}"] = self.scalar(loss)
             if step < 2:
-                for name, whole in gather_whole(model, context.tp, gradients=True).items():
+                for name, whole in gather_whole(model, gradients=True).items():
                     found[of_gradients, f"gradient of {name}"] = whole.clone()
             found[of_norm, f"gradient norm of step {step + 1}"] = self.scalar(clip(step))
             if step:
@@ -197,8 +197,8 @@ class Proof:
                     assert parameter.grad is not None
                     parameter.sub_(parameter.grad, alpha=self.calibration.sgd_rates[name])
                     parameter.grad = None
-            before = {n: w.clone() for n, w in gather_whole(model, context.tp).items()}
-        for name, after in gather_whole(model, context.tp).items():
+            before = {n: w.clone() for n, w in gather_whole(model).items()}
+        for name, after in gather_whole(model).items():
             found[MOVES, f"move of {name}"] = after - before[name]
         return found
 
@@ -218,7 +218,7 @@ class Proof:
             return compute_gradients(model, own, context, autocast, DropoutSeed(self.seed, step))
 
         def clip(step: int) -> float:
-            return clip_gradients(model, context.tp, self.calibration.clip_norms[step])
+            return clip_gradients(model, context, self.calibration.clip_norms[step])
 
         with fast_products(dtype, context.device):
             found = self.logits(model, autocast)

@@ -38,7 +38,7 @@ from rosetrainer.optim.precision import autocast_for
 from rosetrainer.parallel import comm
 from rosetrainer.parallel.comm import all_reduce
 from rosetrainer.parallel.context import Axis, ParallelContext, end_parallel, init_parallel
-from rosetrainer.parallel.tensor_parallel import init_weights
+from rosetrainer.parallel.sharding import init_weights
 from rosetrainer.reporting.messages import (
     describe,
     introduce,

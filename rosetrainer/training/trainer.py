@@ -160,7 +160,7 @@ def train_step(
     seed = DropoutSeed(config.run.seed, step)
     loss = compute_gradients(model, batches, context, autocast, seed)
     check_finite("loss", loss, step, config)
-    norm = clip_gradients(model, context.tp, config.optim.grad_clip)
+    norm = clip_gradients(model, context, config.optim.grad_clip)
     check_norm(norm, next(model.parameters()).dtype, config)
     optimizer.step()
     optimizer.zero_grad()

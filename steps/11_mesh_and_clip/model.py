@@ -12,12 +12,8 @@ import torch
 import torch.nn.functional as F
 from config import IGNORED, GPTConfig
 from parallel_context import Axis, ParallelContext
-from tensor_parallel import (
-    ColumnParallelLinear,
-    RowParallelLinear,
-    ShardSpec,
-    new_parameter,
-)
+from sharding import ShardSpec, new_parameter
+from tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor, nn
 
 EMBEDDING_STD = 0.02

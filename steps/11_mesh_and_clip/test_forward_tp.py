@@ -16,15 +16,8 @@ from environment import run, say
 from model import GPTModel
 from oracle import difference, naive_loss, worst_difference
 from parallel_context import ParallelContext, end_parallel, init_parallel, init_tensor_parallel
-from tensor_parallel import (
-    ColumnParallelLinear,
-    RowParallelLinear,
-    draw_whole,
-    gather_whole,
-    init_weights,
-    load_whole,
-    shard_spec,
-)
+from sharding import draw_whole, gather_whole, init_weights, load_whole, shard_spec
+from tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor, nn
 from train import global_backward, own_rows
 
@@ -66,7 +59,7 @@ def check_layer(
     y.backward(upstream)
     forward = difference("Y", y, dense_y)
     own = (layer.weight, layer.bias)
-    ours = [shard_spec(p).unshard(p.grad, tp, "checkpoint") for p in own]
+    ours = [shard_spec(p).unshard(p.grad, "checkpoint") for p in own]
     names = ["gradient of X", "gradient of W", "gradient of b"]
     x_grad = all_gather(x.grad, tp, "checkpoint") if cut_input else x.grad
     backward = list(map(difference, names, [x_grad, *ours], [leaf.grad for leaf in leaves]))
@@ -80,7 +73,7 @@ def check_initial_weights(context: ParallelContext, layer: nn.Module) -> None:
     """The shards are slices of one tensor, bitwise: what one process would draw."""
     init_weights(layer, seed=1)
     spec = shard_spec(layer.weight)
-    whole = spec.unshard(layer.weight.detach(), context.tp, "checkpoint").cpu()
+    whole = spec.unshard(layer.weight.detach(), "checkpoint").cpu()
     assert torch.equal(whole, draw_whole(spec, 1, "weight").to(whole)), "initial weights"
     assert abs(whole.std() * IN**0.5 - 1) < 0.1, "the fan-in is the whole one"
     say("  initial weights: those of one process, bitwise")
@@ -128,7 +121,7 @@ def compare(
     say(f"loss: {loss.item():.6f}")
     difference("loss", loss, dense_loss)
     say(f"max diff vs dense: {difference('logits', logits[mask.bool()], torch.cat(dense)):.1e}")
-    gradients = gather_whole(model, context.tp, gradients=True)
+    gradients = gather_whole(model, gradients=True)
     worst = worst_difference(gradients, {name: t.grad for name, t in whole.items()})
     say(f"max grad diff vs dense: {worst:.1e}")
     say(f"collectives: {calls}\npayload: {payload} elements")
@@ -152,7 +145,7 @@ def check_model(context: ParallelContext, input_ids: Tensor, labels: Tensor) -> 
 def check_loading(context: ParallelContext) -> None:
     """Weights that do not fit are refused by name, before anything is changed."""
     model, whole = random_model(context)
-    before = gather_whole(model, context.tp)
+    before = gather_whole(model)
     name = "blocks.1.attention.query_key_value.weight"
     for wrong, message in (
         ({n: w for n, w in whole.items() if n != name}, f"they lack {name}"),
@@ -164,7 +157,7 @@ def check_loading(context: ParallelContext) -> None:
             assert message in str(error), error
         else:
             raise AssertionError(f"loaded weights although {message}")
-    after = gather_whole(model, context.tp)
+    after = gather_whole(model)
     assert all(torch.equal(before[n], after[n]) for n in before), "something was changed"
 
 
@@ -209,12 +202,12 @@ def check_updates(
         ours.zero_grad()
         loss = global_backward(model, batch[:1], batch[1], context)
         difference("loss", expected_loss.new_tensor(loss), expected_loss)
-        norm = clip_gradients(model, context.tp, limit)
+        norm = clip_gradients(model, context, limit)
         difference("global norm", expected_norm.new_tensor(norm), expected_norm)
         ours.step()
-    worst = worst_difference(gather_whole(model, context.tp), whole)
+    worst = worst_difference(gather_whole(model), whole)
     for name, parameter in model.named_parameters():
-        if shard_spec(parameter).parts == 1:
+        if all(cut.parts == 1 for cut in shard_spec(parameter).cuts):
             assert apart(parameter, context) == 0, f"the replicas of {name} drifted"
     layout = f"tp {context.tp.size} x dp {context.dp.size}, {len(losses)} x {optimizer.__name__}"
     say(f"{layout}: norm {norm:.4f} to {limit:.4f}, max weight diff {worst:.1e}")

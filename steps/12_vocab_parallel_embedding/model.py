@@ -13,12 +13,8 @@ import torch.nn.functional as F
 from comm import gather_from_tensor_parallel_region
 from config import IGNORED, GPTConfig
 from parallel_context import Axis, ParallelContext
-from tensor_parallel import (
-    ColumnParallelLinear,
-    RowParallelLinear,
-    ShardSpec,
-    new_parameter,
-)
+from sharding import ShardSpec, new_parameter
+from tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor, nn
 from vocab_parallel import VocabParallelEmbedding
 

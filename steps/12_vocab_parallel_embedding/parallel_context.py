@@ -50,6 +50,7 @@ class Axis:
     rank: int = 0
     group: dist.ProcessGroup | None = None
     ledger: Ledger = field(default_factory=Ledger, repr=False)
+    divides_batch: bool = False  # its ranks see different tokens: gradients are summed over it
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class ParallelContext:
     """The axes of this rank. The default is one process: every axis of size 1."""
 
     tp: Axis = field(default_factory=lambda: Axis("tp"))
-    dp: Axis = field(default_factory=lambda: Axis("dp"))
+    dp: Axis = field(default_factory=lambda: Axis("dp", divides_batch=True))
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @property
@@ -94,7 +95,7 @@ def init_parallel(
         if size < world_size:
             # Not by DeviceMesh, whose groups have torch's own time limit, half an hour.
             group, _ = dist.new_subgroups_by_enumeration(groups.tolist(), timeout=timeout)
-        return Axis(name, size, dist.get_rank(group), group)
+        return Axis(name, size, dist.get_rank(group), group, divides_batch=name == "dp")
 
     return ParallelContext(axis("tp", mesh), axis("dp", mesh.T), chosen)
 

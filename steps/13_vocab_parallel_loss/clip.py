@@ -7,25 +7,27 @@ import math
 import torch
 import torch.distributed as dist
 from comm import all_reduce_
-from parallel_context import Axis
-from tensor_parallel import ShardSpec, shard_spec
+from parallel_context import Axis, ParallelContext
+from sharding import ShardSpec, shard_spec
 from torch import Tensor, nn
 
 
 @torch.no_grad()
-def clip_gradients(model: nn.Module, tp: Axis, max_norm: float) -> float:
+def clip_gradients(model: nn.Module, context: ParallelContext, max_norm: float) -> float:
     """Scales all gradients so that their global norm is at most max_norm; returns the norm before.
 
     The norm is that of the whole gradients: each part counts once, on the first rank that holds
     it. A max_norm of 0 only measures.
     """
+    specs = [shard_spec(parameter) for parameter in model.parameters()]
+    axes = [axis for axis in context.axes if any(spec.is_cut_over(axis) for spec in specs)]
     gradients, counted = [], []
-    for name, parameter in model.named_parameters():
+    for (name, parameter), spec in zip(model.named_parameters(), specs, strict=True):
         assert parameter.grad is not None, f"{name} has no gradient"
         gradients.append(parameter.grad)
-        if counts_here(shard_spec(parameter), tp):
+        if counts_here(spec, axes):
             counted.append(parameter.grad)
-    norm = global_norm(counted, tp, gradients[0].device)
+    norm = global_norm(counted, axes, gradients[0].device)
     if 0 < max_norm < norm:
         factor = max_norm / norm
         times = 1 if factor > 1e-30 else 2  # fp32 ends at 1e-38: there, its root twice
@@ -34,31 +36,35 @@ def clip_gradients(model: nn.Module, tp: Axis, max_norm: float) -> float:
     return norm
 
 
-def global_norm(counted: list[Tensor], tp: Axis, device: torch.device) -> float:
+def global_norm(counted: list[Tensor], axes: list[Axis], device: torch.device) -> float:
     """The norm of all ranks' tensors together; nan or inf only if a number of theirs is."""
     wide = torch.promote_types(counted[0].dtype, torch.float32) if counted else None
     norms = torch._foreach_norm(counted, 2, wide) if counted else ()  # few kernels, one wait
-    norm = root_of_squares(list(norms), tp, device)
+    norm = root_of_squares(list(norms), axes, device)
     if 1e-8 < norm < math.inf or math.isnan(norm):
         return norm
     # Squares may have left the dtype's range, at 1.8e19 and 1e-19 in fp32: so scale, then square.
     largest = torch.zeros((), dtype=torch.float64, device=device)
     for gradient in counted:
         largest = torch.maximum(largest, torch.linalg.vector_norm(gradient, math.inf))
-    scale = all_reduce_(largest, tp, "optimizer", dist.ReduceOp.MAX).item()
+    for axis in axes:
+        all_reduce_(largest, axis, "optimizer", dist.ReduceOp.MAX)
+    scale = largest.item()
     if scale in (0, math.inf):
         return scale
-    return scale * root_of_squares([(g.double() / scale).norm() for g in counted], tp, device)
+    return scale * root_of_squares([(g.double() / scale).norm() for g in counted], axes, device)
 
 
-def root_of_squares(norms: list[Tensor], tp: Axis, device: torch.device) -> float:
+def root_of_squares(norms: list[Tensor], axes: list[Axis], device: torch.device) -> float:
     """The norm of all ranks' numbers, out of the norms of each rank's tensors."""
     square = torch.zeros((), dtype=torch.float64, device=device)
     if norms:
         square = torch.stack(norms).double().square().sum()
-    return math.sqrt(all_reduce_(square, tp, "optimizer").item())
+    for axis in axes:
+        all_reduce_(square, axis, "optimizer")
+    return math.sqrt(square.item())
 
 
-def counts_here(spec: ShardSpec, tp: Axis) -> bool:
+def counts_here(spec: ShardSpec, axes: list[Axis]) -> bool:
     """Whether this rank is the first of those that hold this part: so each part counts once."""
-    return tp.rank % (tp.size // spec.parts) == 0
+    return all(axis.rank == spec.holders(axis)[0] for axis in axes)

@@ -15,11 +15,8 @@ from comm import first_token, gather_from_tensor_parallel_region, own_tokens
 from config import IGNORED, GPTConfig
 from dropout import Dropout, Seed, name_sites
 from parallel_context import Axis, ParallelContext
-from tensor_parallel import (
-    ColumnParallelLinear,
-    RowParallelLinear,
-    replicated_parameter,
-)
+from sharding import replicated_parameter
+from tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor, nn
 from vocab_parallel import VocabParallelEmbedding, vocab_parallel_cross_entropy
 

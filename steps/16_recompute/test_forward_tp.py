@@ -26,15 +26,8 @@ from parallel_context import (
     init_parallel,
     init_tensor_parallel,
 )
-from tensor_parallel import (
-    ColumnParallelLinear,
-    RowParallelLinear,
-    draw_whole,
-    gather_whole,
-    init_weights,
-    load_whole,
-    shard_spec,
-)
+from sharding import draw_whole, gather_whole, init_weights, load_whole, shard_spec
+from tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.benchmark import Timer
@@ -82,7 +75,7 @@ def check_layer(
     y.backward(upstream)
     forward = difference("Y", y, dense_y)
     own = (layer.weight, layer.bias)
-    ours = [shard_spec(p).unshard(p.grad, tp, "checkpoint") for p in own]
+    ours = [shard_spec(p).unshard(p.grad, "checkpoint") for p in own]
     names = ["gradient of X", "gradient of W", "gradient of b"]
     x_grad = all_gather(x.grad, tp, "checkpoint") if cut_input else x.grad
     backward = list(map(difference, names, [x_grad, *ours], [leaf.grad for leaf in leaves]))
@@ -105,10 +98,10 @@ def check_embedding(context: ParallelContext) -> None:
     y = layer(ids)
     y.backward(upstream)
     forward = difference("rows", y, table[ids])
-    ours = spec.unshard(layer.weight.grad, context.tp, "checkpoint")
+    ours = spec.unshard(layer.weight.grad, "checkpoint")
     backward = difference("gradient of the table", ours, table.grad)
     check_pad(context, layer.weight)
-    assert torch.equal(spec.unshard(layer.weight, context.tp, "checkpoint"), table), "first weights"
+    assert torch.equal(spec.unshard(layer.weight, "checkpoint"), table), "first weights"
     say(f"  max diff vs rank0: {apart(y, context):.1e}")
     say(f"  max diff vs dense: {forward:.1e}\n  max grad diff vs dense: {backward:.1e}")
     for wrong in (-1, V, PADDED - 1, PADDED):
@@ -171,7 +164,7 @@ def check_initial_weights(context: ParallelContext, layer: nn.Module) -> None:
     """The shards are slices of one tensor, bitwise: what one process would draw."""
     init_weights(layer, seed=1)
     spec = shard_spec(layer.weight)
-    whole = spec.unshard(layer.weight.detach(), context.tp, "checkpoint").cpu()
+    whole = spec.unshard(layer.weight.detach(), "checkpoint").cpu()
     assert torch.equal(whole, draw_whole(spec, 1, "weight").to(whole)), "initial weights"
     assert abs(whole.std() * IN**0.5 - 1) < 0.1, "the fan-in is the whole one"
     say("  initial weights: those of one process, bitwise")
@@ -222,7 +215,7 @@ def compare(
     say(f"loss: {loss.item():.6f}")
     difference("loss", loss, dense_loss)
     say(f"max diff vs dense: {difference('logits', logits[mask.bool()], torch.cat(dense)):.1e}")
-    gradients = gather_whole(model, context.tp, gradients=True)
+    gradients = gather_whole(model, gradients=True)
     worst = worst_difference(gradients, {name: t.grad for name, t in whole.items()})
     say(f"max grad diff vs dense: {worst:.1e}")
     say(f"collectives: {calls}\npayload: {payload} elements")
@@ -382,7 +375,7 @@ def check_recompute(parallel: ParallelConfig, input_ids: Tensor, dropout: float)
 def check_loading(context: ParallelContext) -> None:
     """Weights that do not fit are refused by name, before anything is changed."""
     model, whole = random_model(context)
-    before = gather_whole(model, context.tp)
+    before = gather_whole(model)
     name = "blocks.1.attention.query_key_value.weight"
     for wrong, message in (
         ({n: w for n, w in whole.items() if n != name}, f"they lack {name}"),
@@ -394,7 +387,7 @@ def check_loading(context: ParallelContext) -> None:
             assert message in str(error), error
         else:
             raise AssertionError(f"loaded weights although {message}")
-    after = gather_whole(model, context.tp)
+    after = gather_whole(model)
     assert all(torch.equal(before[n], after[n]) for n in before), "something was changed"
 
 
@@ -440,13 +433,13 @@ def check_updates(
         ours.zero_grad()
         loss = global_backward(model, batch[:1], batch[1], context, DropoutSeed(1, step))
         difference("loss", expected_loss.new_tensor(loss), expected_loss)
-        norm = clip_gradients(model, context.tp, limit)
+        norm = clip_gradients(model, context, limit)
         difference("global norm", expected_norm.new_tensor(norm), expected_norm)
         ours.step()
     check_pad(context, model.token_embedding.weight)
-    worst = worst_difference(gather_whole(model, context.tp), whole)
+    worst = worst_difference(gather_whole(model), whole)
     for name, parameter in model.named_parameters():
-        if shard_spec(parameter).parts == 1:
+        if all(cut.parts == 1 for cut in shard_spec(parameter).cuts):
             assert apart(parameter, context) == 0, f"the replicas of {name} drifted"
     layout = f"tp {context.tp.size} x dp {context.dp.size}, {len(losses)} x {optimizer.__name__}"
     layout += ", sequence-parallel" * context.tp.sequence_parallel

@@ -16,7 +16,7 @@ from dropout import DropoutSeed, Seed
 from environment import Flags, count, run, say, world_from_environment
 from model import GPTModel
 from parallel_context import ParallelContext, end_parallel, init_parallel
-from tensor_parallel import init_weights, shard_spec
+from sharding import init_weights, shard_spec
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -51,7 +51,7 @@ def sum_gradients(model: nn.Module, context: ParallelContext) -> None:
     """Sums each gradient over the axes on which its shard spec says that it is partial."""
     for axis in context.axes:
         specs = {p: shard_spec(p) for p in model.parameters()}
-        partial = [p.grad for p, spec in specs.items() if axis.name in spec.partial_over]
+        partial = [p.grad for p, spec in specs.items() if spec.is_partial(axis)]
         if axis.size > 1 and partial:
             flat = torch.cat([gradient.flatten() for gradient in partial])
             parts = all_reduce_(flat, axis, "backward").split([g.numel() for g in partial])
@@ -86,7 +86,7 @@ def train(
         input_ids, labels = own_rows(corpus.batch(step, ROWS, config.context_length), context)
         optimizer.zero_grad()
         losses.append(global_backward(model, (input_ids,), labels, context, DropoutSeed(1, step)))
-        clip_gradients(model, context.tp, max_norm)
+        clip_gradients(model, context, max_norm)
         optimizer.step()
         bar.set_postfix_str(f"loss {losses[-1]:.4f}")
     with torch.no_grad():

@@ -19,7 +19,7 @@ from config import ConfigError
 from parallel_context import ParallelContext
 from safetensors import safe_open
 from safetensors.torch import save as to_bytes
-from tensor_parallel import ShardSpec, shard_spec
+from sharding import ShardSpec, shard_spec
 from torch import Tensor, nn
 from torch.optim import AdamW
 
@@ -32,11 +32,11 @@ def save(out: Path, step: int, model: nn.Module, adamw: AdamW, context: Parallel
     draft.mkdir(parents=True, exist_ok=True)
     tensors, own = {}, {}
     for index, (name, local, spec) in enumerate(state_of(model, adamw)):
-        slices = list(writers(spec, index, context))
+        slices = list(writers(local, spec, index, context))
         tensors[name] = {"whole": facts(local, spec), "slices": slices}
         for file, start, stop in slices:
             if file == file_of(context.rank):
-                own[name] = local.narrow(spec.dim, 0, stop - start).contiguous().cpu()
+                own[name] = local.narrow(dim_of(spec), 0, stop - start).contiguous().cpu()
     content = to_bytes(own)
     write(draft / file_of(context.rank), content)
     words = enumerate(meet(context, len(content), *bytes.fromhex(sha256(content))))
@@ -61,19 +61,24 @@ def state_of(model: nn.Module, adamw: AdamW) -> Iterator[tuple[str, Tensor, Shar
 
 
 def facts(local: Tensor, spec: ShardSpec) -> dict:
-    return {"shape": list(spec.shape), "dim": spec.dim, "dtype": str(local.dtype)}
+    return {"shape": list(spec.shape), "dim": dim_of(spec), "dtype": str(local.dtype)}
 
 
-def writers(spec: ShardSpec, index: int, context: ParallelContext) -> Iterator[tuple]:
-    """(file, start, stop) along spec.dim, without the pad: who writes what of tensor `index`.
+def dim_of(spec: ShardSpec) -> int:
+    """The dimension along which tp cuts the tensor."""
+    return spec.cuts[0].dim if spec.cuts else 0
+
+
+def writers(local: Tensor, spec: ShardSpec, index: int, context: ParallelContext) -> Iterator:
+    """(file, start, stop) along dim_of(spec), without the pad: who writes what of tensor `index`.
 
     Of the ranks that hold the same part one writes it, a different one from tensor to tensor.
     """
-    alike = context.tp.size // spec.parts  # neighbours in a tensor-parallel group
+    alike, dim = len(spec.holders(context.tp)), dim_of(spec)  # neighbours in a tp group
     dp_rank, neighbour = divmod(index % (context.dp.size * alike), alike)
-    for part, start in enumerate(range(0, spec.shape[spec.dim], spec.width)):
+    for part, start in enumerate(range(0, spec.shape[dim], local.shape[dim])):
         rank = dp_rank * context.tp.size + part * alike + neighbour
-        yield file_of(rank), start, min(start + spec.width, spec.shape[spec.dim])
+        yield file_of(rank), start, min(start + local.shape[dim], spec.shape[dim])
 
 
 def file_of(rank: int) -> str:
@@ -103,8 +108,7 @@ def load(folder: Path, model: nn.Module, adamw: AdamW) -> int:
 
     Raises ConfigError for a damaged file, and where names, shapes or dtypes are not the model's.
     """
-    manifest = read_manifest(folder)
-    tensors, updates = manifest["tensors"], manifest["updates"]
+    step, updates, _, tensors = read_manifest(folder).values()
     for parameter in model.parameters() if updates else ():
         moments = {moment: torch.zeros_like(parameter) for moment in MOMENTS}
         adamw.state[parameter] = {"step": torch.tensor(float(updates)), **moments}
@@ -115,14 +119,14 @@ def load(folder: Path, model: nn.Module, adamw: AdamW) -> int:
             raise ConfigError(f"{folder}: {name} is {held.get(name)}, the model's {ours.get(name)}")
     for name, local, spec in state_of(model, adamw):
         local.zero_()  # and so the pad is
-        own = spec.part * spec.width
+        own = spec.index[dim := dim_of(spec)]
         for file, start, stop in tensors[name]["slices"]:
-            first, last = max(own, start), min(own + spec.width, stop)
+            first, last = max(own.start, start), min(own.stop, stop)
             if first < last:
-                index = (slice(None),) * spec.dim + (slice(first - start, last - start),)
+                index = (slice(None),) * dim + (slice(first - start, last - start),)
                 saved = safe_open(folder / file, "pt").get_slice(name)
-                local.narrow(spec.dim, first - own, last - first).copy_(saved[index])
-    return manifest["step"]
+                local.narrow(dim, first - own.start, last - first).copy_(saved[index])
+    return step
 
 
 def read_manifest(folder: Path) -> dict:

@@ -16,11 +16,8 @@ from config import IGNORED, GPTConfig
 from dropout import Dropout, Seed, name_sites
 from parallel_context import Axis, ParallelContext
 from recompute import recompute
-from tensor_parallel import (
-    ColumnParallelLinear,
-    RowParallelLinear,
-    replicated_parameter,
-)
+from sharding import replicated_parameter
+from tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor, nn
 from vocab_parallel import VocabParallelEmbedding, vocab_parallel_cross_entropy
 

@@ -78,6 +78,7 @@ class Axis:
     rank: int = 0
     group: dist.ProcessGroup | None = None
     ledger: Ledger = field(default_factory=Ledger, repr=False)
+    divides_batch: bool = False  # its ranks see different tokens: gradients are summed over it
     sequence_parallel: bool = False
     overlap: bool = True  # of a layer's backward pass with its collectives
 
@@ -87,7 +88,7 @@ class ParallelContext:
     """The axes of this rank. The default is one process: every axis of size 1."""
 
     tp: Axis = field(default_factory=lambda: Axis("tp"))
-    dp: Axis = field(default_factory=lambda: Axis("dp"))
+    dp: Axis = field(default_factory=lambda: Axis("dp", divides_batch=True))
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     recompute: str = "none"  # or "attention", or "block": what is computed again, not kept
 
@@ -125,7 +126,7 @@ def init_parallel(
         if size < world_size:
             # Not by DeviceMesh, whose groups have torch's own time limit, half an hour.
             group, _ = dist.new_subgroups_by_enumeration(groups.tolist(), timeout=timeout)
-        return Axis(name, size, dist.get_rank(group), group)
+        return Axis(name, size, dist.get_rank(group), group, divides_batch=name == "dp")
 
     sequence, overlap = parallel.sequence_parallel, parallel.overlap
     tp = replace(axis("tp", mesh), sequence_parallel=sequence, overlap=overlap)

@@ -1,22 +1,20 @@
-"""Tensor-parallel linear layers, and the shard spec that every parameter carries.
+"""Tensor-parallel linear layers.
 
 Shape letters: B batch, T sequence, I in_features, O out_features, s stride; tp = tp.size.
+A letter behind a shape says what a rank has of it over tp: I the same on each, its gradient whole;
+V a part of its own; P a partial sum.
 
 From "Megatron-LM: Training Multi-Billion Parameter Language Models Using Model Parallelism"
-(Shoeybi et al.). Layers are made with empty weights; init_weights or load_whole fills them.
+(Shoeybi et al.). Layers are made with empty weights, see sharding.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-import torch
 import torch.nn.functional as F
 from comm import (
-    all_gather,
     gather_from_tensor_parallel_region,
     leave_tensor_parallel_region,
     scatter_to_tensor_parallel_region,
@@ -24,140 +22,15 @@ from comm import (
 from config import ConfigError
 from overlap import column_linear
 from parallel_context import Axis
+from sharding import Cut, ShardSpec, new_parameter, replicated_parameter, shard_spec
 from torch import Tensor, nn
 
 
-@dataclass(frozen=True)
-class ShardSpec:
-    """What a rank's parameter is of the whole one. Everything that shards or gathers reads this.
-
-    `shape` is the whole tensor as the layer would hold it alone. It is cut along `dim` into
-    `parts` equal contiguous slices, of which this rank holds number `part`; a replicated tensor
-    is one part. A fused projection has its stride (3 for q, k, v) as leading dimension, so that
-    q, k and v are each cut; `dense_shape` is nn.Linear's shape for the same numbers. To make the
-    parts equal, `pad` zeros follow the last along `dim`: ranks hold them, the whole does not.
-    """
-
-    shape: tuple[int, ...]
-    dim: int = 0
-    parts: int = 1
-    part: int = 0
-    stride: int = 1
-    pad: int = 0
-    init_mean: float = 0.0
-    init_std: float = 0.0
-    decay: bool = False
-    # The axes over which the gradient that autograd leaves is only a partial sum.
-    partial_over: tuple[str, ...] = ("dp",)
-
-    @property
-    def dense_shape(self) -> tuple[int, ...]:
-        if self.stride == 1:
-            return self.shape
-        return (self.shape[0] * self.shape[1], *self.shape[2:])
-
-    @property
-    def width(self) -> int:  # of a part, along `dim`
-        return (self.shape[self.dim] + self.pad) // self.parts
-
-    def shard(self, whole: Tensor) -> Tensor:
-        """This rank's slice of a tensor of `dense_shape`; a copy."""
-        if tuple(whole.shape) != self.dense_shape:
-            raise ConfigError(f"shape {tuple(whole.shape)} does not fit {self.dense_shape}")
-        whole = whole.reshape(self.shape)
-        if self.pad:
-            zeros = whole.new_zeros(*self.shape[: self.dim], self.pad, *self.shape[self.dim + 1 :])
-            whole = torch.cat([whole, zeros], self.dim)
-        return whole.narrow(self.dim, self.part * self.width, self.width).clone()
-
-    def unshard(self, local: Tensor, tp: Axis, phase: str) -> Tensor:
-        """The whole tensor, of `dense_shape`, on every rank; all-gathers over tp if it is cut."""
-        if self.parts > 1:
-            gathered = all_gather(local, tp, phase, dim=self.dim)
-            # With fewer parts than ranks, neighbours hold the same part: one of them is enough.
-            by_part = gathered.unflatten(self.dim, (self.parts, tp.size // self.parts, -1))
-            local = by_part.select(self.dim + 1, 0).flatten(self.dim, self.dim + 1)
-        local = local.narrow(self.dim, 0, self.shape[self.dim])  # without the pad
-        return local.reshape(self.dense_shape)
-
-
-def new_parameter(spec: ShardSpec) -> nn.Parameter:
-    """An empty parameter of this rank's shape, with its spec."""
-    local = list(spec.shape)
-    local[spec.dim] = spec.width
-    parameter = nn.Parameter(torch.empty(local))
-    parameter.shard_spec = spec  # type: ignore[attr-defined]
-    return parameter
-
-
-def replicated_parameter(
-    shape: tuple[int, ...], tp: Axis, init_mean: float = 0.0, init_std: float = 0.0
-) -> nn.Parameter:
-    """An empty parameter of all ranks that acts between the cut layers: under sequence parallelism
-    on a rank's own tokens only, so that its gradient is partial."""
-    partial_over = ("dp", tp.name) if tp.sequence_parallel else ("dp",)
-    spec = ShardSpec(shape, init_mean=init_mean, init_std=init_std, partial_over=partial_over)
-    return new_parameter(spec)
-
-
-def shard_spec(parameter: nn.Parameter) -> ShardSpec:
-    spec = getattr(parameter, "shard_spec", None)
-    assert isinstance(spec, ShardSpec), "a parameter without a shard spec: use new_parameter"
-    return spec
-
-
-def draw_whole(spec: ShardSpec, seed: int, name: str) -> Tensor:
-    """The initial value of the whole parameter `name`, fp32 on the CPU, of spec.dense_shape.
-
-    It depends on (seed, name, shape) alone, so every layout starts from the same numbers.
-    """
-    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    noise = torch.randn(spec.dense_shape, generator=generator, device="cpu", dtype=torch.float32)
-    return noise * spec.init_std + spec.init_mean
-
-
-@torch.no_grad()
-def init_weights(model: nn.Module, seed: int) -> None:
-    """Fills every parameter with this rank's slice of the whole initial value."""
-    for name, parameter in model.named_parameters():
-        spec = shard_spec(parameter)
-        parameter.copy_(spec.shard(draw_whole(spec, seed, name)))
-
-
-def check_whole(model: nn.Module, whole: Mapping[str, Tensor]) -> None:
-    """Raises ConfigError if names or dense shapes are not the model's."""
-    specs = {name: shard_spec(parameter) for name, parameter in model.named_parameters()}
-    for name in sorted(specs.keys() ^ whole.keys()):
-        problem = "lack" if name in specs else "have, and the model lacks,"
-        raise ConfigError(f"weights do not fit the model: they {problem} {name}")
-    for name, spec in specs.items():
-        if tuple(whole[name].shape) != spec.dense_shape:
-            raise ConfigError(
-                f"{name} has shape {tuple(whole[name].shape)}, the model's is {spec.dense_shape}"
-            )
-
-
-@torch.no_grad()
-def load_whole(model: nn.Module, whole: Mapping[str, Tensor]) -> None:
-    """Fills every parameter with its slice of whole[name], of its dense shape.
-
-    Raises ConfigError if names or shapes differ, before anything is changed.
-    """
-    check_whole(model, whole)
-    for name, parameter in model.named_parameters():
-        parameter.copy_(shard_spec(parameter).shard(whole[name]))
-
-
-@torch.no_grad()
-def gather_whole(model: nn.Module, tp: Axis, gradients: bool = False) -> dict[str, Tensor]:
-    """Every whole parameter, or its gradient, by name, as nn.Linear would hold it."""
-    whole = {}
-    for name, parameter in model.named_parameters():
-        local = parameter.grad if gradients else parameter
-        assert local is not None, f"{name} has no gradient"
-        whole[name] = shard_spec(parameter).unshard(local.detach(), tp, "checkpoint")
-    return whole
+def width_of(spec: ShardSpec, dim: int) -> str:
+    """A whole width, and what of it this rank holds: 256/2 (rank 1 holds 128:256)."""
+    cuts, own = [cut for cut in spec.cuts if cut.dim == dim and cut.parts > 1], spec.index[dim]
+    held = [f"/{cut.parts} (rank {cut.axis.rank} holds {own.start}:{own.stop})" for cut in cuts]
+    return "".join([str(spec.shape[dim]), *held])
 
 
 class ColumnParallelLinear(nn.Module):
@@ -167,6 +40,12 @@ class ColumnParallelLinear(nn.Module):
     under sequence parallelism it gathers from (B, T/tp, I), and makes its slice of Y. With stride
     s the output features are s blocks of O/s, and each block is split: the local output is this
     rank's slice of the first block, then of the second, and so on.
+
+        forward  Y = X Wᵀ + b    (B, T, I) I -> (B, T, O/tp) V
+        dgrad    dX = dY W       (B, T, I) P, all-reduce over tp (`f`): I
+        wgrad    dW = dYᵀ X      (O/tp, I), stays on its rank; so does db
+
+    Under sequence parallelism X is all-gathered first, and dX reduce-scattered to (B, T/tp, I) V.
     Raises ConfigError if out_features is not divisible by stride x tp.
     """
 
@@ -193,11 +72,16 @@ class ColumnParallelLinear(nn.Module):
         # The fan-in is the whole one. It is not cut here, in a row-parallel layer it is.
         std = 1 / math.sqrt(in_features) if init_std is None else init_std
         rows = (out_features,) if stride == 1 else (stride, out_features // stride)
-        cut = ShardSpec(rows, len(rows) - 1, tp.size, tp.rank, stride)
+        cut = ShardSpec(rows, (Cut(tp, len(rows) - 1),), stride)
         self.weight = new_parameter(
             replace(cut, shape=(*rows, in_features), init_std=std, decay=True)
         )  # (O/tp, I) or (s, O/s/tp, I)
         self.bias = new_parameter(cut) if bias else None
+
+    def extra_repr(self) -> str:
+        blocks = f"{self.stride} x " if self.stride > 1 else ""
+        spec, bias = shard_spec(self.weight), ", bias" if self.bias is not None else ""
+        return f"in={spec.shape[-1]}, out={blocks}{width_of(spec, len(spec.shape) - 2)}{bias}"
 
     def forward(self, x: Tensor) -> Tensor:
         bias = self.bias.flatten() if self.bias is not None else None
@@ -214,6 +98,14 @@ class RowParallelLinear(nn.Module):
     (B, T, I/tp) -> (B, T, O), or from (B, T, I) with input_is_parallel=False, which takes the
     slice first; under sequence parallelism (B, T/tp, O). The products are partial sums; the bias
     is added once, after they are summed.
+
+        forward  Y = X Wᵀ        (B, T, I/tp) V -> (B, T, O) P, all-reduce over tp (`g`): I
+        dgrad    dX = dY W       (B, T, I/tp) V
+        wgrad    dW = dYᵀ X      (O, I/tp), stays on its rank; db (O,) I
+
+    Under sequence parallelism a reduce-scatter of the tokens takes the all-reduce's place; backward
+    dY is all-gathered, and db is P.
+
     Raises ConfigError if in_features is not divisible by tp.
     """
 
@@ -237,9 +129,13 @@ class RowParallelLinear(nn.Module):
         self.input_is_parallel = input_is_parallel
         std = 1 / math.sqrt(in_features) if init_std is None else init_std
         self.weight = new_parameter(
-            ShardSpec((out_features, in_features), 1, tp.size, tp.rank, init_std=std, decay=True)
+            ShardSpec((out_features, in_features), (Cut(tp, 1),), init_std=std, decay=True)
         )  # (O, I/tp)
         self.bias = replicated_parameter((out_features,), tp) if bias else None  # (O,)
+
+    def extra_repr(self) -> str:
+        spec, bias = shard_spec(self.weight), ", bias" if self.bias is not None else ""
+        return f"in={width_of(spec, 1)}, out={spec.shape[0]}{bias}"
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.input_is_parallel:

@@ -21,7 +21,7 @@ from model import GPTModel
 from non_finite import NonFiniteGradientError, check_gradients
 from parallel_context import ParallelContext, end_parallel, init_parallel
 from precision import Autocast, autocast_for
-from tensor_parallel import init_weights, shard_spec
+from sharding import init_weights, shard_spec
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -64,7 +64,7 @@ def sum_gradients(model: nn.Module, context: ParallelContext) -> None:
     """Sums each gradient over the axes on which its shard spec says that it is partial."""
     for axis in context.axes:
         specs = {p: shard_spec(p) for p in model.parameters()}
-        partial = [p.grad for p, spec in specs.items() if axis.name in spec.partial_over]
+        partial = [p.grad for p, spec in specs.items() if spec.is_partial(axis)]
         if axis.size > 1 and partial:
             flat = torch.cat([gradient.flatten() for gradient in partial])
             parts = all_reduce_(flat, axis, "backward").split([g.numel() for g in partial])
@@ -120,7 +120,7 @@ def train(
                 stop = f"steps skipped: {skipped}, max_skipped={max_skipped}; {error}"
                 raise ConfigError(stop) from None
         else:
-            clip_gradients(model, context.tp, max_norm)
+            clip_gradients(model, context, max_norm)
             optimizer.step()
             bar.set_postfix_str(f"loss {losses[-1]:.4f}")
         if save_every > 0 and (step + 1) % save_every == 0:

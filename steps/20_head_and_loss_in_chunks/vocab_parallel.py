@@ -22,7 +22,7 @@ from comm import (
 from config import IGNORED
 from overlap import column_linear, for_product
 from parallel_context import Axis
-from tensor_parallel import ShardSpec, new_parameter
+from sharding import Cut, ShardSpec, new_parameter
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -46,7 +46,7 @@ class VocabParallelEmbedding(nn.Module):
         self.vocab_size, self.tp = vocab_size, tp
         pad = -vocab_size % math.lcm(PADDED_TO, tp.size)
         shape = (vocab_size, d_model)
-        spec = ShardSpec(shape, 0, tp.size, tp.rank, pad=pad, init_std=init_std, decay=True)
+        spec = ShardSpec(shape, (Cut(tp),), pad=(pad, 0), init_std=init_std, decay=True)
         self.weight = new_parameter(spec)
 
     def forward(self, ids: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from rosetrainer.commands.generate import load_model
 from rosetrainer.config import GPTConfig, OptimConfig, ParallelConfig, TrainConfig
 from rosetrainer.models.layers import build_model
 from rosetrainer.parallel.context import ParallelContext, init_parallel
-from rosetrainer.parallel.tensor_parallel import gather_whole, shard_spec
+from rosetrainer.parallel.sharding import gather_whole, shard_spec
 from rosetrainer.training.setup import check_config, train
 from rosetrainer.training.trainer import Trainer
 
@@ -84,7 +84,7 @@ def peak_of_gathering(run: Path) -> int:
     context = init_parallel(ParallelConfig(tp_size=2), "cpu")
     model = load_model(run, MODEL, context)
     with Peak(*model.parameters()) as peak:
-        gather_whole(model, context.tp)
+        gather_whole(model)
     return peak.bytes
 
 

@@ -22,7 +22,7 @@ from rosetrainer.config import TrainConfig
 from rosetrainer.models.gpt import GPTModel
 from rosetrainer.optim.optimizer import build_optimizer
 from rosetrainer.parallel.context import ParallelContext, init_tensor_parallel
-from rosetrainer.parallel.tensor_parallel import gather_whole, init_weights, load_whole
+from rosetrainer.parallel.sharding import gather_whole, init_weights, load_whole
 from rosetrainer.validation import ConfigError
 
 META = {"tokenizer": "bytes", "vocab_size": 256}
@@ -53,7 +53,7 @@ def load(folder: Path) -> bool:
     config, _ = run_folder.read_run(folder)
     model = load_model(folder, config.model, context)
     expected = dense_model(config.model).float().state_dict()
-    gathered = gather_whole(model, context.tp)
+    gathered = gather_whole(model)
     return all(torch.equal(gathered[name], expected[name]) for name in expected)
 
 

@@ -14,7 +14,7 @@ from rosetrainer.data.tokenizer import BytesTokenizer, CharsTokenizer
 from rosetrainer.models.generation import SamplingConfig, choose, first_tokens, generate
 from rosetrainer.models.gpt import GPTModel
 from rosetrainer.parallel.context import Axis, init_tensor_parallel
-from rosetrainer.parallel.tensor_parallel import load_whole
+from rosetrainer.parallel.sharding import load_whole
 from rosetrainer.validation import ConfigError, check_fields
 
 PROBABILITIES = torch.tensor([0.05, 0.4, 0.3, 0.15, 0.1])

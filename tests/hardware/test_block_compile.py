@@ -18,7 +18,7 @@ from rosetrainer.hardware.block_compile import compile_blocks, compiles, missing
 from rosetrainer.models.gpt import GPTModel
 from rosetrainer.parallel.context import ParallelContext
 from rosetrainer.parallel.dropout import DropoutSeed
-from rosetrainer.parallel.tensor_parallel import gather_whole, load_whole
+from rosetrainer.parallel.sharding import gather_whole, load_whole
 from rosetrainer.validation import ConfigError
 
 CPU = torch.device("cpu")
@@ -62,7 +62,7 @@ def test_compiled_blocks_compute_what_the_oracle_does(recompute: str, padded: bo
     real = slice(None) if mask is None else mask.bool()
     assert_equal("logits", logits[real], dense_logits[real])
     assert_equal("loss", loss, dense_loss)
-    assert_all_equal(gather_whole(model, context.tp, gradients=True), gradients(dense))
+    assert_all_equal(gather_whole(model, gradients=True), gradients(dense))
     assert counters["stats"]["unique_graphs"] == 1, "one for all blocks"
     assert not counters["graph_break"]
 

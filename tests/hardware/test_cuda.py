@@ -18,7 +18,7 @@ from rosetrainer.hardware.performance import choose_dtype
 from rosetrainer.models.gpt import GPTModel
 from rosetrainer.parallel.context import ParallelContext, init_parallel
 from rosetrainer.parallel.dropout import Dropout, DropoutSeed
-from rosetrainer.parallel.tensor_parallel import gather_whole, load_whole
+from rosetrainer.parallel.sharding import gather_whole, load_whole
 from rosetrainer.proof.tolerances import prove
 from rosetrainer.proof.trajectory import Proof
 from rosetrainer.training.setup import check_config, train
@@ -105,7 +105,7 @@ def test_head_and_loss_of_a_whole_vocabulary_are_the_oracle_s(compiled: bool) ->
     assert loss is not None
     assert_equal("loss", loss.cpu(), dense_loss)
     loss.backward()
-    ours = gather_whole(model, context.tp, gradients=True)
+    ours = gather_whole(model, gradients=True)
     assert_all_equal({name: tensor.cpu() for name, tensor in ours.items()}, gradients(dense))
 
 

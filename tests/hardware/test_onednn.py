@@ -16,7 +16,7 @@ from rosetrainer.hardware import onednn
 from rosetrainer.hardware.onednn import fast_products
 from rosetrainer.models.gpt import GPTModel
 from rosetrainer.parallel.context import ParallelContext
-from rosetrainer.parallel.tensor_parallel import init_weights
+from rosetrainer.parallel.sharding import init_weights
 from rosetrainer.training.step import compute_gradients
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN")

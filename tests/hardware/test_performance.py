@@ -24,7 +24,7 @@ from rosetrainer.hardware.performance import (
 from rosetrainer.models.gpt import GPTModel
 from rosetrainer.optim.precision import autocast_for
 from rosetrainer.parallel.context import ParallelContext
-from rosetrainer.parallel.tensor_parallel import init_weights
+from rosetrainer.parallel.sharding import init_weights
 from rosetrainer.training.step import compute_gradients
 
 CPU = torch.device("cpu")

@@ -15,7 +15,7 @@ from torch.func import functional_call
 from rosetrainer.config import GPTConfig
 from rosetrainer.models.encoder_decoder import EncoderDecoderModel
 from rosetrainer.parallel.context import Axis, ParallelContext, init_tensor_parallel
-from rosetrainer.parallel.tensor_parallel import (
+from rosetrainer.parallel.sharding import (
     draw_whole,
     gather_whole,
     init_weights,
@@ -136,12 +136,12 @@ def check_equals_torch(tied: bool) -> None:
         assert_equal("logits", logits[mask], dense_logits)
         assert_equal("loss", loss, expected)
         gradients = {n: w.grad for n, w in whole.items() if w.grad is not None}
-        compare_all(gather_whole(model, context.tp, gradients=True), gradients)
+        compare_all(gather_whole(model, gradients=True), gradients)
         for parameter in (*model.parameters(), *whole.values()):
             assert parameter.grad is not None
             parameter.data.sub_(parameter.grad, alpha=0.1)
             parameter.grad = None
-    compare_all(gather_whole(model, context.tp), {n: w.detach() for n, w in whole.items()})
+    compare_all(gather_whole(model), {n: w.detach() for n, w in whole.items()})
 
 
 @pytest.mark.parametrize("tp_size, tied", [(1, True), (2, True), (4, False)])
@@ -170,7 +170,7 @@ def initial_weights() -> list[list[float]]:
     context = init_tensor_parallel()
     model = EncoderDecoderModel(CONFIG, context)
     init_weights(model, seed=5)
-    return [w.flatten().tolist() for w in gather_whole(model, context.tp).values()]
+    return [w.flatten().tolist() for w in gather_whole(model).values()]
 
 
 def test_initial_weights_are_bitwise_those_of_one_process() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from rosetrainer.config import GPTConfig, ParallelConfig
 from rosetrainer.models.gpt import GPTModel
 from rosetrainer.parallel.context import Axis, ParallelContext, init_parallel, init_tensor_parallel
-from rosetrainer.parallel.tensor_parallel import draw_whole, gather_whole, init_weights, load_whole
+from rosetrainer.parallel.sharding import draw_whole, gather_whole, init_weights, load_whole
 from rosetrainer.validation import ConfigError
 
 LAYOUTS = [(1, 1), (1, 2), (1, 4), (2, 2)]  # (dp, tp)
@@ -52,7 +52,7 @@ def check_model(config: GPTConfig, dp_size: int, padding: str) -> None:
     assert_equal("logits", logits[real], dense_logits[real])
     assert_equal("loss", loss, dense_loss)
     loss.backward()
-    assert_all_equal(gather_whole(model, context.tp, gradients=True), gradients(dense))
+    assert_all_equal(gather_whole(model, gradients=True), gradients(dense))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -72,7 +72,7 @@ def gathered_initial_weights(config: GPTConfig) -> dict[str, list[float]]:
     context = init_tensor_parallel()
     model = GPTModel(config, context)
     init_weights(model, seed=7)
-    return {name: w.flatten().tolist() for name, w in gather_whole(model, context.tp).items()}
+    return {name: w.flatten().tolist() for name, w in gather_whole(model).items()}
 
 
 @pytest.mark.parametrize("tp_size", [2, 4])
@@ -80,7 +80,7 @@ def test_initial_weights_are_bitwise_those_of_one_process(tp_size: int) -> None:
     config = tiny_config(tied=False)
     model = GPTModel(config)
     init_weights(model, seed=7)
-    whole = gather_whole(model, Axis("tp"))
+    whole = gather_whole(model)
     alone = {name: tensor.flatten().tolist() for name, tensor in whole.items()}
     for gathered in run_ranks(tp_size, gathered_initial_weights, config):
         assert gathered.keys() == alone.keys()
@@ -101,10 +101,10 @@ def test_initial_weights_have_the_whole_fan_in_s_scale() -> None:
 
 
 def test_initial_weights_depend_on_seed_and_name_only() -> None:
-    from rosetrainer.parallel.tensor_parallel import ShardSpec
+    from rosetrainer.parallel.sharding import Cut, ShardSpec
 
     spec = ShardSpec((4, 6), init_std=1.0)
-    again = ShardSpec((4, 6), dim=1, parts=2, part=1, init_std=1.0)
+    again = ShardSpec((4, 6), (Cut(Axis("tp", 2, 1), 1),), init_std=1.0)
     assert torch.equal(draw_whole(spec, 1, "a"), draw_whole(again, 1, "a"))
     assert not torch.equal(draw_whole(spec, 1, "a"), draw_whole(spec, 1, "b"))
     assert not torch.equal(draw_whole(spec, 1, "a"), draw_whole(spec, 2, "a"))

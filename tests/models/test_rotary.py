@@ -16,7 +16,7 @@ from rosetrainer.models.gpt import GPTModel
 from rosetrainer.models.layers import RotaryGPT, build_model, plain_norm, turn, turns_of
 from rosetrainer.parallel.context import ParallelContext, init_parallel
 from rosetrainer.parallel.dropout import DropoutSeed
-from rosetrainer.parallel.tensor_parallel import gather_whole, init_weights, load_whole
+from rosetrainer.parallel.sharding import gather_whole, init_weights, load_whole
 from rosetrainer.proof.reference import ReferenceDropout, ReferenceGPT
 from rosetrainer.proof.reference_rotary import build_reference
 from rosetrainer.training.step import compute_gradients
@@ -72,7 +72,7 @@ def check_case(case: str) -> None:
         model, [(rows.start, input_ids[rows], labels[rows])], context, seed=SEED
     )
     assert_equal("loss", torch.full_like(dense_loss, loss), dense_loss)
-    assert_all_equal(gather_whole(model, context.tp, gradients=True), gradients(dense))
+    assert_all_equal(gather_whole(model, gradients=True), gradients(dense))
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -18,8 +18,8 @@ from rosetrainer.models.gpt import GPTModel
 from rosetrainer.optim.clip import clip_gradients
 from rosetrainer.optim.non_finite import NonFiniteGradientError
 from rosetrainer.optim.optimizer import build_optimizer
-from rosetrainer.parallel.context import Axis, ParallelContext, init_parallel
-from rosetrainer.parallel.tensor_parallel import init_weights, shard_spec
+from rosetrainer.parallel.context import ParallelContext, init_parallel
+from rosetrainer.parallel.sharding import init_weights, shard_spec
 from rosetrainer.training.trainer import train_step
 
 # Squares of fp32 are infinite from 1.8e19 on and lose digits below 1e-19; float64's at 1e154.
@@ -62,13 +62,13 @@ def check_sizes(parallel: ParallelConfig) -> None:
         for size in sizes:
             whole = whole_gradients(dtype, size)
             model, expected = with_gradients(context, whole), true_norm(whole)
-            norm = clip_gradients(model, context.tp, 0.0)
+            norm = clip_gradients(model, context, 0.0)
             assert norm == pytest.approx(expected, rel=exact), (dtype, size)
             for name, parameter in model.named_parameters():
                 assert parameter.grad is not None
                 assert parameter.grad.equal(shard_spec(parameter).shard(whole[name])), name
             limit = min(expected / 3, 1.0)
-            assert clip_gradients(model, context.tp, limit) == norm
+            assert clip_gradients(model, context, limit) == norm
             for name, parameter in model.named_parameters():
                 assert parameter.grad is not None
                 scaled = (whole[name].double() * (limit / expected)).to(dtype)
@@ -86,13 +86,13 @@ def test_finite_gradients_of_any_size_have_a_finite_norm(tp_size: int) -> None:
 def test_one_number_that_is_not_finite_is_in_the_norm(size: float, bad: float) -> None:
     whole = whole_gradients(torch.float32, size)
     whole["final_norm.weight"][3] = bad
-    norm = clip_gradients(with_gradients(ParallelContext(), whole), Axis("tp"), 1.0)
+    norm = clip_gradients(with_gradients(ParallelContext(), whole), ParallelContext(), 1.0)
     assert math.isnan(norm) if math.isnan(bad) else norm == math.inf
 
 
 def test_gradients_of_zero_have_a_norm_of_zero() -> None:
     whole = {name: torch.zeros_like(t) for name, t in whole_gradients(torch.float32, 1.0).items()}
-    assert clip_gradients(with_gradients(ParallelContext(), whole), Axis("tp"), 1.0) == 0
+    assert clip_gradients(with_gradients(ParallelContext(), whole), ParallelContext(), 1.0) == 0
 
 
 class Ones:

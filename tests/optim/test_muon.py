@@ -19,7 +19,7 @@ from rosetrainer.optim.adamw import AdamW
 from rosetrainer.optim.muon import Muon, hidden_layers, newton_schulz, orthogonalized, stacks
 from rosetrainer.optim.optimizer import build_optimizer, set_learning_rates
 from rosetrainer.parallel.context import init_parallel
-from rosetrainer.parallel.tensor_parallel import gather_whole, init_weights, load_whole
+from rosetrainer.parallel.sharding import gather_whole, init_weights, load_whole
 from rosetrainer.training.step import compute_gradients
 
 ROWS, STEPS = 4, 3
@@ -97,7 +97,7 @@ def check_updates(parallel: ParallelConfig, changes: dict[str, Any]) -> None:
         compute_gradients(model, [(rows.start, input_ids[rows], labels[rows])], context)
         optimizer.step()
         optimizer.zero_grad()
-    assert_all_equal(gather_whole(model, context.tp), dict(dense.named_parameters()))
+    assert_all_equal(gather_whole(model), dict(dense.named_parameters()))
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from rosetrainer.optim.precision import autocast_for
 from rosetrainer.parallel import vocab_parallel
 from rosetrainer.parallel.comm import own_slice
 from rosetrainer.parallel.context import Axis, init_parallel
-from rosetrainer.parallel.tensor_parallel import load_whole, shard_spec
+from rosetrainer.parallel.sharding import load_whole, shard_spec
 from rosetrainer.parallel.vocab_parallel import VocabParallelEmbedding
 from rosetrainer.planner.loss import bytes_in_chunks, bytes_of_all_logits, bytes_saved
 
@@ -88,7 +88,7 @@ def check_parity(sequence_parallel: bool, rows: int) -> None:
     with in_chunks_of(rows, len(table.weight)):
         ours = our_loss(table, x, labels)
     assert (ours["weight.grad"][pad_rows(table)] == 0).all()
-    ours["weight.grad"] = shard_spec(table.weight).unshard(ours["weight.grad"], tp, "checkpoint")
+    ours["weight.grad"] = shard_spec(table.weight).unshard(ours["weight.grad"], "checkpoint")
     if tp.sequence_parallel:
         expected["x.grad"] = own_slice(expected["x.grad"], tp, 1)
     for name, dense in expected.items():
@@ -126,7 +126,7 @@ def check_bf16() -> None:
     table = table_with(weight, tp)
     with in_chunks_of(7, len(table.weight), 4), autocast_for(torch.bfloat16, x.device)():
         ours = our_loss(table, x, labels)
-    ours["weight.grad"] = shard_spec(table.weight).unshard(ours["weight.grad"], tp, "checkpoint")
+    ours["weight.grad"] = shard_spec(table.weight).unshard(ours["weight.grad"], "checkpoint")
     assert all(tensor.dtype == torch.float32 for tensor in ours.values())
     rows, table_sizes = x.double().flatten(0, 1), weight.double().abs()
     logits = rows @ weight.double().T

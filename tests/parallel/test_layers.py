@@ -10,13 +10,8 @@ from torch import Tensor
 
 from rosetrainer.optim.clip import counts_here
 from rosetrainer.parallel.context import Axis, init_tensor_parallel
-from rosetrainer.parallel.tensor_parallel import (
-    ColumnParallelLinear,
-    RowParallelLinear,
-    ShardSpec,
-    load_whole,
-    shard_spec,
-)
+from rosetrainer.parallel.sharding import Cut, ShardSpec, load_whole, shard_spec
+from rosetrainer.parallel.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from rosetrainer.validation import ConfigError
 
 IN, OUT = 8, 24
@@ -79,7 +74,7 @@ def assert_gradients(layer: torch.nn.Module, tp: Axis, dense: dict[str, Tensor])
     """The whole gradients, gathered by production code, equal the dense ones."""
     for name, parameter in layer.named_parameters():
         assert parameter.grad is not None
-        whole = shard_spec(parameter).unshard(parameter.grad, tp, "checkpoint")
+        whole = shard_spec(parameter).unshard(parameter.grad, "checkpoint")
         assert_equal(f"{name}.grad", whole, dense[name])
 
 
@@ -99,12 +94,12 @@ def test_row_parallel_equals_dense(tp_size: int, input_is_parallel: bool) -> Non
 def check_few_parts() -> None:
     """Two parts over four ranks: neighbours hold the same one, as few key-value heads do."""
     tp = init_tensor_parallel().tp
-    spec = ShardSpec((4, 6), dim=1, parts=2, part=tp.rank // 2)
+    spec = ShardSpec((4, 6), (Cut(tp, 1, copies=2),))
     whole = random(4, 6, seed=5)
     local = spec.shard(whole)
     assert local.tolist() == whole[:, 3 * (tp.rank // 2) :][:, :3].tolist()
-    assert torch.equal(spec.unshard(local, tp, "checkpoint"), whole)
-    assert counts_here(spec, tp) == (tp.rank in (0, 2))
+    assert torch.equal(spec.unshard(local, "checkpoint"), whole)
+    assert counts_here(spec, [tp]) == (tp.rank in (0, 2))
 
 
 def test_fewer_parts_than_ranks_gather_to_the_whole() -> None:
@@ -129,3 +124,15 @@ def test_load_whole_changes_nothing_when_a_weight_does_not_fit() -> None:
     with pytest.raises(ConfigError, match="they have, and the model lacks, extra"):
         load_whole(layer, {**dict(layer.named_parameters()), "extra": torch.zeros(3)})
     assert layer.weight.min() == 1
+
+
+def test_a_layer_shows_its_whole_width_and_what_its_rank_holds() -> None:
+    tp = Axis("tp", 2, 1)
+    fused = ColumnParallelLinear(64, 192, stride=3, tp=tp)
+    assert fused.extra_repr() == "in=64, out=3 x 64/2 (rank 1 holds 32:64), bias"
+    wide = ColumnParallelLinear(64, 256, bias=False, tp=tp)
+    assert wide.extra_repr() == "in=64, out=256/2 (rank 1 holds 128:256)"
+    assert RowParallelLinear(256, 64, tp=tp).extra_repr() == (
+        "in=256/2 (rank 1 holds 128:256), out=64, bias"
+    )
+    assert RowParallelLinear(256, 64, tp=Axis("tp")).extra_repr() == "in=256, out=64, bias"

@@ -12,7 +12,7 @@ from rosetrainer.commands.prepare import main as prepare
 from rosetrainer.data.batches import open_corpus
 from rosetrainer.models.gpt import GPTModel
 from rosetrainer.parallel.dropout import Dropout, DropoutSeed
-from rosetrainer.parallel.tensor_parallel import init_weights, shard_spec
+from rosetrainer.parallel.sharding import init_weights, shard_spec
 
 SEEDS = (0, 1, 2**31, 2**32, 2**32 + 1, 2**33 + 1, 2**40 - 2**32, 2**40)
 

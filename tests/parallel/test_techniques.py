@@ -34,7 +34,7 @@ from rosetrainer.optim.optimizer import build_optimizer
 from rosetrainer.parallel.context import ParallelContext, init_parallel
 from rosetrainer.parallel.dropout import DropoutSeed
 from rosetrainer.parallel.replicas import ReplicaError, check_replicas, checksum
-from rosetrainer.parallel.tensor_parallel import gather_whole, init_weights, load_whole
+from rosetrainer.parallel.sharding import gather_whole, init_weights, load_whole
 from rosetrainer.proof.reference import ReferenceDropout, ReferenceGPT
 from rosetrainer.proof.tolerances import BOUND, prove
 from rosetrainer.proof.trajectory import Proof
@@ -83,7 +83,7 @@ def check_case(case: str) -> None:
     batches = [(rows.start, input_ids[rows], labels[rows]) for rows in own]
     loss = compute_gradients(model, batches, context, seed=masks)
     assert_equal("loss", torch.full_like(dense_loss, loss), dense_loss)
-    assert_all_equal(gather_whole(model, context.tp, gradients=True), gradients(dense))
+    assert_all_equal(gather_whole(model, gradients=True), gradients(dense))
     build_optimizer(model, OptimConfig(1e-2, weight_decay=0.5)).step()
     for table in {model.token_embedding.weight, model.output_head.weight}:
         real = max(config.vocab_size - context.tp.rank * len(table), 0)

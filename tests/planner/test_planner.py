@@ -17,7 +17,7 @@ from rosetrainer.optim.precision import autocast_for
 from rosetrainer.parallel.context import init_parallel
 from rosetrainer.parallel.data_parallel import buckets
 from rosetrainer.parallel.dropout import DropoutSeed
-from rosetrainer.parallel.tensor_parallel import init_weights
+from rosetrainer.parallel.sharding import init_weights
 from rosetrainer.planner.layout import Work, plan
 from rosetrainer.planner.layout import buckets as bucket_bytes
 from rosetrainer.validation import ConfigError

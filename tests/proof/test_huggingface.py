@@ -18,7 +18,7 @@ from torch import Tensor
 from rosetrainer.config import GPTConfig
 from rosetrainer.models.gpt import GPTModel
 from rosetrainer.parallel.context import init_tensor_parallel
-from rosetrainer.parallel.tensor_parallel import gather_whole, load_whole
+from rosetrainer.parallel.sharding import gather_whole, load_whole
 
 # Theirs -> ours. Their Conv1D keeps its weight as (in, out), so it is transposed.
 
@@ -83,7 +83,7 @@ def check(config: GPTConfig, padding: int, seed: int, expected: dict[str, Any]) 
     assert_equal("logits", logits[mask == 1], expected["logits"][mask == 1])
     assert_equal("loss", loss, expected["loss"])
     assert loss.item() == pytest.approx(expected["their loss"], rel=1e-6)
-    assert_all_equal(gather_whole(model, context.tp, gradients=True), expected["gradients"])
+    assert_all_equal(gather_whole(model, gradients=True), expected["gradients"])
 
 
 def check_with_file(config: GPTConfig, padding: int, seed: int, path: Path) -> None:

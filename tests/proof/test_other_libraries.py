@@ -25,10 +25,11 @@ from torch.distributed.tensor import DTensor, Shard
 
 from rosetrainer.config import ParallelConfig
 from rosetrainer.models.gpt import LayerNorm
-from rosetrainer.parallel import tensor_parallel
+from rosetrainer.parallel import sharding
 from rosetrainer.parallel.context import Axis, ParallelContext, init_parallel
 from rosetrainer.parallel.data_parallel import reduce_gradients
-from rosetrainer.parallel.tensor_parallel import ColumnParallelLinear, RowParallelLinear, shard_spec
+from rosetrainer.parallel.sharding import shard_spec
+from rosetrainer.parallel.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from rosetrainer.parallel.vocab_parallel import VocabParallelEmbedding, linear_cross_entropy
 
 B, T, D, D_FF, TOKENS = 3, 8, 12, 48, 256
@@ -97,12 +98,12 @@ def check_dtensor_block(sequence_parallel: bool) -> None:
     dtensor.parallelize_module(theirs, mesh, dtensor_plan(sequence_parallel))
     column, row = ColumnParallelLinear(D, D_FF, tp=tp), RowParallelLinear(D_FF, D, tp=tp)
     ours = block(LayerNorm(D, bias=True, tp=tp), column, row).double()
-    tensor_parallel.load_whole(ours, whole)
+    sharding.load_whole(ours, whole)
 
     x, upstream = (own_tokens(random(B, T, D, seed=seed), tp) for seed in (10, 11))
     result, expected = differentiate(ours, x, upstream), differentiate(theirs, x, upstream)
     reduce_gradients(ours, context)
-    result |= tensor_parallel.gather_whole(ours, tp, gradients=True)
+    result |= sharding.gather_whole(ours, gradients=True)
     expected |= {name: gradient_of(weight) for name, weight in theirs.named_parameters()}
     assert_all_equal(result, expected)
 
@@ -210,7 +211,7 @@ def compare(
 ) -> None:
     """Shards, outputs and gradients as this rank holds them: a partial sum is compared as such."""
     shapes = {name: shard_spec(w).dense_shape for name, w in ours.double().named_parameters()}
-    tensor_parallel.load_whole(ours, {n: random(*shape, seed=5) for n, shape in shapes.items()})
+    sharding.load_whole(ours, {n: random(*shape, seed=5) for n, shape in shapes.items()})
     pairs = {name: (w, theirs.get_parameter(name)) for name, w in ours.named_parameters()}
     if "bias" in pairs:
         pairs["bias"][1].data.copy_(pairs["bias"][0].flatten())  # its own begins at zero

@@ -17,7 +17,7 @@ from rosetrainer.optim.clip import clip_gradients
 from rosetrainer.optim.optimizer import build_optimizer, learning_rate
 from rosetrainer.parallel.context import init_parallel
 from rosetrainer.parallel.data_parallel import buckets
-from rosetrainer.parallel.tensor_parallel import gather_whole, load_whole, shard_spec
+from rosetrainer.parallel.sharding import gather_whole, load_whole, shard_spec
 from rosetrainer.training.step import compute_gradients
 
 ROWS, STEPS = 8, 3
@@ -98,13 +98,13 @@ def check_training(kind: str, dp_size: int, accumulation: int, clip: float) -> N
         chunks = (whole[own].chunk(accumulation) for whole in (input_ids, labels))
         micro_batches = [(0, *pair) for pair in zip(*chunks, strict=True)]
         loss = compute_gradients(model, micro_batches, context)
-        norm = clip_gradients(model, context.tp, clip)
+        norm = clip_gradients(model, context, clip)
         figures += [loss, norm]
         optimizer.step()
     exact = torch.float64
     ours, expected = (torch.tensor(f, dtype=exact) for f in (figures, dense_figures))
     assert_equal("losses and norms", ours, expected)
-    assert_all_equal(gather_whole(model, context.tp), dict(dense.named_parameters()))
+    assert_all_equal(gather_whole(model), dict(dense.named_parameters()))
 
 
 @pytest.mark.parametrize("kind", ["sgd", "adamw"])
@@ -140,7 +140,7 @@ def check_moments(dp_size: int) -> None:
         ("exp_avg_sq", {name: 0.1 * g**2 for name, g in gradients(dense).items()}),
     ):
         moments = {
-            name: shard_spec(p).unshard(optimizer.state[p][key], context.tp, "checkpoint")
+            name: shard_spec(p).unshard(optimizer.state[p][key], "checkpoint")
             for name, p in model.named_parameters()
         }
         assert_all_equal(moments, expected)
