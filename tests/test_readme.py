@@ -16,6 +16,7 @@ PAGES = sorted(
         ROOT / "rosetrainer/README.md",
         ROOT / "tests/faults/README.md",
         ROOT / "benchmarks/README.md",
+        ROOT / "findings/README.md",
         *ROOT.glob("steps/**/README.md"),
     ]
 )
