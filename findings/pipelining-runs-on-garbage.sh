@@ -15,7 +15,7 @@ set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 python3 -m venv "$work/venv" || exit 2
-"$work/venv/bin/python" -m pip install --quiet torch==2.13.0 || exit 2
+"$work/venv/bin/python" -m pip install --quiet torch==2.13.0 numpy==2.2.6 || exit 2
 
 cat >"$work/look.py" <<'PY'
 import sys
