@@ -93,7 +93,7 @@ def our_step(model_config: GPTConfig, shapes: Shapes, device: torch.device) -> C
     model = build_model(model_config, context)
     init_weights(model, seed=1)
     if compiles(config, 1, device)[0] or device.type == "cpu":
-        compile_blocks(model, shapes.backend)
+        compile_blocks(model.blocks, shapes.backend)
     optimizer = build_optimizer(model, config.optim)
     autocast = autocast_for(torch.bfloat16, device)
 

@@ -11,7 +11,7 @@ from benchmarks.work import Work
 from rosetrainer.config import OptimConfig, TrainConfig
 from rosetrainer.data.batches import Corpus
 from rosetrainer.hardware.block_compile import compile_blocks, compiles
-from rosetrainer.hardware.onednn import fast_products
+from rosetrainer.hardware.kernels import fast_kernels
 from rosetrainer.models.layers import build_model
 from rosetrainer.optim.optimizer import build_optimizer
 from rosetrainer.optim.precision import autocast_for
@@ -46,13 +46,13 @@ class OurStep:
         self.optimizer = build_optimizer(self.model, self.config.optim)
         init_weights(self.model, self.config.run.seed)
         if compiles(self.config, self.context.tp.size, self.context.device)[0]:
-            compile_blocks(self.model)
+            compile_blocks(self.model.blocks)
         self.autocast = autocast_for(dtype, self.context.device)
-        self.products = partial(fast_products, dtype, self.context.device)
+        self.kernels = partial(fast_kernels, dtype, self.context.device)
         self.steps = 0
 
     def __call__(self) -> tuple[float, float]:
-        with self.products():
+        with self.kernels():
             figures = train_step(
                 self.config,
                 self.corpus,

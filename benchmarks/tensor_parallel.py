@@ -26,7 +26,8 @@ from benchmarks.plain_step import plain_model
 from benchmarks.side_by_side import Figures, Rounds, in_turn, introduce, keep, median
 from benchmarks.work import Work, matmul_peaks, parse_work, print_table, seconds_of, side_of
 from rosetrainer.environment import is_rank, world_from_environment
-from rosetrainer.hardware.performance import choose_dtype, keep_freed_memory
+from rosetrainer.hardware.memory import keep_freed_memory
+from rosetrainer.hardware.performance import choose_dtype
 from rosetrainer.launch.launcher import launch
 from rosetrainer.launch.rank import run_rank
 from rosetrainer.parallel.context import ParallelContext, end_parallel, init_tensor_parallel

@@ -41,7 +41,8 @@ from benchmarks.work import (
     print_table,
     side_of,
 )
-from rosetrainer.hardware.performance import has_native_bf16, keep_freed_memory
+from rosetrainer.hardware.memory import keep_freed_memory
+from rosetrainer.hardware.performance import has_native_bf16
 from rosetrainer.launch.rank import run_rank
 
 NAME = "tokens_per_second"

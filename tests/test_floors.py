@@ -27,7 +27,6 @@ FLOORS = [  # from the top; what stands on one floor does not import each other'
     GROUND,
 ]
 UPWARDS = {  # still to be turned round
-    ("hardware.block_compile", "models.gpt"),
 }
 MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path

@@ -5,7 +5,6 @@ OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node=2 -m rosetrainer train 
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 from dataclasses import asdict, dataclass, field
@@ -14,6 +13,7 @@ from typing import Literal, TypeVar
 from rosetrainer.commands.presets import PRESETS
 from rosetrainer.config import TrainConfig
 from rosetrainer.environment import world_from_environment
+from rosetrainer.hardware.memory import keep_freed_memory, no_garbage_collection
 from rosetrainer.launch.rank import GRACE, LAUNCHED
 from rosetrainer.launch.stop import STOP, stop_status
 from rosetrainer.validation import Count, LocalRanks, check_fields, config_from_dict
@@ -61,13 +61,8 @@ def main(argv: list[str]) -> int:
 def run_rank_of(command: TrainCommand, world_size: int) -> int:
     """Trains on this rank."""
     STOP.time.grace = command.grace
-    # Importing makes a million objects and no garbage: looking for some takes a tenth of the time.
-    gc.disable()
-    from rosetrainer.hardware.performance import keep_freed_memory
-    from rosetrainer.training.setup import check_config, train
-
-    gc.freeze()
-    gc.enable()
+    with no_garbage_collection():
+        from rosetrainer.training.setup import check_config, train
     keep_freed_memory()
     _, stopped_by = train(*check_config(command.config, world_size))
     return stop_status(stopped_by)

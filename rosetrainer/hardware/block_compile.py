@@ -13,13 +13,14 @@ import shutil
 import sys
 import sysconfig
 import warnings
+from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from rosetrainer.config import TrainConfig
-from rosetrainer.models.gpt import GPTModel, TransformerBlock
 from rosetrainer.validation import ConfigError
 
 
@@ -74,8 +75,8 @@ def missing_tool(device: torch.device) -> str:
     return ""
 
 
-def compile_blocks(model: GPTModel, backend: str = "inductor") -> None:
-    """From now on each block of the model runs compiled. Names of parameters stay as they are.
+def compile_blocks(blocks: Iterable[Any], backend: str = "inductor") -> None:
+    """From now on each block of a model runs compiled. Names of parameters stay as they are.
 
     backend: torch.compile's. The function inside a block is compiled, not the module: recompute of
     whole blocks then stands outside, and hooks, names and types do not change. Shapes are
@@ -83,8 +84,5 @@ def compile_blocks(model: GPTModel, backend: str = "inductor") -> None:
     """
     # fp32 means fp32 here; who wants tensor cores takes bfloat16, as dtype=auto does.
     warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores", category=UserWarning)
-    for block in model.blocks:
-        assert isinstance(block, TransformerBlock)
-        block.layers = torch.compile(  # type: ignore[method-assign]
-            block.layers, dynamic=False, backend=backend
-        )
+    for block in blocks:
+        block.layers = torch.compile(block.layers, dynamic=False, backend=backend)

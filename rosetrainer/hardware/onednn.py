@@ -7,8 +7,6 @@ are oneDNN's anyway.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -22,22 +20,7 @@ from rosetrainer.hardware.performance import cpu_words
 TORCHS_LINEAR = F.linear
 
 
-@contextmanager
-def fast_products(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
-    """Training in dtype goes inside: where oneDNN is faster, F.linear is this module's meanwhile.
-
-    For the backward pass too, in which recompute computes activations as they were computed.
-    """
-    before = F.linear
-    if takes_onednn(dtype, device):
-        F.linear = linear  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        F.linear = before
-
-
-def takes_onednn(dtype: torch.dtype, device: torch.device) -> bool:
+def is_faster(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether training in dtype on this device is one of those that oneDNN makes faster."""
     return dtype == torch.float32 and device.type == "cpu" and is_amd()
 

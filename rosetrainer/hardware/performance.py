@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import time
 from pathlib import Path
@@ -66,22 +65,6 @@ def matmul_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.03)
             torch.cuda.synchronize(device)
         best = min(best, time.perf_counter() - start)
     return 2 * n**3 / best
-
-
-def keep_freed_memory() -> None:
-    """Lets this process keep what it frees: the next step needs the same again.
-
-    A step takes and frees gigabytes; if each large tensor is a mapping of its own, as by glibc's
-    default, the kernel zeroes its pages every time. The user's own settings win, and where malloc
-    is not glibc's, on macOS say, nothing changes.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None or any(name.startswith("MALLOC_") for name in os.environ):
-        return
-    trim_threshold, top_pad, mmap_max = -1, -2, -4  # of malloc.h
-    mallopt(mmap_max, 0)
-    mallopt(trim_threshold, 2**31 - 1)
-    mallopt(top_pad, 64 * 2**20)
 
 
 def be_deterministic() -> None:

@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rosetrainer.config import GPTConfig
-from rosetrainer.models.attention import BLOCK, attend, causal_padding_mask, positions_of
+from rosetrainer.hardware.attention_blocks import prefers_fp32
+from rosetrainer.models.attention import attend, causal_padding_mask, positions_of
 from rosetrainer.models.gpt import GPTModel
 from rosetrainer.parallel.comm import first_token
 from rosetrainer.parallel.context import Axis, ParallelContext
@@ -82,9 +83,8 @@ class RotaryAttention(nn.Module):
     def forward(self, x: Tensor, turns: Tensor, mask: Tensor | None, seed: Seed) -> Tensor:
         fused = self.query_key_value(x).unflatten(-1, (3, -1, self.head_width))
         turned = turn(fused, turns)
-        if x.device.type != "cpu" or turned.shape[1] > BLOCK:
+        if not prefers_fp32(turned):
             turned = turned.to(fused.dtype)
-        # Else it stays in fp32, in which turning is done: torch's kernel is faster so than in bf16.
         query, key, value = (part.transpose(1, 2) for part in turned.unbind(2))  # (B, H/tp, T, K)
         inputs = (query, key, value, mask, self.dropout, seed, self.tp)
         with torch.autocast(x.device.type, enabled=False):

@@ -5,7 +5,7 @@ Letters: B rows, H heads of a rank, T queries, S keys; e bytes of a number in a 
 
 from __future__ import annotations
 
-from rosetrainer.models.attention import KEPT, blocks
+from rosetrainer.hardware.attention_blocks import MAX_SAVED_QUERIES, blocks
 
 
 def bytes_of_scores(
@@ -20,7 +20,7 @@ def bytes_of_scores(
         return B * H * T * S * (max(e, 4) + e + 1) + (mask or T * S)
     if mask_rows or e != 2:  # the fused kernel: a logarithm for each query, the mask as numbers
         return B * H * T * max(e, 4) + mask * e
-    if T > KEPT:
+    if T > MAX_SAVED_QUERIES:
         return 0
     # In blocks of queries: the probabilities of each over the keys up to its last.
     return B * H * sum((stop - start) * stop for start, stop in blocks(T)) * e

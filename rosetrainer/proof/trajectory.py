@@ -16,8 +16,8 @@ from torch import Tensor
 
 from rosetrainer.config import IGNORED, GPTConfig, OptimConfig
 from rosetrainer.data.batches import rows_of_rank
-from rosetrainer.hardware.onednn import fast_products
-from rosetrainer.models.attention import BLOCK, KEPT
+from rosetrainer.hardware.attention_blocks import BLOCK, MAX_SAVED_QUERIES
+from rosetrainer.hardware.kernels import fast_kernels
 from rosetrainer.models.gpt import GPTModel
 from rosetrainer.models.layers import build_model
 from rosetrainer.optim.clip import clip_gradients
@@ -30,7 +30,7 @@ from rosetrainer.proof.reference import ReferenceDropout
 from rosetrainer.proof.reference_rotary import build_reference
 from rosetrainer.training.step import compute_gradients
 
-LONGEST = KEPT + BLOCK  # the shortest length on which attention takes each of its paths
+LONGEST = MAX_SAVED_QUERIES + BLOCK  # the shortest length on which attention takes each path
 SHORT = 32  # tokens of the updates after the first
 MICRO_BATCHES, ROWS, UPDATES = 2, 2, 3  # of a rank, of a micro-batch, of the optimizer
 RATE = 1e-3  # of the optimizer's updates: with larger ones rounding errors soon grow
@@ -64,6 +64,7 @@ class Proof:
     optim: OptimConfig
     seed: int = 0
     calibration: Calibration = field(default_factory=Calibration)
+    fast: bool = True  # by fast_kernels, as training; else by torch's alone
 
     @cached_property
     def whole(self) -> dict[str, Tensor]:
@@ -210,17 +211,16 @@ class Proof:
     ) -> Results:
         """What our model finds in dtype, in the layout of context."""
         model, autocast = self.model(context, dtype, whole), autocast_for(dtype, context.device)
-        parts = self.parts(context)
 
         def gradient(step: int) -> float:
             ids, labels = self.batches[step]
-            own = [(rows.start, ids[rows], labels[rows]) for rows in parts]
+            own = [(rows.start, ids[rows], labels[rows]) for rows in self.parts(context)]
             return compute_gradients(model, own, context, autocast, DropoutSeed(self.seed, step))
 
         def clip(step: int) -> float:
             return clip_gradients(model, context, self.calibration.clip_norms[step])
 
-        with fast_products(dtype, context.device):
+        with fast_kernels(dtype, context.device, self.fast):
             found = self.logits(model, autocast)
             return found | self.trajectory(model, context, gradient, clip)
 

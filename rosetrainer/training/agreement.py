@@ -15,7 +15,7 @@ import torch.distributed as dist
 from rosetrainer.config import TrainConfig
 from rosetrainer.data.batches import Corpus
 from rosetrainer.environment import name_ranks, world_from_environment
-from rosetrainer.hardware.onednn import takes_onednn
+from rosetrainer.hardware import onednn
 from rosetrainer.parallel.comm import all_gather, all_reduce
 from rosetrainer.parallel.context import Axis
 from rosetrainer.validation import ConfigError
@@ -58,7 +58,7 @@ def check_same_settings(
         raise ConfigError(f"{found}; start all ranks with the same flags")
     if len({one["dtype"] for one in resolved}) > 1:
         for one in resolved:
-            del one["products"]  # which follow from it
+            del one["matmul"]  # which follow from it
     found, keys = difference(resolved)
     flags = {
         "dtype": "--dtype float32",
@@ -68,7 +68,7 @@ def check_same_settings(
     remedy = f"start all ranks with {' '.join(flags[key] for key in keys if key in flags)}"
     if {"torch", "rosetrainer"} & set(keys):
         remedy = "install the same versions for all ranks"
-    elif "products" in keys:
+    elif "matmul" in keys:
         remedy = "start all ranks on processors of one make"
     raise ConfigError(f"{found}; {remedy}")
 
@@ -100,7 +100,7 @@ def resolved_settings(config: TrainConfig, compiled: bool, device: torch.device)
         "dtype": dtype,
         "threads": torch.get_num_threads() if on_cpu else 0,
         "compile": "on" if compiled else "off",
-        "products": "oneDNN" if takes_onednn(getattr(torch, dtype), device) else "torch",
+        "matmul": "oneDNN" if onednn.is_faster(getattr(torch, dtype), device) else "torch",
         "torch": torch.__version__,
         "rosetrainer": source_version(),
     }

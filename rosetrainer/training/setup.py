@@ -15,7 +15,7 @@ from rosetrainer.config import TrainConfig
 from rosetrainer.data.batches import Corpus, open_corpus
 from rosetrainer.environment import choose_device, world_from_environment
 from rosetrainer.hardware.block_compile import compile_blocks, compiles
-from rosetrainer.hardware.onednn import fast_products
+from rosetrainer.hardware.kernels import fast_kernels
 from rosetrainer.hardware.performance import (
     be_deterministic,
     choose_dtype,
@@ -138,7 +138,7 @@ def train_in_layout(
         print(describe(context, dtype, config.hardware.device))
     model, optimizer, state = build(config, location, context, dtype)
     if compiled[0]:
-        compile_blocks(model)
+        compile_blocks(model.blocks)
     evaluated = log_has_evaluation(folder, state.step, world, context.device)
     finished = evaluated and state.step == config.run.steps
     if is_first and not finished:
@@ -164,7 +164,7 @@ def train_in_layout(
             Reporter(config, context, world, log, peak, profile),
             state,
         )
-        with fast_products(dtype, context.device):
+        with fast_kernels(dtype, context.device):
             trainer.train(evaluated)
         if log and not finished:
             show_curve(log)

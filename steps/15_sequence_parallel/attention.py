@@ -36,9 +36,9 @@ def attend(
     if mask is None:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
     wide = torch.promote_types(scores.dtype, torch.float32)
-    shares = scores.masked_fill(~mask, -math.inf).softmax(-1, dtype=wide)
+    probabilities = scores.masked_fill(~mask, -math.inf).softmax(-1, dtype=wide)
     # Coordinates count from this rank's first head on.
-    return dropout(shares, seed, (tp.rank * query.shape[1], 0)).to(value.dtype) @ value
+    return dropout(probabilities, seed, (tp.rank * query.shape[1], 0)).to(value.dtype) @ value
 
 
 def positions_of(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:

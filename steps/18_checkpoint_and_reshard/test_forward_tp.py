@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import train as trainer
-from attention import CausalBlocks
 from clip import clip_gradients
 from comm import all_gather, all_reduce, broadcast_, own_slice, reduce_scatter
 from config import IGNORED, ConfigError, GPTConfig, ParallelConfig
@@ -378,16 +377,6 @@ def check_recompute(parallel: ParallelConfig, input_ids: Tensor, dropout: float)
     say(f"  again: {results['block'][1]}; gradients: bitwise the same")
 
 
-def check_blocks(context: ParallelContext) -> None:
-    """Attention in blocks of queries, the last one short, is what torch's kernel computes."""
-    leaves = [random(context, 2, 3, 300, 5, seed=n).requires_grad_() for n in range(3)]
-    upstream, names = random(context, 2, 3, 300, 5, seed=3), ("heads", "query", "key", "value")
-    both = CausalBlocks.apply(*leaves), F.scaled_dot_product_attention(*leaves, is_causal=True)
-    ours, theirs = ([y, *torch.autograd.grad(y, leaves, upstream)] for y in both)
-    worst = max(map(difference, names, ours, theirs))
-    say(f"300 queries in blocks: heads and gradients differ by up to {worst:.1e}")
-
-
 def check_short_products(context: ParallelContext) -> None:
     """200 steps in bf16 stay near those in fp32; weights and gradients are fp32, products bf16."""
     corpus = MarkovCorpus()
@@ -561,7 +550,6 @@ def main() -> None:
             say(f"dropout {dropout}, sequence-parallel {ranks.tp.sequence_parallel}")
             check_model(ranks, inputs, dropout, naive)
     check_skipping(init_parallel(ParallelConfig(tp_size=1)), input_ids, labels)
-    check_blocks(context)
     check_short_products(context)
     check_pair(sequence)
     for divided, dropout in product((False, True), (0.0, 0.1)):

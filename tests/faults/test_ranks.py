@@ -238,9 +238,9 @@ CAME_TO: dict[str, tuple[Callable[[int], None], str]] = {
         other_source_on_rank_1,
         "rosetrainer=source1 and not source0 like rank 0; install the same versions for all ranks",
     ),
-    "products": (
+    "matmul": (
         amd_on_rank_0,
-        "products=torch and not oneDNN like rank 0; start all ranks on processors of one make",
+        "matmul=torch and not oneDNN like rank 0; start all ranks on processors of one make",
     ),
     "compile": (
         compiled_on_rank_1,

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rosetrainer.hardware import onednn
-from rosetrainer.hardware.onednn import fast_products
+from rosetrainer.hardware.kernels import fast_kernels
 from rosetrainer.models.gpt import GPTModel
 from rosetrainer.parallel.context import ParallelContext
 from rosetrainer.parallel.sharding import init_weights
@@ -64,7 +64,7 @@ def test_values_and_gradients_are_rounded_and_no_more(
     sizes = [(*shape, n_in), (n_out, n_in), *([(n_out,)] if bias else [])]
     inputs = [torch.randn(size, generator=generator) for size in sizes]
     upstream = torch.randn(*shape, n_out, generator=generator)
-    with fast_products(torch.float32, CPU), Operators() as seen:
+    with fast_kernels(torch.float32, CPU), Operators() as seen:
         ours = value_and_gradients(upstream, *inputs)
     assert seen.of_onednn() == 2
     exact = value_and_gradients(upstream.double(), *(tensor.double() for tensor in inputs))
@@ -77,7 +77,7 @@ def test_values_and_gradients_are_rounded_and_no_more(
 
 def test_a_view_that_is_not_contiguous_is_read_as_it_is(amd: None) -> None:
     x, weight = torch.randn(4, 6, 5).transpose(0, 1), torch.randn(5, 3).T
-    with fast_products(torch.float32, CPU), Operators() as seen:
+    with fast_kernels(torch.float32, CPU), Operators() as seen:
         found = F.linear(x, weight)
     assert seen.of_onednn() == 1
     assert torch.allclose(found, F.linear(x, weight), rtol=1e-5, atol=1e-5)
@@ -86,7 +86,7 @@ def test_a_view_that_is_not_contiguous_is_read_as_it_is(amd: None) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_other_dtypes_stay_with_torch(amd: None, dtype: torch.dtype) -> None:
     x, weight = torch.randn(4, 5, dtype=dtype), torch.randn(3, 5, dtype=dtype)
-    with fast_products(torch.float32, CPU), Operators() as seen:
+    with fast_kernels(torch.float32, CPU), Operators() as seen:
         found = F.linear(x, weight)
     assert seen.of_onednn() == 0
     assert torch.equal(found, F.linear(x, weight))
@@ -100,7 +100,7 @@ def test_a_model_s_products_run_there_and_it_trains_as_before(amd: None, recompu
     for dtype in (torch.float64, torch.float32):  # what the context is made for, not the model
         model = GPTModel(tiny_config(), context)
         init_weights(model, seed=1)
-        with fast_products(dtype, CPU), Operators() as seen:
+        with fast_kernels(dtype, CPU), Operators() as seen:
             compute_gradients(model, batch, context)
         gradients.append([p.grad for p in model.parameters()])
     times = 3 if recompute == "block" else 2
@@ -125,7 +125,7 @@ def test_it_is_taken_for_fp32_on_an_amd_processor_only(
 ) -> None:
     monkeypatch.setattr(onednn, "is_amd", lambda: maker)
     before = F.linear
-    with fast_products(dtype, torch.device(device)):
+    with fast_kernels(dtype, torch.device(device)):
         assert (F.linear is onednn.linear) == expected
     assert F.linear is before
 

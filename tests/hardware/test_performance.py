@@ -14,10 +14,10 @@ from ranks import run_ranks
 
 from rosetrainer.config import GPTConfig
 from rosetrainer.hardware import performance
+from rosetrainer.hardware.memory import keep_freed_memory
 from rosetrainer.hardware.performance import (
     choose_dtype,
     flops_per_token,
-    keep_freed_memory,
     matmul_peak,
     set_threads,
 )

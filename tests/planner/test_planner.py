@@ -12,6 +12,7 @@ from ranks import run_ranks
 
 from rosetrainer.commands.plan import main as plan_command
 from rosetrainer.config import GPTConfig, ParallelConfig, TrainConfig
+from rosetrainer.hardware.kernels import fast_kernels
 from rosetrainer.models.gpt import GPTModel
 from rosetrainer.optim.precision import autocast_for
 from rosetrainer.parallel.context import init_parallel
@@ -31,7 +32,7 @@ def kept_in_bf16(parallel: ParallelConfig, dropout: float) -> tuple[int, dict[ob
     init_weights(model, seed=1)
     batch = random_batch(replace(BF16, context_length=66), rows=4)
     autocast = autocast_for(torch.bfloat16, context.device)
-    with autocast():
+    with fast_kernels(torch.bfloat16, context.device), autocast():
         kept = lattice.kept(model, batch, DropoutSeed(1, 2))
     context.tp.ledger.clear()
     with autocast():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,7 +13,9 @@ from ranks import run_ranks
 
 from rosetrainer.commands import parity
 from rosetrainer.config import IGNORED, GPTConfig, OptimConfig, ParallelConfig
-from rosetrainer.models.attention import BLOCK
+from rosetrainer.hardware import attention_blocks, onednn
+from rosetrainer.hardware.attention_blocks import BLOCK
+from rosetrainer.optim import optimizer
 from rosetrainer.parallel import comm, overlap
 from rosetrainer.parallel.context import ParallelContext, init_parallel
 from rosetrainer.proof import report, trajectory
@@ -34,10 +37,11 @@ CASES: dict[str, tuple[int, int, dict[str, Any], dict[str, Any], Any]] = {
 }
 
 
-def right_layout(case: str) -> None:
-    dp_size, _, layout, changes, optimizer = CASES[case]
+def right_layout(case: str, fast: bool = True) -> None:
+    dp_size, _, layout, changes, kind = CASES[case]
     context = init_parallel(ParallelConfig(dp_size=dp_size, **layout))
-    right = Proof(replace(LONGER, **changes), context, OptimConfig(optimizer=optimizer))
+    config, optim = replace(LONGER, **changes), OptimConfig(optimizer=kind)
+    right = Proof(config, context, optim, fast=fast)
     for dtype in (torch.float32, torch.bfloat16):
         wrong = [column.wrong for column in prove(right, dtype)]
         assert wrong == [[]] * (3 if context.world_size > 1 else 2)
@@ -46,6 +50,20 @@ def right_layout(case: str) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_a_right_layout_is_proved_right_in_each_dtype(case: str) -> None:
     run_ranks(CASES[case][0] * CASES[case][1], right_layout, case)
+
+
+def right_layout_without_hardware(case: str) -> None:
+    """With torch's kernels and AdamW, and nothing of ours that is there for speed alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention_blocks, "CausalBlocks", None)  # whoever takes it fails
+        patch.setattr(onednn, "linear", None)
+        patch.setattr(optimizer, "AdamW", partial(torch.optim.AdamW, fused=True))
+        right_layout(case, fast=False)
+
+
+@pytest.mark.parametrize("case", ["tp", "both", "muon", "rotary"])
+def test_the_core_is_right_without_what_hardware_adds(case: str) -> None:
+    run_ranks(CASES[case][0] * CASES[case][1], right_layout_without_hardware, case)
 
 
 @pytest.mark.parametrize("d_model", [2, 4, 8])

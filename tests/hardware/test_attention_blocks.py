@@ -15,14 +15,22 @@ from lattice import saved_by
 from oracle import assert_equal
 from torch import Tensor
 
-from rosetrainer.models.attention import BLOCK, KEPT, CausalBlocks, attend
+from rosetrainer.hardware.attention_blocks import (
+    BLOCK,
+    MAX_SAVED_QUERIES,
+    CausalBlocks,
+    prefers_fp32,
+)
+from rosetrainer.hardware.kernels import fast_kernels
+from rosetrainer.models.attention import attend
 from rosetrainer.parallel.context import Axis
 from rosetrainer.parallel.dropout import Dropout
 from rosetrainer.planner.attention import bytes_of_scores
 
 U = 2.0**-8
 B, H, K = 2, 3, 16
-LENGTHS = [1, 5, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK, 2 * BLOCK + 44, KEPT, KEPT + 1]
+LENGTHS = [1, 5, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK, 2 * BLOCK + 44]
+LENGTHS += [MAX_SAVED_QUERIES, MAX_SAVED_QUERIES + 1]
 NAMES = ("heads", "query's gradient", "key's gradient", "value's gradient")
 
 
@@ -43,7 +51,7 @@ def results(function: object, fused: Tensor, upstream: Tensor) -> list[Tensor]:
     return [heads.detach(), *leaf.grad.permute(2, 0, 3, 1, 4)]
 
 
-def naive_shares(query: Tensor, key: Tensor) -> Tensor:
+def naive_probabilities(query: Tensor, key: Tensor) -> Tensor:
     T = query.shape[2]
     scores = torch.einsum("bhtk,bhsk->bhts", query, key) / math.sqrt(K)
     later = torch.arange(T)[None, :] > torch.arange(T)[:, None]
@@ -52,7 +60,7 @@ def naive_shares(query: Tensor, key: Tensor) -> Tensor:
 
 
 def naive(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    return naive_shares(query, key) @ value
+    return naive_probabilities(query, key) @ value
 
 
 def fused_kernel(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -72,20 +80,21 @@ def test_blocks_equal_the_formula_in_float64(T: int) -> None:
 def bounds(fused: Tensor, upstream: Tensor, exact: list[Tensor]) -> list[Tensor]:
     """How far each number of the four results may be off in bf16, sums being exact.
 
-    A score is off by U of itself, so a share by a factor within 1 + d, its own rounding included.
+    A score is off by U of itself, so a probability by a factor within 1 + d, its own rounding
+    included.
     """
     query, key, value = fused.permute(2, 0, 3, 1, 4)
-    share = naive_shares(query, key)
+    p = naive_probabilities(query, key)
     scores = (query @ key.mT).abs().max() / math.sqrt(K)
     d = (2 * U * scores).exp() * (1 + U) - 1
-    of_share = (upstream @ value.mT).abs() * share.ne(0)
+    of_p = (upstream @ value.mT).abs() * p.ne(0)
     # Of p (x - sum p x): p, x and the sum are off, and the result is rounded.
-    off = share * of_share.amax(-1, keepdim=True) * (2 * (d + U) * (1 + d) + 2 * (d + U))
+    off = p * of_p.amax(-1, keepdim=True) * (2 * (d + U) * (1 + d) + 2 * (d + U))
     sums = [
-        d * (share @ value.abs()),
+        d * (p @ value.abs()),
         off @ key.abs() / math.sqrt(K),
         off.mT @ query.abs() / math.sqrt(K),
-        d * (share.mT @ upstream.abs()),
+        d * (p.mT @ upstream.abs()),
     ]
     return [s + U * (t.abs() + s) + 1e-6 for s, t in zip(sums, exact, strict=True)]
 
@@ -107,22 +116,36 @@ def test_blocks_in_bf16_are_off_by_no_more_than_their_roundings(T: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("masked", [False, True])
-def test_blocks_are_used_in_bf16_without_a_mask_alone(dtype: torch.dtype, masked: bool) -> None:
+@pytest.mark.parametrize("enabled", [False, True])
+def test_blocks_are_used_in_bf16_without_a_mask_alone(
+    dtype: torch.dtype, masked: bool, enabled: bool
+) -> None:
     fused, _ = random_inputs(BLOCK + 3, dtype)
     query, key, value = fused.permute(2, 0, 3, 1, 4)
     mask = torch.ones(BLOCK + 3, BLOCK + 3, dtype=torch.bool).tril() if masked else None
     kernel = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=not masked)
-    short = dtype == torch.bfloat16 and not masked
+    short = enabled and dtype == torch.bfloat16 and not masked
     expected = CausalBlocks.apply(query, key, value) if short else kernel
-    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16)
+    with fast_kernels(torch.bfloat16, torch.device("cpu"), enabled), autocast:
         found = attend(query, key, value, mask, Dropout(0.1), None, Axis("tp"))
     assert torch.equal(found, expected)
     assert found.dtype == dtype
 
 
 @pytest.mark.parametrize("T", LENGTHS)
-def test_the_shares_that_are_kept_are_those_predicted(T: int) -> None:
+def test_the_probabilities_that_are_saved_are_those_predicted(T: int) -> None:
     fused, _ = random_inputs(T, torch.bfloat16)
     q, k, v = (part.transpose(1, 2) for part in fused.requires_grad_().unbind(2))
-    saved = saved_by(lambda: attend(q, k, v, None, Dropout(0.0), None, Axis("tp")))
+    with fast_kernels(torch.bfloat16, torch.device("cpu")):
+        saved = saved_by(lambda: attend(q, k, v, None, Dropout(0.0), None, Axis("tp")))
     assert sum(saved.values()) - fused.nbytes == bytes_of_scores(B, H, T, T, e=2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_short_rotary_text_stays_in_fp32_where_our_kernels_are_on(dtype: torch.dtype) -> None:
+    short, long = torch.ones(1, BLOCK, 2), torch.ones(1, BLOCK + 1, 2)
+    with fast_kernels(dtype, torch.device("cpu")):
+        assert prefers_fp32(short) == (dtype == torch.bfloat16)
+        assert not prefers_fp32(long)
+    assert not prefers_fp32(short)
