@@ -28,7 +28,7 @@ from benchmarks.work import Work
 from rosetrainer.config import GPTConfig, OptimConfig, TrainConfig
 from rosetrainer.hardware.block_compile import compile_blocks, compiles
 from rosetrainer.hardware.performance import flops_per_token
-from rosetrainer.models.layers import build_model
+from rosetrainer.models.build import build_model
 from rosetrainer.optim.optimizer import build_optimizer
 from rosetrainer.optim.precision import autocast_for
 from rosetrainer.parallel.context import ParallelContext

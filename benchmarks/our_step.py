@@ -12,7 +12,7 @@ from rosetrainer.config import OptimConfig, TrainConfig
 from rosetrainer.data.batches import Corpus
 from rosetrainer.hardware.block_compile import compile_blocks, compiles
 from rosetrainer.hardware.kernels import fast_kernels
-from rosetrainer.models.layers import build_model
+from rosetrainer.models.build import build_model
 from rosetrainer.optim.optimizer import build_optimizer
 from rosetrainer.optim.precision import autocast_for
 from rosetrainer.parallel.context import ParallelContext

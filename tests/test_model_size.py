@@ -26,7 +26,7 @@ from rosetrainer.commands import generate, parity, plan
 from rosetrainer.commands import train as train_command
 from rosetrainer.config import GPTConfig, OptimConfig, TrainConfig
 from rosetrainer.model_size import parameter_count
-from rosetrainer.models.layers import build_model
+from rosetrainer.models.build import build_model
 from rosetrainer.parallel.context import ParallelContext
 from rosetrainer.parallel.sharding import shard_spec
 from rosetrainer.training.setup import check_config, train

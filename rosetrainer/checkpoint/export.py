@@ -10,7 +10,7 @@ import torch
 
 from rosetrainer.checkpoint.manifest import CheckpointError, Manifest
 from rosetrainer.checkpoint.saver import read_whole
-from rosetrainer.models.layers import build_model
+from rosetrainer.models.build import build_model
 from rosetrainer.parallel.context import ParallelContext
 from rosetrainer.parallel.sharding import ShardSpec, shard_spec
 

@@ -22,9 +22,9 @@ from rosetrainer.environment import choose_device, world_from_environment
 from rosetrainer.hardware.performance import set_threads
 from rosetrainer.launch.launcher import launch
 from rosetrainer.model_size import check_memory
+from rosetrainer.models.build import build_model
 from rosetrainer.models.generation import SamplingConfig, first_tokens, generate
 from rosetrainer.models.gpt import GPTModel
-from rosetrainer.models.layers import build_model
 from rosetrainer.parallel.context import ParallelContext, end_parallel, init_parallel
 from rosetrainer.training.agreement import world_axis
 from rosetrainer.training.open_run import sound_one

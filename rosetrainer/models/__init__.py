@@ -1,5 +1,6 @@
 """The models, out of the parallel layers: one code, dense and parallel.
 
-Read gpt, then attention; generation draws text from a model; layers has the parts of the rotary
-GPT, and encoder_decoder looks at a second sequence.
+Read gpt, then attention; layers and positions have parts that other models take in the place of
+GPT-2's, rotary is one, and build chooses. generation draws text from a model, and encoder_decoder
+looks at a second sequence.
 """

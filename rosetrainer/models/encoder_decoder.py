@@ -6,14 +6,14 @@ tp = tp.size.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from rosetrainer.config import IGNORED, GPTConfig
 from rosetrainer.models.attention import attend, causal_padding_mask, positions_of
 from rosetrainer.models.gpt import (
-    FeedForward,
     LayerNorm,
-    MultiHeadSelfAttention,
     PositionEmbedding,
     TransformerBlock,
     residual_std,
@@ -59,35 +59,18 @@ class MultiHeadCrossAttention(nn.Module):
         return self.dense(heads.transpose(1, 2).flatten(2))  # (B, T, H/tp*K) -> (B, T, D)
 
 
-class DecoderBlock(nn.Module):
+class DecoderBlock(TransformerBlock):
     """Self-attention, cross-attention and feed-forward, each normed before and then added."""
 
     def __init__(self, config: GPTConfig, tp: Axis, recompute: str = "none") -> None:
-        super().__init__()
-        self.tp, self.recompute = tp, recompute
-        again = recompute == "attention"
-        self.attention_norm = LayerNorm(config.d_model, config.bias, tp)
-        self.attention = MultiHeadSelfAttention(config, tp, again)
-        self.attention_dropout = Dropout(config.dropout)
-        self.cross_attention_norm = LayerNorm(config.d_model, config.bias, tp)
-        self.cross_attention = MultiHeadCrossAttention(config, tp, again)
+        super().__init__(config, tp, recompute)
+        self.cross_attention_norm = self.norm_class(config.d_model, config.bias, tp)
+        self.cross_attention = MultiHeadCrossAttention(config, tp, recompute == "attention")
         self.cross_attention_dropout = Dropout(config.dropout)
-        self.feed_forward_norm = LayerNorm(config.d_model, config.bias, tp)
-        self.feed_forward = FeedForward(config, tp)
-        self.feed_forward_dropout = Dropout(config.dropout)
 
-    def forward(
-        self, x: Tensor, mask: Tensor, memory: Tensor, memory_mask: Tensor, seed: Seed = None
-    ) -> Tensor:
+    def layers(self, x: Tensor, seed: Seed, *inputs: Any) -> Tensor:
         """x: (B, T, D); memory: (B, S, D); under sequence parallelism T/tp and S/tp."""
-        inputs = (x, mask, memory, memory_mask, seed)
-        result = recompute(self.layers, *inputs, enabled=self.recompute == "block", tp=self.tp)
-        assert isinstance(result, Tensor)
-        return result
-
-    def layers(
-        self, x: Tensor, mask: Tensor, memory: Tensor, memory_mask: Tensor, seed: Seed
-    ) -> Tensor:
+        mask, memory, memory_mask = inputs
         first = (first_token(x, self.tp),)
         attended = self.attention(self.attention_norm(x), mask, seed)
         x = x + self.attention_dropout(attended, seed, first)
@@ -110,7 +93,7 @@ class EncoderDecoderModel(nn.Module):
         context = context or ParallelContext()
         config.check(context.tp.size, context.tp.sequence_parallel)
         self.config, self.tp = config, context.tp
-        layers, tp, again = range(config.n_layers), context.tp, context.recompute
+        layers, tp, mode = range(config.n_layers), context.tp, context.recompute
         table = (config.context_length, config.d_model, tp)
         with context.device:
             self.token_embedding = token_table(config, tp)
@@ -118,9 +101,9 @@ class EncoderDecoderModel(nn.Module):
             self.target_positions = PositionEmbedding(*table)
             self.source_dropout = Dropout(config.dropout)
             self.target_dropout = Dropout(config.dropout)
-            self.encoder = nn.ModuleList(TransformerBlock(config, tp, again) for _ in layers)
+            self.encoder = nn.ModuleList(TransformerBlock(config, tp, mode) for _ in layers)
             self.encoder_norm = LayerNorm(config.d_model, config.bias, tp)
-            self.decoder = nn.ModuleList(DecoderBlock(config, tp, again) for _ in layers)
+            self.decoder = nn.ModuleList(DecoderBlock(config, tp, mode) for _ in layers)
             self.final_norm = LayerNorm(config.d_model, config.bias, tp)
             self.output_head = self.token_embedding if config.tied else token_table(config, tp)
         name_sites(self)
@@ -149,7 +132,7 @@ class EncoderDecoderModel(nn.Module):
         x = self.target_dropout(x, seed, (first_token(x, self.tp),))
         causal, real = causal_padding_mask(target_mask), source_mask.bool()[:, None, None, :]
         for block in self.decoder:
-            x = block(x, causal, memory, real, seed)
+            x = block(x, causal, memory, real, seed=seed)
         x, logits, loss = self.final_norm(x), None, None
         if labels is not None:
             labels = labels.masked_fill(~target_mask.bool(), IGNORED)
@@ -168,7 +151,7 @@ class EncoderDecoderModel(nn.Module):
         x = self.source_dropout(x, seed, (first_token(x, self.tp),))
         mask = source_mask.bool()[:, None, None, :]  # (B, 1, 1, S): not causal
         for block in self.encoder:
-            x = block(x, mask, seed)
+            x = block(x, mask, seed=seed)
         return self.encoder_norm(x)
 
     def embed(self, ids: Tensor, attention_mask: Tensor, positions: PositionEmbedding) -> Tensor:

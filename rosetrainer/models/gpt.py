@@ -7,6 +7,7 @@ tp = tp.size. One model serves every layout: at tp 1 the layers communicate noth
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,11 @@ from rosetrainer.parallel.tensor_parallel import ColumnParallelLinear, RowParall
 from rosetrainer.parallel.vocab_parallel import VocabParallelEmbedding
 
 EMBEDDING_STD = 0.02
+
+
+def residual_std(fan_in: int, config: GPTConfig) -> float:
+    """For what is added to the residual stream, 2 x n_layers times: GPT-2 scales it down."""
+    return 1 / math.sqrt(fan_in * 2 * config.n_layers)
 
 
 class LayerNorm(nn.Module):
@@ -55,6 +61,8 @@ class MultiHeadSelfAttention(nn.Module):
     backward (before `query_key_value`). Under sequence parallelism (B, T/tp, D) in and out.
     """
 
+    output_std = staticmethod(residual_std)
+
     def __init__(self, config: GPTConfig, tp: Axis, recompute: bool = False) -> None:
         super().__init__()
         width = config.n_heads * config.head_width  # H*K, which need not be D
@@ -65,17 +73,21 @@ class MultiHeadSelfAttention(nn.Module):
         self.tp, self.recompute = tp, recompute
         self.dropout = Dropout(config.dropout)
         self.dense = RowParallelLinear(
-            width, config.d_model, config.bias, tp=tp, init_std=residual_std(width, config)
+            width, config.d_model, config.bias, tp=tp, init_std=self.output_std(width, config)
         )
 
     def forward(self, x: Tensor, mask: Tensor | None = None, seed: Seed = None) -> Tensor:
         """mask: (B, 1, T, T), true where a query may look at a key; causal unless given."""
         fused = self.query_key_value(x)  # (B, T, 3*H/tp*K)
         fused = fused.unflatten(-1, (3, -1, self.head_width))  # (B, T, 3, H/tp, K)
+        return self.dense(self.heads(fused, mask, seed))  # (B, T, H/tp*K) -> (B, T, D)
+
+    def heads(self, fused: Tensor, mask: Tensor | None, seed: Seed) -> Tensor:
+        """Queries, keys and values (B, T, 3, H/tp, K) -> (B, T, H/tp*K)"""
         query, key, value = (part.transpose(1, 2) for part in fused.unbind(2))  # (B, H/tp, T, K)
         inputs = (query, key, value, mask, self.dropout, seed, self.tp)
         heads = recompute(attend, *inputs, enabled=self.recompute, tp=self.tp)
-        return self.dense(heads.transpose(1, 2).flatten(2))  # (B, T, H/tp*K) -> (B, T, D)
+        return heads.transpose(1, 2).flatten(2)
 
 
 class FeedForward(nn.Module):
@@ -85,17 +97,22 @@ class FeedForward(nn.Module):
     could not. One sum over tp forward, one backward.
     """
 
+    output_std = staticmethod(residual_std)
+
     def __init__(self, config: GPTConfig, tp: Axis) -> None:
         super().__init__()
         width = config.ff_width
         self.dense_h_to_4h = ColumnParallelLinear(config.d_model, width, config.bias, tp=tp)
         self.dense_4h_to_h = RowParallelLinear(
-            width, config.d_model, config.bias, tp=tp, init_std=residual_std(width, config)
+            width, config.d_model, config.bias, tp=tp, init_std=self.output_std(width, config)
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = F.gelu(self.dense_h_to_4h(x), approximate="tanh")  # (B, T, F/tp)
+        hidden = self.activation(self.dense_h_to_4h(x))  # (B, T, F/tp)
         return self.dense_4h_to_h(hidden)  # (B, T, D)
+
+    def activation(self, x: Tensor) -> Tensor:
+        return F.gelu(x, approximate="tanh")
 
 
 class TransformerBlock(nn.Module):
@@ -103,26 +120,31 @@ class TransformerBlock(nn.Module):
 
     The stream is (B, T, D), the same on every rank, or under sequence parallelism (B, T/tp, D), a
     rank's own tokens ("Reducing Activation Recomputation in Large Transformer Models", Korthikanti
-    et al.).
+    et al.). Another model names classes of its own, which are called as these are.
     """
+
+    norm_class: type[Any] = LayerNorm
+    attention_class: type[Any] = MultiHeadSelfAttention
+    feed_forward_class: type[Any] = FeedForward
 
     def __init__(self, config: GPTConfig, tp: Axis, recompute: str = "none") -> None:
         super().__init__()
         self.tp, self.recompute = tp, recompute
-        self.attention_norm = LayerNorm(config.d_model, config.bias, tp)
-        self.attention = MultiHeadSelfAttention(config, tp, recompute == "attention")
+        self.attention_norm = self.norm_class(config.d_model, config.bias, tp)
+        self.attention = self.attention_class(config, tp, recompute == "attention")
         self.attention_dropout = Dropout(config.dropout)
-        self.feed_forward_norm = LayerNorm(config.d_model, config.bias, tp)
-        self.feed_forward = FeedForward(config, tp)
+        self.feed_forward_norm = self.norm_class(config.d_model, config.bias, tp)
+        self.feed_forward = self.feed_forward_class(config, tp)
         self.feed_forward_dropout = Dropout(config.dropout)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, seed: Seed = None) -> Tensor:
-        again = self.recompute == "block"
-        return recompute(self.layers, x, mask, seed, enabled=again, tp=self.tp)
+    def forward(self, x: Tensor, *inputs: Any, seed: Seed = None) -> Tensor:
+        """inputs: what the attention layer takes after x; GPT-2's takes a mask."""
+        enabled = self.recompute == "block"
+        return recompute(self.layers, x, seed, *inputs, enabled=enabled, tp=self.tp)
 
-    def layers(self, x: Tensor, mask: Tensor | None, seed: Seed) -> Tensor:
+    def layers(self, x: Tensor, seed: Seed, *inputs: Any) -> Tensor:
         first = (first_token(x, self.tp),)
-        attended = self.attention(self.attention_norm(x), mask, seed)
+        attended = self.attention(self.attention_norm(x), *inputs, seed=seed)
         x = x + self.attention_dropout(attended, seed, first)
         fed = self.feed_forward(self.feed_forward_norm(x))
         return x + self.feed_forward_dropout(fed, seed, first)
@@ -134,24 +156,26 @@ class GPTModel(nn.Module):
     Raises ConfigError if context.tp cannot share the heads, the feed-forward layer or the tokens.
     """
 
+    block_class = TransformerBlock
+    positions_class: type[Any] = PositionEmbedding
+    embedding_std = head_std = EMBEDDING_STD
+
     def __init__(self, config: GPTConfig, context: ParallelContext | None = None) -> None:
         super().__init__()
         context = context or ParallelContext()
         config.check(context.tp.size, context.tp.sequence_parallel)
         self.config, self.tp = config, context.tp
+        tp, length, layers = context.tp, config.context_length, range(config.n_layers)
         with context.device:
-            self.token_embedding = token_table(config, context.tp)
-            length = config.context_length
-            self.position_embedding = PositionEmbedding(length, config.d_model, context.tp)
+            self.token_embedding = token_table(config, tp, self.embedding_std)
+            self.position_embedding = self.positions_class(length, config.d_model, tp)
             self.embedding_dropout = Dropout(config.dropout)
-            self.blocks = nn.ModuleList(
-                TransformerBlock(config, context.tp, context.recompute)
-                for _ in range(config.n_layers)
-            )
-            self.final_norm = LayerNorm(config.d_model, config.bias, context.tp)
+            blocks = (self.block_class(config, tp, context.recompute) for _ in layers)
+            self.blocks = nn.ModuleList(blocks)
+            self.final_norm = self.block_class.norm_class(config.d_model, config.bias, tp)
             # Tied, it is the same module under a second name, and its weight one parameter.
             self.output_head = (
-                self.token_embedding if config.tied else token_table(config, context.tp)
+                self.token_embedding if config.tied else token_table(config, tp, self.head_std)
             )
         name_sites(self)
 
@@ -192,24 +216,26 @@ class GPTModel(nn.Module):
         T = input_ids.shape[1]
         if self.config.context_length < T:
             raise ValueError(f"{T} tokens exceed context_length={self.config.context_length}")
-        positions = own_tokens(positions_of(input_ids, attention_mask), self.tp)
+        positions = positions_of(input_ids, attention_mask)
         mask = None if attention_mask is None else causal_padding_mask(attention_mask)
-        # Between the cut layers x is (B, T, D), or (B, T/tp, D) under sequence parallelism.
-        x = self.token_embedding(input_ids) + self.position_embedding(positions)
+        x = self.embed(input_ids, positions)
         x = self.embedding_dropout(x, seed, (first_token(x, self.tp),))
+        inputs = self.attention_inputs(positions, mask)
         for block in self.blocks:
-            x = block(x, mask, seed)
+            x = block(x, *inputs, seed=seed)
         return self.final_norm(x)
 
+    def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """(B, T) ids, (T,) or (B, T) positions -> (B, T, D), or (B, T/tp, D)"""
+        return self.token_embedding(ids) + self.position_embedding(own_tokens(positions, self.tp))
 
-def token_table(config: GPTConfig, tp: Axis) -> VocabParallelEmbedding:
+    def attention_inputs(self, positions: Tensor, mask: Tensor | None) -> tuple[Any, ...]:
+        return (mask,)  # what a block's attention layer takes after x
+
+
+def token_table(config: GPTConfig, tp: Axis, std: float = EMBEDDING_STD) -> VocabParallelEmbedding:
     """Token embedding or output head: (V, D), rows split over tp."""
-    return VocabParallelEmbedding(config.vocab_size, config.d_model, tp=tp, init_std=EMBEDDING_STD)
-
-
-def residual_std(fan_in: int, config: GPTConfig) -> float:
-    """For what is added to the residual stream, 2 x n_layers times: GPT-2 scales it down."""
-    return 1 / math.sqrt(fan_in * 2 * config.n_layers)
+    return VocabParallelEmbedding(config.vocab_size, config.d_model, tp=tp, init_std=std)
 
 
 def labels_that_count(labels: Tensor, attention_mask: Tensor | None) -> Tensor:

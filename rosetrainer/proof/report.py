@@ -8,8 +8,8 @@ from dataclasses import replace
 import torch
 
 from rosetrainer.config import GPTConfig, OptimConfig
+from rosetrainer.models.build import build_model
 from rosetrainer.models.gpt import GPTModel
-from rosetrainer.models.layers import build_model
 from rosetrainer.parallel.context import ParallelContext
 from rosetrainer.parallel.sharding import ShardSpec, shard_spec
 from rosetrainer.proof.tolerances import (

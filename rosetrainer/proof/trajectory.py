@@ -18,8 +18,8 @@ from rosetrainer.config import IGNORED, GPTConfig, OptimConfig
 from rosetrainer.data.batches import rows_of_rank
 from rosetrainer.hardware.attention_blocks import BLOCK, MAX_SAVED_QUERIES
 from rosetrainer.hardware.kernels import fast_kernels
+from rosetrainer.models.build import build_model
 from rosetrainer.models.gpt import GPTModel
-from rosetrainer.models.layers import build_model
 from rosetrainer.optim.clip import clip_gradients
 from rosetrainer.optim.optimizer import build_optimizer
 from rosetrainer.optim.precision import Autocast, autocast_for

@@ -30,8 +30,8 @@ from rosetrainer.launch.process_group import (
 )
 from rosetrainer.launch.watch import HangWatch
 from rosetrainer.model_size import check_memory
+from rosetrainer.models.build import build_model
 from rosetrainer.models.gpt import GPTModel
-from rosetrainer.models.layers import build_model
 from rosetrainer.optim.adamw import AdamW
 from rosetrainer.optim.optimizer import build_optimizer
 from rosetrainer.optim.precision import autocast_for

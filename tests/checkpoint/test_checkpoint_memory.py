@@ -21,7 +21,7 @@ from rosetrainer.checkpoint import saver
 from rosetrainer.commands import checkpoint as checkpoint_command
 from rosetrainer.commands.generate import load_model
 from rosetrainer.config import GPTConfig, OptimConfig, ParallelConfig, TrainConfig
-from rosetrainer.models.layers import build_model
+from rosetrainer.models.build import build_model
 from rosetrainer.parallel.context import ParallelContext, init_parallel
 from rosetrainer.parallel.sharding import gather_whole, shard_spec
 from rosetrainer.training.setup import check_config, train

@@ -1,4 +1,4 @@
-"""The rotary GPT of blocks.py in every layout against its oracle, and what rotation is for."""
+"""The rotary GPT in every layout against its oracle, and what rotation is for."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ from ranks import run_ranks
 from torch import Tensor
 
 from rosetrainer.config import ConfigError, GPTConfig, ParallelConfig
+from rosetrainer.models.build import build_model
 from rosetrainer.models.gpt import GPTModel
-from rosetrainer.models.layers import RotaryGPT, build_model, plain_norm, turn, turns_of
+from rosetrainer.models.layers import PlainNorm
+from rosetrainer.models.positions import apply_rotary, rotary_angles
+from rosetrainer.models.rotary import RotaryGPT
 from rosetrainer.parallel.context import ParallelContext, init_parallel
 from rosetrainer.parallel.dropout import DropoutSeed
 from rosetrainer.parallel.sharding import gather_whole, init_weights, load_whole
@@ -102,7 +105,7 @@ def scores(positions: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(1)
     shape = (1, len(positions), 3, 8, 6)
     fused = torch.randn(1, 1, *shape[2:], dtype=torch.float64, generator=generator).expand(shape)
-    turned = turn(fused, turns_of(positions, config, torch.float64))
+    turned = apply_rotary(fused, rotary_angles(positions, config, torch.float64))
     assert_equal("values", turned[:, :, 2], fused[:, :, 2])
     query, key, _ = turned.permute(2, 0, 3, 1, 4)
     return query @ key.mT
@@ -126,7 +129,7 @@ def test_a_rotary_gpt_begins_as_even_odds() -> None:
 
 def test_the_norm_is_layer_norm_without_weights() -> None:
     x = torch.randn(3, 5, dtype=torch.float64) * 7 + 2
-    torch.testing.assert_close(plain_norm(x), torch.nn.LayerNorm(5).double()(x))
+    torch.testing.assert_close(PlainNorm()(x), torch.nn.LayerNorm(5).double()(x))
 
 
 @pytest.mark.parametrize(
