@@ -115,7 +115,7 @@ def test_a_manifest_of_tensors_larger_than_its_files_is_refused(run: Path, tmp_p
     manifest = json.loads((step / "manifest.json").read_text())
     tensor = manifest["tensors"]["blocks.0.attention.dense.weight"]
     tensor["shape"] = [HUGE, HUGE]
-    tensor["slices"][0]["stop"] = HUGE
+    tensor["slices"][0]["size"] = [HUGE, HUGE]
     (step / "manifest.json").write_bytes(with_own_hash(manifest))
     with pytest.raises(CheckpointError, match="more than its files have bytes"):
         read_manifest(step)

@@ -1,6 +1,6 @@
 """A run's state on disk, readable in any layout.
 
-manifest says what a checkpoint holds, slices writes and reads its files, saver saves and restores
-a model and its optimizer, run_folder keeps what lies beside the checkpoints, and export writes
-whole weights.
+manifest says what a checkpoint holds, slices writes and reads its files, ownership says which rank
+writes what, saver saves and restores a model and its optimizer, run_folder keeps what lies beside
+the checkpoints, and export writes whole weights.
 """

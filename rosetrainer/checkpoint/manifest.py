@@ -147,7 +147,7 @@ def _parse_manifest(content: bytes, folder: Path) -> Manifest:
         raise ValueError("its own SHA-256 does not fit it")
     if values["format"] not in (2, FORMAT):
         raise OtherFormatError(
-            f"{folder} has format {values['format']}, and this program reads format {FORMAT}; use "
+            f"{folder} has format {values['format']}, and this program reads 2 and {FORMAT}; use "
             f"the program that wrote it"
         )
     files = {}

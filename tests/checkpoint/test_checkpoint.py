@@ -182,7 +182,7 @@ def test_retention_never_removes_the_last_sound_one(config: TrainConfig, tmp_pat
 
 def write_one(run: Path, step: int, config: TrainConfig) -> Written:
     """A checkpoint of one rank with one tensor."""
-    slices = {"w": {"shape": [2], "dtype": "float32", "dim": 0, "start": 0, "stop": 2}}
+    slices = {"w": {"shape": [2], "dtype": "float32", "first": [0], "size": [2]}}
     draft = Draft(run, step, "one")
     draft.write_part(0, {"w": torch.full((2,), float(step))}, slices, 8)
     return draft.complete(1, Progress(step, step, 0, 0, "float32", {}, config))
@@ -324,7 +324,9 @@ def test_a_manifest_is_json_and_says_what_the_issue_of_trust_needs(
     assert list(values) == ["format", "progress", "files", "tensors", "sha256"]
     embedding = values["tensors"]["token_embedding.weight"]
     assert embedding["shape"] == [8, 16]
-    assert embedding["slices"] == [{"file": "rank_00000.safetensors", "start": 0, "stop": 8}]
+    whole = {"file": "rank_00000.safetensors", "first": [0, 0], "size": [8, 16]}
+    assert embedding["slices"] == [whole]
     fused = values["tensors"]["blocks.0.attention.query_key_value.weight/exp_avg"]
-    assert (fused["shape"], fused["dim"]) == ([3, 16, 16], 1)
-    assert [(one["start"], one["stop"]) for one in fused["slices"]] == [(0, 8), (8, 16)]
+    assert fused["shape"] == [3, 16, 16]
+    assert [one["first"] for one in fused["slices"]] == [[0, 0, 0], [0, 8, 0]]
+    assert [one["size"] for one in fused["slices"]] == [[3, 8, 16], [3, 8, 16]]

@@ -72,7 +72,7 @@ def test_a_checkpoint_of_another_version_is_not_taken_for_damaged(
     before = contents(out)
     refused = run(2, [*COMMAND, "--data", str(markov), "--out", str(out)])
     assert refused.refused, refused
-    assert "has format 1, and this program reads format 2" in refused.complained
+    assert "has format 1, and this program reads 2 and 3" in refused.complained
     assert contents(out) == before
 
 

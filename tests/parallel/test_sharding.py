@@ -12,7 +12,8 @@ from ranks import run_ranks
 from torch import nn
 
 from rosetrainer.checkpoint.manifest import Progress, from_format_2, read_manifest
-from rosetrainer.checkpoint.saver import own_part, owned_slices, read_whole
+from rosetrainer.checkpoint.ownership import owned_slices
+from rosetrainer.checkpoint.saver import own_part, read_whole
 from rosetrainer.checkpoint.slices import Draft
 from rosetrainer.config import ParallelConfig, TrainConfig
 from rosetrainer.optim.adamw import AdamW
