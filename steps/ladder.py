@@ -6,6 +6,7 @@ import ast
 import difflib
 import re
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
 STEPS = Path(__file__).resolve().parent
@@ -65,21 +66,22 @@ def added_code(step: Path) -> int:
     old = parent(step)
     changes: Counter[str] = Counter()
     for name in python_files(old, step):
-        before, after = (code_lines(folder / name) if folder else [] for folder in (old, step))
-        for change in difflib.ndiff(before, after):
+        before, after = ("".join(read(folder / name)) if folder else "" for folder in (old, step))
+        if before == after:  # as most files are
+            continue
+        for change in difflib.ndiff(code_lines(before), code_lines(after)):
             if change[0] in "+-":
                 changes[change[0] + change[1:].strip()] += 1
     added = {line[1:]: n for line, n in changes.items() if line[0] == "+"}
     return sum(max(n - changes["-" + line], 0) for line, n in added.items())
 
 
-def code_lines(path: Path) -> list[str]:
-    if not path.exists():
-        return []
-    source = path.read_text()
+@cache
+def code_lines(source: str) -> tuple[str, ...]:
     documented: set[int] = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
             documented.update(range(node.lineno, (node.end_lineno or node.lineno) + 1))
     numbered = enumerate(source.splitlines(), 1)
-    return [s for n, s in numbered if n not in documented and s.strip() and s.strip()[0] != "#"]
+    code = ((s, s.strip()) for n, s in numbered if n not in documented)
+    return tuple(line for line, bare in code if bare and bare[0] != "#")
