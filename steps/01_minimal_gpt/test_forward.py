@@ -42,8 +42,8 @@ def naive_logits(model: GPTModel, ids: list[int]) -> Tensor:
 
     def attend(queries: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
         scores = [queries @ key / math.sqrt(len(key)) for key in keys]
-        shares = torch.stack(scores).softmax(0)
-        return sum(share * value for share, value in zip(shares, values, strict=True))
+        probabilities = torch.stack(scores).softmax(0)
+        return sum(p * value for p, value in zip(probabilities, values, strict=True))
 
     embedded = zip(ids, w["position_embedding.weight"], strict=False)
     xs = [w["token_embedding.weight"][token] + position for token, position in embedded]

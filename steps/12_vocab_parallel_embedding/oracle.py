@@ -37,8 +37,8 @@ def attend(config: GPTConfig, query: Tensor, seen: list[tuple[Tensor, Tensor]]) 
     heads, K = [], config.head_width
     for own in (slice(first, first + K) for first in range(0, len(query), K)):
         scores = torch.stack([query[own] @ key[own] / math.sqrt(K) for key, _ in seen])
-        shares = zip(scores.softmax(0), seen, strict=True)
-        heads.append(sum(share * value[own] for share, (_, value) in shares))
+        probabilities = zip(scores.softmax(0), seen, strict=True)
+        heads.append(sum(share * value[own] for share, (_, value) in probabilities))
     return torch.cat(heads)
 
 

@@ -74,12 +74,12 @@ def attend(
     heads, K = [], config.head_width
     for own in (slice(first, first + K) for first in range(0, len(query), K)):
         scores = torch.stack([query[own] @ key[own] / math.sqrt(K) for key, _ in seen])
-        shares = scores.softmax(0)
+        probabilities = scores.softmax(0)
         if masks.p:
             *_, t = places = masks.at[: len(seen)]
             factors = [masks.factor(site, own.start // K, t, s) for s in places]
-            shares = shares * shares.new_tensor(factors)
-        heads.append(sum(s * value[own] for s, (_, value) in zip(shares, seen, strict=True)))
+            probabilities = probabilities * probabilities.new_tensor(factors)
+        heads.append(sum(s * value[own] for s, (_, value) in zip(probabilities, seen, strict=True)))
     return torch.cat(heads)
 
 

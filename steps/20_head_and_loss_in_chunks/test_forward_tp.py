@@ -441,7 +441,7 @@ def check_recompute(parallel: ParallelConfig, input_ids: Tensor, dropout: float)
     whole, cut = 8 * B * T, 8 * B * T // tp.size  # bytes of a number a token, in float64
     own = cut if tp.sequence_parallel else whole
     # The fused kernel keeps a logarithm for each query and head. Written out, with dropout, the
-    # shares before and after it, and what was dropped: 8 + 8 + 1 bytes each, and the mask.
+    # probabilities before and after it, and what was dropped: 8 + 8 + 1 bytes each, and the mask.
     attention = cut * H * T * 17 // 8 + T * T if dropout else cut * H
     # A norm keeps its input, mean and deviation; a linear layer its input; GELU its own.
     inputs = own if tp.overlap else whole

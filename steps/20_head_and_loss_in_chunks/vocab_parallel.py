@@ -72,9 +72,9 @@ class VocabParallelEmbedding(nn.Module):
         counts = labels != IGNORED
         labels = labels.masked_fill(~counts, 0)
         check_ids(labels, self.vocab_size)
-        shares = counts.to(_sum_dtype(x)) / counts.sum().clamp(min=1)
+        loss_weights = counts.to(_sum_dtype(x)) / counts.sum().clamp(min=1)
         mean, losses = linear_cross_entropy(
-            x, self.weight, labels, shares, self.vocab_size, self.tp
+            x, self.weight, labels, loss_weights, self.vocab_size, self.tp
         )
         return mean, losses.masked_fill(~counts, 0)
 
@@ -88,19 +88,21 @@ def check_ids(ids: Tensor, vocab_size: int) -> None:
 
 
 def linear_cross_entropy(
-    x: Tensor, weight: Tensor, labels: Tensor, shares: Tensor, vocab_size: int, tp: Axis
+    x: Tensor, weight: Tensor, labels: Tensor, loss_weights: Tensor, vocab_size: int, tp: Axis
 ) -> tuple[Tensor, Tensor]:
-    """(sum of shares x losses, losses): -log p of each label, in nats, if x @ weightᵀ are logits.
+    """(sum of loss_weights x losses, losses), the losses -log p of each label in nats.
+
+    x @ weightᵀ are the logits.
 
     x: (B, T, D), or (B, T/tp, D) under sequence parallelism; weight: (V/tp, D), this rank's rows,
-    with pad, which counts for nothing; labels, shares and losses: (B, T). Only the sum has a
+    with pad, which counts for nothing; labels, loss_weights and losses: (B, T). Only the sum has a
     gradient. Since a token's share in it is known from the start, a chunk's logits serve the loss
     and both gradients, and are gone before the next chunk's are made: what is kept for the
     backward pass are the gradients of x (B, T, D) and weight, still to be scaled. The idea is that
     of "Liger Kernel: Efficient Triton Kernels for LLM Training" (Hsu et al.).
     """
     wanted = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    inputs = (for_product(x), weight, labels, shares, vocab_size, tp, wanted)
+    inputs = (for_product(x), weight, labels, loss_weights, vocab_size, tp, wanted)
     loss, losses = _LinearCrossEntropy.apply(*inputs)
     return loss, losses
 
@@ -114,21 +116,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         labels: Tensor,
-        shares: Tensor,
+        loss_weights: Tensor,
         vocab_size: int,
         tp: Axis,
         wanted: bool,
     ) -> tuple[Tensor, Tensor]:
         x = all_gather(x, tp, "forward", dim=-2) if tp.sequence_parallel else x  # (B, T, D)
         rows, table, dtype = x.flatten(0, 1), for_product(weight), _sum_dtype(x)
-        losses = torch.empty_like(shares)
+        losses = torch.empty_like(loss_weights)
         if wanted:
             x_gradient = torch.empty_like(rows)
             weight_gradient = torch.zeros_like(weight, dtype=dtype)
         step = rows_of_a_chunk(len(weight), dtype.itemsize, x.device.type)
         for chunk in (slice(first, first + step) for first in range(0, len(rows), step)):
             logits = F.linear(rows[chunk], table).to(dtype)  # (rows of the chunk, V/tp)
-            own = (labels.flatten()[chunk], shares.flatten()[chunk])
+            own = (labels.flatten()[chunk], loss_weights.flatten()[chunk])
             losses.view(-1)[chunk] = _cross_entropy_(logits, *own, vocab_size, tp)
             if wanted:
                 logits = logits.to(x.dtype)  # now their gradient
@@ -139,7 +141,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             ctx.save_for_backward(x_gradient.view_as(x), weight_gradient)
             ctx.tp = tp
         ctx.mark_non_differentiable(losses)
-        return (losses * shares).sum(), losses
+        return (losses * loss_weights).sum(), losses
 
     @staticmethod
     @once_differentiable
@@ -160,7 +162,7 @@ def rows_of_a_chunk(columns: int, width: int, device: str = "cpu") -> int:
 
 
 def _cross_entropy_(
-    logits: Tensor, labels: Tensor, shares: Tensor, vocab_size: int, tp: Axis
+    logits: Tensor, labels: Tensor, loss_weights: Tensor, vocab_size: int, tp: Axis
 ) -> Tensor:
     """(n,) losses of a chunk of n tokens; overwrites its logits (n, V/tp) with their gradient.
 
@@ -176,8 +178,8 @@ def _cross_entropy_(
     target = logits.gather(-1, index)[:, 0].masked_fill(~here, 0)  # one rank has it
     sums = torch.stack([logits.exp_().sum(-1), target])
     total, target = all_reduce_(sums, tp, "forward")
-    logits *= (shares / total)[:, None]
-    logits.scatter_add_(-1, index, (-shares).masked_fill(~here, 0)[:, None])
+    logits *= (loss_weights / total)[:, None]
+    logits.scatter_add_(-1, index, (-loss_weights).masked_fill(~here, 0)[:, None])
     return total.log() - target
 
 
