@@ -31,15 +31,15 @@ SHOWN = 60  # characters of a line
 LOGITS = """
 import hashlib, sys
 from importlib import import_module
-folder, *modules = sys.argv[1:]
-sys.path.insert(0, folder)
-config, model, sharding = map(import_module, modules)
 import torch
-shape = dict(vocab_size=128, context_length=24, n_layers=3, n_heads=4, d_model=64)
-gpt = model.GPTModel(config.GPTConfig(**shape))
-sharding.init_weights(gpt, 3)
-ids = torch.randint(128, (3, 20), generator=torch.Generator().manual_seed(0))
-print(hashlib.sha256(gpt(ids)[0].detach().numpy().tobytes()).hexdigest())
+for folder, *modules in (sys.argv[1:5], sys.argv[5:]):
+    sys.path.insert(0, folder)
+    config, model, sharding = map(import_module, modules)
+    shape = dict(vocab_size=128, context_length=24, n_layers=3, n_heads=4, d_model=64)
+    gpt = model.GPTModel(config.GPTConfig(**shape))
+    sharding.init_weights(gpt, 3)
+    ids = torch.randint(128, (3, 20), generator=torch.Generator().manual_seed(0))
+    print(hashlib.sha256(gpt(ids)[0].detach().numpy().tobytes()).hexdigest(), flush=True)
 """
 
 
@@ -157,20 +157,21 @@ def check_core(name: str, package: Path) -> None:
 def check_logits() -> None:
     """Of step 09 and the package, bitwise: outside the core too, nothing computes otherwise."""
     names = ("config", "models.gpt", "parallel.sharding")
-    packaged = logits_digest(PACKAGE.parent, *(f"rosetrainer.{name}" for name in names))
-    if logits_digest(find("09"), "config", "model", "tensor_parallel") != packaged:
+    sides = [
+        (PACKAGE.parent, *(f"rosetrainer.{name}" for name in names)),
+        (find("09"), "config", "model", "tensor_parallel"),
+    ]
+    words = [str(word) for side in sides for word in side]
+    command = [sys.executable, "-c", LOGITS, *words]  # one process: importing torch takes seconds
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    digests = done.stdout.split()
+    if done.returncode:
+        folder, _, model, _ = sides[len(digests)]
+        last = done.stderr.strip().rpartition("\n")[2]
+        raise StepError(f"{model} in {folder.name} makes no logits: {last}")
+    if digests[0] != digests[1]:
         raise StepError(
             "step 09 and the package compute different logits; a default or an initial weight "
             "has changed outside the core (config.py, models/): take it back, or change it in the "
             "steps too: their pages show the package's numbers"
         )
-
-
-def logits_digest(folder: Path, config: str, model: str, sharding: str) -> str:
-    """A hash of a GPT's logits, made by these modules in the folder."""
-    command = [sys.executable, "-c", LOGITS, str(folder), config, model, sharding]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        last = done.stderr.strip().rpartition("\n")[2]
-        raise StepError(f"{model} in {folder.name} makes no logits: {last}")
-    return done.stdout

@@ -7,9 +7,7 @@ plot.svg from them. The last decimals depend on the machine, so runs are made wh
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -17,6 +15,8 @@ from pathlib import Path
 
 from ladder import StepError, find, python_files
 from pictures.album import write_pictures
+
+from steps import capture, command
 
 STEPS_OF_A_RUN = 200
 SCRIPT = """
@@ -43,7 +43,7 @@ if ranks != "0":
 
 @dataclass(frozen=True)
 class Run:
-    """A training of a step's code on some ranks (0: without torchrun), with a line replaced."""
+    """A training of a step's code on some ranks (0: it has none), with a line replaced."""
 
     name: str
     step: str
@@ -86,24 +86,8 @@ def losses_of(run: Run) -> dict:
                 raise StepError(f"{step.name}/{run.file} has {source.count(run.old)} x {run.old!r}")
             (folder / run.file).write_text(source.replace(run.old, run.new))
         (folder / "measured.py").write_text(SCRIPT)
-        start = [sys.executable]
-        if run.ranks:
-            start += [
-                "-m",
-                "torch.distributed.run",
-                "--standalone",
-                f"--nproc-per-node={run.ranks}",
-            ]
-        words = ["measured.py", "out.json", str(STEPS_OF_A_RUN), run.dtype, str(run.ranks)]
-        environment = {"OMP_NUM_THREADS": "1"} | os.environ
-        done = subprocess.run(
-            [*start, *words],
-            cwd=folder,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        start = command("measured.py", step, run.ranks)
+        done = capture([*start, "out.json", str(STEPS_OF_A_RUN), run.dtype, str(run.ranks)], folder)
         if done.returncode:
             raise StepError(f"the run {run.name} of {step.name} failed: {done.stderr[-300:]}")
         return json.loads((folder / "out.json").read_text())
