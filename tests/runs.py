@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,7 @@ def train_here(config: TrainConfig, world: int, stop_after: int) -> dict[int, fl
         figures = original(*arguments)
         found[arguments[-1] + 1] = figures["train/loss"]
         if arguments[-1] + 1 == stop_after:
-            STOP.signal = trainer.signal.SIGTERM
+            STOP.signal = signal.SIGTERM
         return figures
 
     def slow_save(*arguments: Any) -> None:
@@ -84,9 +85,7 @@ def train_here(config: TrainConfig, world: int, stop_after: int) -> dict[int, fl
         patch.setattr(trainer, "train_step", train_step)
         if config.checkpoint.async_checkpoint:
             patch.setattr("rosetrainer.checkpoint.slices.save_file", slow_save)
-        patch.setattr(
-            "rosetrainer.training.setup.matmul_peak", lambda *_: 1.0
-        )  # a third of a second
+        patch.setattr("rosetrainer.training.setup.matmul_peak", lambda *_: 1.0)  # it takes 0.3 s
         train(*check_config(config, world))
     return found
 

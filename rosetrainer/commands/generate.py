@@ -28,10 +28,7 @@ from rosetrainer.models.gpt import GPTModel
 from rosetrainer.parallel.context import ParallelContext, end_parallel, init_parallel
 from rosetrainer.training.agreement import world_axis
 from rosetrainer.training.open_run import sound_one
-from rosetrainer.validation import (
-    LocalRanks,
-    check_fields,
-)
+from rosetrainer.validation import LocalRanks, check_fields
 
 
 @dataclass(frozen=True)
