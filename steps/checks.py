@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ladder import STEPS, StepError, added_code, find, folders, python_files
-from pages import pages, says, written_anew
+from pages import SECTIONS, heading, headings, pages, predictions, says, written_anew
 from pictures.album import check_pictures
 from upkeep import (
     ADDED_TO,
@@ -27,6 +27,7 @@ from upkeep import (
 
 LARGEST = 200  # added lines of code
 SHOWN = 60  # characters of a line
+OPTIONAL = ("The maths", "Experiment")  # sections
 
 LOGITS = """
 import hashlib, sys
@@ -100,6 +101,33 @@ def check_step(step: Path) -> None:
             "one sitting: leave out what is not its idea, or make two steps"
         )
     with_mistake(step)
+    for page in pages(step):
+        check_sections(page)
+
+
+def check_sections(page: Path) -> None:
+    """The same headings in the same order on all pages, an answer for each prediction, an end."""
+    name, found = page.relative_to(STEPS), headings(page)
+    expected = {section: heading(section, page) for section in SECTIONS}
+    here = [title for s, title in expected.items() if title in found or s not in OPTIONAL]
+    if found != here:
+        _, is_there, should = parting(found, here)
+        raise StepError(
+            f"{name} has the heading `{is_there}` where `{should}` belongs; all pages have the "
+            "same ones in the same order (SECTIONS in steps/pages.py), so that a reader finds them"
+        )
+    asked, answered = predictions(page)
+    if not asked or asked != answered:
+        raise StepError(
+            f"{name} asks {asked} predictions and answers {answered}; under "
+            f"`{expected['Answers']}`, folded in <details>, each gets an answer in a numbered line"
+        )
+    if "<!-- built -->\n" not in page.read_text():
+        raise StepError(
+            f"{name} has no lines <!-- built --> and <!-- /built -->; write them under "
+            f"`{expected['What you have built']}`, then run steps.py readme, which fills "
+            "in lines, tests and links"
+        )
 
 
 def first_difference(english: Any, chinese: Any) -> str:

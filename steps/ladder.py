@@ -41,6 +41,13 @@ def parent(step: Path) -> Path | None:
     return [folder for folder in folders() if folder.name < step.name][-1]
 
 
+def first_route() -> list[str]:
+    """The steps of the afternoon: those that its paragraph names with minutes."""
+    page = (STEPS / "README.md").read_text()
+    paragraph = page.split("## One afternoon")[1].split("\n\n")[1].partition(". You")[0]
+    return re.findall(r"\b(\d\d) \(\d+", paragraph)
+
+
 def read(path: Path) -> list[str]:
     return path.read_text().splitlines(keepends=True) if path.exists() else []
 

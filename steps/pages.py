@@ -6,8 +6,25 @@ import ast
 import re
 from pathlib import Path
 
+from endings import ending
 from ladder import STEPS, StepError, diff, read
 from pictures.album import write_pictures
+
+SECTIONS = {  # the headings of a page, in their order, and those of the Chinese one
+    "Predict first": "先猜一猜",
+    "The problem": "问题",
+    "The idea": "思路",
+    "The maths": "公式",
+    "Run it": "命令",
+    "What you should see": "输出",
+    "Experiment": "实验",
+    "Answers": "答案",
+    "The diff": "代码改动",
+    "Still naive": "还有哪些不足",
+    "If you see this error": "如果你看到这个错误",
+    "Exercises": "练习",
+    "What you have built": "你写出了什么",
+}
 
 
 def excerpt(path: Path, name: str) -> str:
@@ -44,6 +61,8 @@ def written_anew(page: Path) -> str:
         )
     shown = f"```diff\n{diff(page.parent)}```\n"
     text = block.sub(lambda match: match[1] + shown + match[2], text)
+    block = re.compile(r"(<!-- built -->\n).*?(<!-- /built -->)", re.DOTALL)
+    text = block.sub(lambda match: match[1] + ending(page) + match[2], text)
     marked = r"(<!-- code: (\S+) (\S+) -->\n).*?<!-- /code -->"
     return re.sub(marked, excerpt_block, text, flags=re.DOTALL)
 
@@ -76,3 +95,24 @@ def says(page: Path) -> dict[str, object]:
         "headings": re.findall(r"^#+(?= )", prose, re.MULTILINE),
         "figures": set(re.findall(r"\d+(?:\.\d+)?e-\d+|\d+\.\d+", prose)),
     }
+
+
+def headings(page: Path) -> list[str]:
+    """The page's sections, without what follows a colon: "Experiment: no attention at all"."""
+    prose = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    return [re.split("[:：]", title)[0] for title in re.findall(r"^## (.*)", prose, re.MULTILINE)]
+
+
+def heading(name: str, page: Path) -> str:
+    """A section's heading in the page's language."""
+    return SECTIONS[name] if page.name == "README.zh.md" else name
+
+
+def predictions(page: Path) -> tuple[int, ...]:
+    """How many things the page asks at its beginning, and how many of them it answers, folded."""
+    sections = page.read_text().split("\n## ")
+    found = {section.partition("\n")[0]: section for section in sections}
+    names = ("Predict first", "Answers")
+    asked, answers = (found.get(heading(name, page), "") for name in names)
+    folded = answers.partition("<details>")[2].partition("</details>")[0]
+    return tuple(len(re.findall(r"^\d\. ", text, re.MULTILINE)) for text in (asked, folded))

@@ -28,7 +28,7 @@ from pathlib import Path
 
 from checks import check
 from ladder import STEPS, StepError, added_code, find, folders, parent, python_files
-from pages import readme
+from pages import SECTIONS, readme
 from upkeep import git, propagate, with_mistake
 
 REPORT = """    worst_of_all = worst / max(float(largest), 1e-300)
@@ -37,10 +37,10 @@ REPORT = """    worst_of_all = worst / max(float(largest), 1e-300)
     os.write(1, f"{color}\\t{name}\\t{worst_of_all:.1e}\\n".encode())
 """
 SHOWN = 12  # names of tensors in a list
-SECTIONS = (
-    *("Predict first", "The problem", "The idea", "The maths", "Run it", "What you should see"),
-    *("Experiment", "The diff", "Still naive", "If you see this error", "Exercises"),
-)
+BLANKS = {  # of a new page, for `readme` and the author to fill in
+    "The diff": "\n<!-- diff -->\n<!-- /diff -->\n",
+    "What you have built": "\n<!-- built -->\n<!-- /built -->\n",
+}
 
 
 def test_files(step: Path) -> list[str]:
@@ -197,9 +197,8 @@ def new(name: str, out_of: str | None = None) -> None:
         text = f"{switch}\n\n# {name[:2]}: {name[3:].replace('_', ' ')}\n"
         if origin != last:
             text += f"\nIt grows out of [{origin.name[:2]}](../{origin.name}/{page}).\n"
-        for section in SECTIONS:
-            diff = "\n<!-- diff -->\n<!-- /diff -->\n" if section == "The diff" else ""
-            text += f"\n## {section}\n{diff}"
+        for section in SECTIONS.items():
+            text += f"\n## {section[page == 'README.zh.md']}\n{BLANKS.get(section[0], '')}"
         (step / page).write_text(text)
     print(f"steps/{name}: the files of {origin.name}; write mistake.patch, the pages and the")
     print("picture (steps/pictures/album.py), then: steps.py readme, steps.py check")

@@ -165,6 +165,56 @@ def test_check_fails_where_the_languages_differ(root: Path, old: str, new: str, 
     )
 
 
+def test_check_fails_on_a_heading_that_the_other_pages_do_not_have(root: Path) -> None:
+    for name, old, new in (
+        ("README.md", "\n## Still naive\n", "\n## What is missing\n"),
+        ("README.zh.md", "\n## 还有哪些不足\n", "\n## 缺什么\n"),
+    ):
+        edit(root / "steps/07_row_parallel_ffn" / name, old, new)
+    steps(root, "readme")
+    assert refused(root) == (
+        "07_row_parallel_ffn/README.md has the heading `What is missing` where `Still naive` "
+        "belongs; all pages have the same ones in the same order (SECTIONS in steps/pages.py), so "
+        "that a reader finds them"
+    )
+
+
+def test_check_fails_on_a_prediction_without_an_answer(root: Path) -> None:
+    page = root / "steps/07_row_parallel_ffn/README.zh.md"
+    page.write_text(re.sub(r"\n2\. .*\n3\. .*\n\n</details>", "\n\n</details>", page.read_text()))
+    assert refused(root) == (
+        "07_row_parallel_ffn/README.zh.md asks 3 predictions and answers 1; under `答案`, folded "
+        "in <details>, each gets an answer in a numbered line"
+    )
+
+
+def test_check_fails_on_a_page_without_a_place_for_its_end(root: Path) -> None:
+    page = root / "steps/07_row_parallel_ffn/README.md"
+    page.write_text(page.read_text().replace("<!-- built -->\n", ""))
+    assert refused(root) == (
+        "07_row_parallel_ffn/README.md has no lines <!-- built --> and <!-- /built -->; write "
+        "them under `What you have built`, then run steps.py readme, which fills in lines, tests "
+        "and links"
+    )
+
+
+def test_an_end_counts_lines_and_checks_and_links_what_comes_next(root: Path) -> None:
+    page = root / "steps/07_row_parallel_ffn/README.md"
+    table = page.read_text().split("<!-- built -->")[1]
+    code = re.findall(r"code \| (\d+) lines with the tests, 11 of them new", table)
+    (root / "steps/07_row_parallel_ffn/more.py").write_text('"""Not counted."""\n\nX = 1  # code\n')
+    test = root / "steps/07_row_parallel_ffn/test_forward_tp.py"
+    test.write_text(test.read_text() + "\n\ndef check_nothing() -> None:\n    pass\n")
+    assert steps(root, "readme", "07").returncode == 0
+    table = page.read_text().split("<!-- built -->")[1]
+    assert f"code | {int(code[0]) + 3} lines with the tests, 14 of them new" in table
+    assert "| 6 checks in `test_forward_tp.py` |" in table
+    assert "(../08_row_parallel_attention/README.md); on the afternoon's route: [09" in table
+    nine = (root / "steps/09_parallel_attention/README.zh.md").read_text()
+    assert "(../10_cross_attention/README.zh.md)（支线）；[11 · " in nine
+    assert "(../../rosetrainer/README.md)" in (root / f"steps/{NAMES[-1]}/README.md").read_text()
+
+
 def test_check_fails_on_a_missing_page(root: Path) -> None:
     (root / "steps/01_minimal_gpt/README.zh.md").unlink()
     assert refused(root) == (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from ladder import STEPS, folders
+from ladder import STEPS, first_route, folders
 
 from pictures.canvas import WIDTH, Box, Canvas
 
@@ -38,13 +38,6 @@ def minutes() -> dict[str, str]:
     """From the table of the ladder's page."""
     rows = re.findall(r"^\| \[(\d\d)\].*?\| (\d+) \|", (STEPS / "README.md").read_text(), re.M)
     return dict(rows)
-
-
-def first_route() -> list[str]:
-    """The steps of the afternoon: those that its paragraph names with minutes."""
-    page = (STEPS / "README.md").read_text()
-    paragraph = page.split("## One afternoon")[1].split("\n\n")[1].partition(". You")[0]
-    return re.findall(r"\b(\d\d) \(\d+", paragraph)
 
 
 def the_ladder() -> str:
