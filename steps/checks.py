@@ -49,6 +49,8 @@ def check() -> None:
     for path in sorted(STEPS.glob("*/*.py")):
         check_source(path)
     for step in folders():
+        pages(step)  # all are there: they link to each other
+    for step in folders():
         check_step(step)
     check_pictures()
     for name, path in CORE.items():
