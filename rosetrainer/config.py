@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from tyro.conf import Suppress
 
 from rosetrainer.model_size import check_exists
+from rosetrainer.parallel_config import ParallelConfig
 from rosetrainer.run_config import (
     MAY_CHANGE,
     CheckpointConfig,
@@ -100,37 +101,6 @@ class GPTConfig:
                 f"context_length={self.context_length} is not divisible by tp_size={tp_size}, over "
                 f"which sequence parallelism divides it; it can be a multiple of {tp_size}"
             )
-
-
-@dataclass(frozen=True)
-class ParallelConfig:
-    """The layout: how many ranks share a model (tp), how many copies there are (dp), and how."""
-
-    tp_size: Count | None = None
-    """Tensor-parallel size; the number of ranks / dp_size unless given."""
-    dp_size: Count | None = None
-    """Data-parallel size; the number of ranks / tp_size unless given."""
-    sequence_parallel: bool = False
-    """Between tensor-parallel layers each rank holds its own tokens only: less memory."""
-    recompute: Literal["none", "attention", "block"] = "none"
-    """What the backward pass computes again instead of keeping: less memory, more time."""
-    overlap: bool = True
-    """The backward pass computes while its tensor-parallel collectives are under way."""
-
-    def resolve(self, world_size: int) -> tuple[int, int]:
-        """(tp_size, dp_size), their product world_size. Raises ConfigError if there is none."""
-        check_fields(self)
-        tp, dp = self.tp_size, self.dp_size
-        if tp is None:
-            tp = max(world_size // dp, 1) if dp is not None else world_size
-        if dp is None:
-            dp = max(world_size // tp, 1)
-        if tp * dp != world_size:
-            raise ConfigError(
-                f"world size {world_size} is not tp_size x dp_size = {tp} x {dp}; "
-                f"start {tp * dp} ranks, or choose sizes whose product is {world_size}"
-            )
-        return tp, dp
 
 
 @dataclass(frozen=True)
@@ -230,7 +200,7 @@ class TrainConfig:
         check_fields(self)
         tp_size, dp_size = self.parallel.resolve(world_size)
         self.model.check(tp_size, self.parallel.sequence_parallel)
-        self.optim.accumulation(dp_size)
+        self.parallel.check_pipeline(self.model.n_layers, self.optim.accumulation(dp_size))
         if self.model.tied and self.optim.head_learning_rate is not None:
             raise ConfigError(
                 f"head_learning_rate={self.optim.head_learning_rate:g}, but the output head is the "

@@ -26,7 +26,12 @@ CORE = {  # a step's file, and the package's that is the same code
     "non_finite.py": "optim/non_finite.py",
     "overlap.py": "parallel/overlap.py",
 }
-ADDED_TO = ("optim/non_finite.py",)  # the package's has more functions than the step's
+ADDED_TO: dict[str, tuple[str, ...]] = {  # the package's has more functions than the step's,
+    "optim/non_finite.py": ("check_gradients",),  # and in these more lines: a pipeline's
+    "parallel/comm.py": (),
+    "parallel/context.py": ("ParallelContext", "init_parallel"),
+    "parallel/sharding.py": (),
+}
 MERGED = STEPS / ".propagate"  # conflicts that were handed to a person, until all is merged
 
 

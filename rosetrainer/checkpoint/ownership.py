@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from rosetrainer.optim.adamw import AdamW
 from rosetrainer.parallel.context import ParallelContext
-from rosetrainer.parallel.sharding import ShardSpec, shard_spec
+from rosetrainer.parallel.sharding import ShardSpec, shard_spec, whole_specs
 
 
 def owned_slices(
@@ -30,6 +30,9 @@ def owned_slices(
     tensors, slices = {}, {}
     everything = list(whole_state(model, optimizer))
     need = sum(math.prod(spec.shape) * tensor.element_size() for _, tensor, spec in everything)
+    # Of a pipeline's other stages too, which hold as much for each number.
+    numbers = sum(math.prod(spec.shape) for spec in whole_specs(model).values())
+    need = need * numbers // sum(math.prod(shard_spec(p).shape) for p in model.parameters())
     writers = assign_writers([spec for _, _, spec in everything], context)
     for (name, tensor, spec), writer in zip(everything, writers, strict=True):
         first, size = own_box(spec)

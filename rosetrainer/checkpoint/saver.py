@@ -19,7 +19,7 @@ from rosetrainer.config import CheckpointConfig
 from rosetrainer.heartbeat import HEARTBEAT
 from rosetrainer.optim.adamw import AdamW
 from rosetrainer.parallel.context import ParallelContext
-from rosetrainer.parallel.sharding import shard_spec
+from rosetrainer.parallel.sharding import shard_spec, whole_specs
 
 
 class Saver:
@@ -111,6 +111,8 @@ def load_checkpoint(
     parameters = dict(model.named_parameters())
     for key in (key for key in manifest.tensors if "/" in key):
         name, _, moment = key.rpartition("/")
+        if name not in parameters:
+            continue  # on another stage of a pipeline
         parameter = parameters[name]
         state = optimizer.state[parameter]
         state[moment] = own_part(folder, manifest, key, parameter)
@@ -123,9 +125,9 @@ def load_parameters(folder: Path, manifest: Manifest, model: nn.Module) -> None:
 
     Raises CheckpointError if the checkpoint does not hold exactly this model.
     """
-    parameters = dict(model.named_parameters())
+    parameters, every = dict(model.named_parameters()), whole_specs(model)
     for key in manifest.tensors:
-        if key.partition("/")[0] not in parameters:
+        if key.partition("/")[0] not in every:
             raise CheckpointError(f"{folder} holds {key}, which this model has not")
     for name, parameter in parameters.items():
         parameter.copy_(own_part(folder, manifest, name, parameter))

@@ -95,6 +95,7 @@ def ranks_to_start(
         return world_from_environment()[1], False
     check_fields(parallel)
     sizes = [size for size in (parallel.tp_size, parallel.dp_size) if size]
+    sizes += [parallel.pp_size] * (parallel.pp_size > 1)
     if nproc is None and math.prod(sizes) > 1:
         flags = shlex.join(["--nproc", str(math.prod(sizes)), *argv])
         raise ConfigError(

@@ -28,7 +28,7 @@ from rosetrainer.models.gpt import GPTModel
 from rosetrainer.parallel.context import ParallelContext, end_parallel, init_parallel
 from rosetrainer.training.agreement import world_axis
 from rosetrainer.training.open_run import sound_one
-from rosetrainer.validation import LocalRanks, check_fields
+from rosetrainer.validation import Count, LocalRanks, check_fields
 
 
 @dataclass(frozen=True)
@@ -43,26 +43,32 @@ class GenerateCommand:
     """The text that is continued; unless given, a new document, or after a line break, begins."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes CUDA when each local rank has a GPU of its own."""
+    pp_size: Count = 1
+    """Pipeline-parallel size; the number of ranks / pp_size is the tensor-parallel one."""
     nproc: LocalRanks | None = None
-    """Start this many tensor-parallel ranks on this machine; leave it out under torchrun."""
+    """Start this many ranks on this machine; leave it out under torchrun."""
 
 
 def main(argv: list[str]) -> int:
     """The command. Raises ConfigError for a user's mistake, before any process group starts."""
     command = parse_flags(GenerateCommand, argv, "python -m rosetrainer generate")
     check_fields(command)
-    world_size, starts = ranks_to_start("generate", argv, command.nproc, ParallelConfig())
+    parallel = ParallelConfig(dp_size=1, pp_size=command.pp_size)
+    world_size, starts = ranks_to_start("generate", argv, command.nproc, parallel)
     path = command.run or latest_run()
     config, tokenizer = read_run(run_of(path))
-    config.model.check(world_size)
+    config.model.check(parallel.resolve(world_size)[0])
+    parallel.check_pipeline(config.model.n_layers, 1)
     prompt = first_tokens(command.prompt, tokenizer)
     if starts:
         return launch(world_size, ["generate", *argv])
-    if choose_device(command.device).type == "cpu":
+    device = choose_device(command.device)
+    parallel.check_device(device.type)
+    if device.type == "cpu":
         here = world_from_environment()[3]
         check_memory(config.model, 4, "weights", here / world_size)
     set_threads(0)
-    context = init_parallel(ParallelConfig(tp_size=world_size), command.device)
+    context = init_parallel(parallel, command.device)
     model = load_model(path, config.model, context)
     decoder = tokenizer.stream_decoder()
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -74,7 +80,7 @@ def main(argv: list[str]) -> int:
 
     write(command.prompt or "")
     ids = torch.tensor(prompt, device=context.device)
-    for token in generate(model, ids, command.sampling, context.tp, tokenizer.end_of_text):
+    for token in generate(model, ids, command.sampling, context, tokenizer.end_of_text):
         write(decoder.feed(token))
     write(decoder.finish() + "\n")
     end_parallel()

@@ -12,6 +12,7 @@ from rosetrainer.hardware.performance import choose_dtype, set_threads
 from rosetrainer.launch.launcher import launch
 from rosetrainer.model_size import check_memory
 from rosetrainer.parallel.context import end_parallel, init_parallel
+from rosetrainer.proof.batches import micro_batches_of
 from rosetrainer.proof.reference_rotary import check_oracle
 from rosetrainer.proof.report import show_proof
 from rosetrainer.validation import LocalRanks, check_fields
@@ -40,6 +41,8 @@ def main(argv: list[str]) -> int:
     world_size, starts = ranks_to_start("parity", argv, command.nproc, command.parallel)
     tp_size, _ = command.parallel.resolve(world_size)
     command.model.check(tp_size, command.parallel.sequence_parallel)
+    micro_batches = micro_batches_of(command.parallel)
+    command.parallel.check_pipeline(command.model.n_layers, micro_batches)
     check_oracle(command.model)
     if starts:
         return launch(world_size, ["parity", *argv])

@@ -10,7 +10,7 @@ from rosetrainer.commands.train import TrainCommand, parse_train_flags
 from rosetrainer.config import TrainConfig
 from rosetrainer.data.batches import open_corpus
 from rosetrainer.hardware.performance import choose_dtype
-from rosetrainer.planner.report import describe, plan_training
+from rosetrainer.planner.report import describe
 from rosetrainer.validation import ConfigError, Count, check_fields
 
 MOST_LOGITS = 2**42  # of a micro-batch: they are counted chunk by chunk
@@ -29,13 +29,13 @@ def main(argv: list[str]) -> int:
     command = parse_train_flags(PlanCommand, argv, "plan")
     check_fields(command)
     config, parallel = command.config, command.config.parallel
-    tp_size, dp_size = parallel.tp_size or 1, parallel.dp_size or 1
+    tp_size, dp_size, pp_size = parallel.tp_size or 1, parallel.dp_size or 1, parallel.pp_size
     if command.nproc:
         tp_size, dp_size = parallel.resolve(command.nproc)
     parallel = replace(parallel, tp_size=tp_size, dp_size=dp_size)
     vocabulary = command.vocabulary or corpus_vocabulary(config)
     config = replace(config.with_settings(vocab_size=vocabulary), parallel=parallel)
-    config.check(tp_size * dp_size)
+    config.check(tp_size * dp_size * pp_size)
     rows = config.optim.micro_batch(dp_size)
     logits = rows * config.model.context_length * vocabulary
     if logits > MOST_LOGITS:
@@ -45,7 +45,7 @@ def main(argv: list[str]) -> int:
             f"try a smaller micro_batch_size or context_length"
         )
     dtype = choose_dtype(config.precision.dtype, torch.device("cpu"))
-    print(describe(config, plan_training(config, dtype), dtype))
+    print(describe(config, dtype))
     return 0
 
 

@@ -44,6 +44,8 @@ def obstacle(config: TrainConfig, tp_size: int) -> str:
     """What of this config torch.compile has no graph for, and what would work; "" if nothing."""
     if tp_size > 1:
         return f"tp_size={tp_size}, whose blocks hold collectives; tp_size can be 1"
+    if config.parallel.pp_size > 1:
+        return f"pp_size={config.parallel.pp_size}, a pipeline's stages; pp_size can be 1"
     if config.model.architecture == "rotary":
         return "architecture=rotary, which turns by complex numbers; architecture can be gpt2"
     if config.model.dropout:

@@ -44,10 +44,19 @@ def flops_per_token(config: GPTConfig) -> int:
     Six for each weight in a matrix product, and 12 x T x H x K a layer for attention, not halved
     for causality ("PaLM: Scaling Language Modeling with Pathways", appendix B).
     """
+    return config.n_layers * flops_of_block(config) + flops_of_head(config)
+
+
+def flops_of_block(config: GPTConfig) -> int:
+    """Of flops_per_token, what one transformer block takes."""
     attention_width = config.n_heads * config.head_width
-    block = config.d_model * (4 * attention_width + 2 * config.ff_width)
-    weights = config.n_layers * block + config.vocab_size * config.d_model
-    return 6 * weights + 12 * config.n_layers * config.context_length * attention_width
+    weights = config.d_model * (4 * attention_width + 2 * config.ff_width)
+    return 6 * weights + 12 * config.context_length * attention_width
+
+
+def flops_of_head(config: GPTConfig) -> int:
+    """Of flops_per_token, what the output head takes."""
+    return 6 * config.vocab_size * config.d_model
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.03) -> float:

@@ -45,7 +45,7 @@ class Answer:
     """What a rank is doing when another one asks."""
 
     collectives_started: int
-    """Collectives."""
+    """Collectives; 0 where the ranks start unequally many, as those of a pipeline do."""
     idle: float
     """Seconds without a sign of work."""
     waits: bool
@@ -70,6 +70,7 @@ class HangWatch:
         self._patience = min(max(seconds / 10, LEAST_ANSWER_SECONDS), MOST_ANSWER_SECONDS)
         self._ledgers: list[Ledger] = []
         self._waiting, self._on_cuda = (*WAITING, waits_in), False
+        self._comparable = True
         self._idle, self._answered, self._asked_at = 0.0, 0, -math.inf
         self._ended = threading.Event()
         self._store.set(f"here/{rank}", "")
@@ -78,10 +79,12 @@ class HangWatch:
         for thread in self._threads:
             thread.start()
 
-    def follow(self, ledgers: Iterable[Ledger], on_cuda: bool = False) -> None:
-        """Counts the collectives of these as well."""
+    def follow(
+        self, ledgers: Iterable[Ledger], on_cuda: bool = False, comparable: bool = True
+    ) -> None:
+        """Counts the collectives of these as well. comparable: all ranks start equally many."""
         self._ledgers += ledgers
-        self._on_cuda = on_cuda
+        self._on_cuda, self._comparable = on_cuda, comparable
 
     def close(self) -> None:
         self._ended.set()
@@ -141,7 +144,8 @@ class HangWatch:
                 while self._store.check([f"asked/{self._answered + 1}"]):
                     frame = sys._current_frames()[threading.main_thread().ident or 0]
                     waits = frame.f_code.co_filename.startswith(self._waiting)
-                    own = Answer(self._collectives_started(), self._idle, waits, location_of(frame))
+                    count = self._collectives_started() if self._comparable else 0
+                    own = Answer(count, self._idle, waits, location_of(frame))
                     key = f"answer/{self._answered + 1}/{self._rank}"
                     self._store.set(key, json.dumps(asdict(own)))
                     self._answered, self._asked_at = self._answered + 1, time.monotonic()

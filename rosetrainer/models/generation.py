@@ -14,8 +14,9 @@ from torch import Tensor
 
 from rosetrainer.data.tokenizer import Tokenizer
 from rosetrainer.models.gpt import GPTModel
-from rosetrainer.parallel.comm import broadcast_
-from rosetrainer.parallel.context import Axis
+from rosetrainer.parallel.comm import all_reduce, broadcast_
+from rosetrainer.parallel.context import ParallelContext
+from rosetrainer.parallel.pipeline.runner import last_logits
 from rosetrainer.validation import Bounds, ConfigError, CountOrZero, Fraction, PositiveOrZero
 
 
@@ -55,7 +56,7 @@ def generate(
     model: GPTModel,
     prompt: Tensor,
     sampling: SamplingConfig,
-    tp: Axis,
+    context: ParallelContext,
     end_of_text: int | None = None,
 ) -> Iterator[int]:
     """Yields token ids that continue prompt, (T,); the model sees the last context_length.
@@ -65,11 +66,13 @@ def generate(
     generator = torch.Generator().manual_seed(sampling.seed)
     ids = prompt
     for _ in range(sampling.tokens):
-        logits, _ = model(ids[None, -model.config.context_length :])
-        assert logits is not None
-        token = choose(logits[0, -1].float().cpu(), sampling, generator).to(ids.device)
+        logits = last_logits(model, ids[None, -model.config.context_length :], context)
+        token = torch.zeros_like(ids[:1])
+        if logits is not None:
+            token = choose(logits[0, -1].float().cpu(), sampling, generator).to(ids.device)
         # The first rank decides: rounding must never let the ranks write different texts.
-        token = broadcast_(token, tp, "forward")
+        token = broadcast_(token, context.tp, "forward")
+        token = all_reduce(token, context.pp, "forward")  # the last stage's, all others have 0
         if int(token) == end_of_text:
             return
         ids = torch.cat([ids, token])

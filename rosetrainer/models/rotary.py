@@ -30,4 +30,4 @@ class RotaryGPT(GPTModel):
         return self.token_embedding(input_ids)
 
     def attention_inputs(self, positions: Tensor, mask: Tensor | None) -> tuple[Any, ...]:
-        return rotary_angles(positions, self.config, self.token_embedding.weight.dtype), mask
+        return rotary_angles(positions, self.config, next(self.parameters()).dtype), mask

@@ -11,6 +11,7 @@ from torch import nn
 from rosetrainer.config import TrainConfig
 from rosetrainer.parallel.comm import all_reduce
 from rosetrainer.parallel.context import ParallelContext
+from rosetrainer.parallel.sharding import whole_specs
 from rosetrainer.validation import ConfigError
 
 
@@ -32,15 +33,15 @@ def check_gradients(model: nn.Module, context: ParallelContext) -> None:
     suspects = (~torch.stack([norm.float() for norm in norms]).isfinite()).nonzero()
     # A sum of squares is nan or inf if a number is, but finite numbers too can overflow it.
     bad = [index for index in suspects.flatten().tolist() if not gradients[index].isfinite().all()]
-    nobody = context.world_size * len(names)
-    first = torch.tensor(
-        context.rank * len(names) + bad[0] if bad else nobody, device=context.device
-    )
+    every = list(whole_specs(model))  # those of other stages too: all ranks number them alike
+    nobody = context.world_size * len(every)
+    found = context.rank * len(every) + every.index(names[bad[0]]) if bad else nobody
+    first = torch.tensor(found, device=context.device)
     for axis in context.axes:
         first = all_reduce(first, axis, "optimizer", dist.ReduceOp.MIN)
     if first < nobody:
-        rank, index = divmod(int(first), len(names))
-        raise NonFiniteGradientError(f"rank {rank} has nan or inf in a gradient: {names[index]}")
+        rank, index = divmod(int(first), len(every))
+        raise NonFiniteGradientError(f"rank {rank} has nan or inf in a gradient: {every[index]}")
 
 
 def check_finite(what: str, value: float, step: int, config: TrainConfig) -> None:

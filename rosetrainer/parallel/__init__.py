@@ -1,7 +1,7 @@
 """Ways to divide the work. Read context (named axes), comm (collectives), sharding
 (which part of a parameter a rank holds), tensor_parallel.
 
-vocab_parallel cuts embedding, head and loss; data_parallel sums gradients; overlap hides a
-collective behind a product. dropout and recompute hold in every layout, and replicas
-compares what ranks hold alike.
+vocab_parallel cuts embedding, head and loss; data_parallel sums gradients; pipeline/ divides the
+layers; overlap hides a collective behind a product. dropout and recompute hold in every layout, and
+replicas compares what ranks hold alike.
 """

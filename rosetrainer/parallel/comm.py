@@ -97,6 +97,21 @@ def start_reduce_scatter(tensor: Tensor, axis: Axis, phase: str, dim: int = -1) 
     return Pending(work, axis.ledger, lambda: part.movedim(0, dim).contiguous(), whole)
 
 
+def start_send(tensor: Tensor, axis: Axis, to: int, phase: str) -> Pending:
+    """tensor to the axis's rank `to`, under way: it must stay as it is until wait()."""
+    tensor = tensor.detach().contiguous()
+    axis.ledger.record("send", phase, tensor.numel() * tensor.element_size())
+    work = dist.isend(tensor, group=axis.group, group_dst=to)
+    return Pending(work, axis.ledger, lambda: tensor, tensor)
+
+
+def start_receive(buffer: Tensor, axis: Axis, source: int, phase: str) -> Pending:
+    """What the axis's rank `source` sends, into buffer. From one rank in the order of sending."""
+    axis.ledger.record("receive", phase, buffer.numel() * buffer.element_size())
+    work = dist.irecv(buffer, group=axis.group, group_src=source)
+    return Pending(work, axis.ledger, lambda: buffer, buffer)
+
+
 def broadcast_(buffer: Tensor, axis: Axis, phase: str) -> Tensor:
     """Overwrites buffer, in place, with the axis's first rank's."""
     if axis.size > 1:

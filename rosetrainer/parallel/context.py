@@ -1,11 +1,12 @@
 """Who works with whom: named axes over the ranks, passed on explicitly, never a global.
 
-World rank r = dp_rank x tp_size + tp_rank: the ranks of one tensor-parallel group are neighbours,
-because they talk most and neighbours share a machine.
+World rank r = (pp_rank x dp_size + dp_rank) x tp_size + tp_rank: the ranks of one tensor-parallel
+group are neighbours, because they talk most and neighbours share a machine.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 
@@ -93,18 +94,20 @@ class ParallelContext:
     dp: Axis = field(default_factory=lambda: Axis("dp", divides_batch=True))
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     recompute: str = "none"  # or "attention", or "block": what is computed again, not kept
+    pp: Axis = field(default_factory=lambda: Axis("pp"))
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)  # the pipeline's settings
 
     @property
     def axes(self) -> tuple[Axis, ...]:
-        return (self.dp, self.tp)
+        return (self.pp, self.dp, self.tp)
 
     @property
     def world_size(self) -> int:
-        return self.dp.size * self.tp.size
+        return math.prod(axis.size for axis in self.axes)
 
     @property
     def rank(self) -> int:
-        return self.dp.rank * self.tp.size + self.tp.rank
+        return (self.pp.rank * self.dp.size + self.dp.rank) * self.tp.size + self.tp.rank
 
 
 def init_parallel(
@@ -120,10 +123,12 @@ def init_parallel(
     chosen = init_process_group(device, timeout)
     if world_size == 1:
         return ParallelContext(device=chosen, recompute=parallel.recompute)
-    mesh = torch.arange(world_size).view(dp_size, tp_size)  # world ranks, (dp, tp)
+    pp_size = parallel.pp_size
+    mesh = torch.arange(world_size).view(pp_size, dp_size, tp_size)  # world ranks, (pp, dp, tp)
 
-    def axis(name: str, groups: torch.Tensor) -> Axis:
-        """Each row is a group; the axis is that of this rank's row."""
+    def axis(name: str, dim: int) -> Axis:
+        """The ranks along a dimension of the mesh are a group; the axis is that of this rank."""
+        groups = mesh.movedim(dim, -1).flatten(0, 1)
         size, group = groups.shape[1], dist.group.WORLD
         if size < world_size:
             # Not by DeviceMesh, whose groups have torch's own time limit, half an hour.
@@ -131,8 +136,9 @@ def init_parallel(
         return Axis(name, size, dist.get_rank(group), group, divides_batch=name == "dp")
 
     sequence, overlap = parallel.sequence_parallel, parallel.overlap
-    tp = replace(axis("tp", mesh), sequence_parallel=sequence, overlap=overlap)
-    return ParallelContext(tp, axis("dp", mesh.T), chosen, parallel.recompute)
+    tp = replace(axis("tp", 2), sequence_parallel=sequence, overlap=overlap)
+    dp, pp = axis("dp", 1), axis("pp", 0) if pp_size > 1 else Axis("pp")
+    return ParallelContext(tp, dp, chosen, parallel.recompute, pp, parallel)
 
 
 def end_parallel() -> None:

@@ -38,9 +38,7 @@ def accumulate_gradients(
     or what else the model takes, the labels last. All dp ranks have equally many.
     seed: for dropout, of the global batch.
     """
-    counts = [int((labels != IGNORED).sum()) for *_, labels in micro_batches]
-    local = torch.tensor(sum(counts), dtype=torch.float64)
-    tokens = max(float(_sum_over_dp(local, context)), 1.0)
+    counts, tokens = count_tokens(micro_batches, context)
     total = torch.zeros((), dtype=torch.float64)
     for (first_row, *inputs, labels), count in zip(micro_batches, counts, strict=True):
         seed = seed and replace(seed, first_row=first_row)
@@ -49,7 +47,16 @@ def accumulate_gradients(
         share = loss * (count / tokens)
         share.backward()
         total += share.detach().to("cpu", torch.float64)
-    return float(_sum_over_dp(total, context))
+    return float(sum_over_dp(total, context))
+
+
+def count_tokens(
+    micro_batches: Sequence[tuple[Any, ...]], context: ParallelContext
+) -> tuple[list[int], float]:
+    """The labels that count in each micro-batch, and in the global batch, 1 where it has none."""
+    counts = [int((labels != IGNORED).sum()) for *_, labels in micro_batches]
+    local = torch.tensor(sum(counts), dtype=torch.float64)
+    return counts, max(float(sum_over_dp(local, context)), 1.0)
 
 
 def reduce_gradients(model: nn.Module, context: ParallelContext) -> None:
@@ -85,5 +92,5 @@ def buckets(tensors: list[Tensor], limit_bytes: int) -> Iterator[list[Tensor]]:
         yield group
 
 
-def _sum_over_dp(scalar: Tensor, context: ParallelContext) -> Tensor:
+def sum_over_dp(scalar: Tensor, context: ParallelContext) -> Tensor:
     return all_reduce(scalar.to(context.device), context.dp, "optimizer").cpu()

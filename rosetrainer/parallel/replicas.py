@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from rosetrainer.parallel.comm import all_gather, all_reduce
 from rosetrainer.parallel.context import Axis, ParallelContext
-from rosetrainer.parallel.sharding import shard_spec
+from rosetrainer.parallel.sharding import whole_specs
 
 CHUNK = 2**16  # words of 16 bits
 
@@ -25,18 +25,20 @@ def check_replicas(model: nn.Module, context: ParallelContext, step: int) -> Non
 
     It names the first parameter, the rank, and the rank that it was compared with.
     """
-    parameters = dict(model.named_parameters())
-    own = torch.stack([checksum(parameter) for parameter in parameters.values()])
-    specs = [shard_spec(parameter) for parameter in parameters.values()]
+    parameters, specs = dict(model.named_parameters()), whole_specs(model)
+    own = torch.zeros(len(specs), dtype=torch.int64, device=context.device)
+    for index, name in enumerate(specs):
+        if name in parameters:  # which another stage of a pipeline may have
+            own[index] = checksum(parameters[name])
     # A finding is one number, (parameter x ranks + rank) x ranks + other rank: the least wins.
     ranks = context.world_size
     nothing = len(specs) * ranks * ranks
     finding = torch.full((), nothing, device=context.device)
     for axis in context.axes:
         together = all_gather(own[None], axis, "replicas", dim=0)  # (n, parameters)
-        for index, spec in enumerate(specs):
+        for index, (name, spec) in enumerate(specs.items()):
             first = spec.holders(axis)[0]
-            if together[axis.rank, index] != together[first, index]:
+            if name in parameters and together[axis.rank, index] != together[first, index]:
                 other = context.rank + (first - axis.rank) * stride_of(axis, context)
                 code = (index * ranks + context.rank) * ranks + other
                 finding = finding.clamp(max=code)
@@ -46,7 +48,7 @@ def check_replicas(model: nn.Module, context: ParallelContext, step: int) -> Non
         rest, other = divmod(int(finding), ranks)
         index, rank = divmod(rest, ranks)
         raise ReplicaError(
-            f"after step {step} rank {rank} holds another {list(parameters)[index]} than rank "
+            f"after step {step} rank {rank} holds another {list(specs)[index]} than rank "
             f"{other}; they should be the same bit for bit"
         )
 

@@ -139,6 +139,12 @@ def shard_spec(parameter: nn.Parameter) -> ShardSpec:
     return spec
 
 
+def whole_specs(model: nn.Module) -> dict[str, ShardSpec]:
+    """The spec of each parameter by name; of a pipeline's, of those on other stages too."""
+    found: dict[str, ShardSpec] | None = getattr(model, "whole_specs", None)
+    return found or {name: shard_spec(p) for name, p in model.named_parameters()}
+
+
 def draw_whole(spec: ShardSpec, seed: int, name: str) -> Tensor:
     """The initial value of the whole parameter `name`, fp32 on the CPU, of spec.dense_shape.
 

@@ -5,14 +5,24 @@ from __future__ import annotations
 import torch
 
 from rosetrainer.config import TrainConfig
+from rosetrainer.parallel.pipeline.simulation import (
+    BACKWARD_TAKES_TWICE,
+    checked_schedule,
+    live_activations,
+    simulate,
+)
+from rosetrainer.parallel.pipeline.stage import layers_of_stages
 from rosetrainer.planner.layout import Plan, Work, plan
 from rosetrainer.planner.settings import check_settings
 
 RING = {"all_reduce": 2.0, "all_gather": 1.0, "reduce_scatter": 1.0}
 """Ring traffic of a rank is this x (n - 1) / n of the payload."""
 
+DIRECT = {"send": 1.0, "receive": 0.0}
+"""A message is what its sender sends."""
 
-def plan_training(config: TrainConfig, dtype: torch.dtype) -> Plan:
+
+def plan_training(config: TrainConfig, dtype: torch.dtype, pp_rank: int = 0) -> Plan:
     """The plan of one of the ranks that config asks for. Raises ConfigError as check_settings."""
     check_settings(config.optim)
     dp = config.parallel.dp_size or 1
@@ -23,27 +33,63 @@ def plan_training(config: TrainConfig, dtype: torch.dtype) -> Plan:
         product_bytes=dtype.itemsize,
         weight_bytes=8 if dtype == torch.float64 else 4,
     )
-    return plan(config.model, config.parallel, work)
+    return plan(config.model, config.parallel, work, pp_rank)
 
 
-def describe(config: TrainConfig, found: Plan, dtype: torch.dtype) -> str:
-    """The table; all sizes are bytes."""
-    sizes = {"tp": config.parallel.tp_size or 1, "dp": config.parallel.dp_size or 1}
-    lines = [
-        f"{sizes['tp']} tensor-parallel x {sizes['dp']} data-parallel ranks, "
-        f"V {config.model.vocab_size}, {str(dtype).removeprefix('torch.')}\n",
-        f"{'a step moves':34} {'calls':>7} {'payload':>15} {'ring, a rank':>15}",
+def describe(config: TrainConfig, dtype: torch.dtype) -> str:
+    """The plan as tables, one for each rank of a pipeline; all sizes are bytes."""
+    parallel = config.parallel
+    sizes = {"tp": parallel.tp_size or 1, "dp": parallel.dp_size or 1, "pp": parallel.pp_size}
+    stages = f" x {sizes['pp']} pipeline-parallel" if sizes["pp"] > 1 else ""
+    parts = [
+        f"{sizes['tp']} tensor-parallel x {sizes['dp']} data-parallel{stages} ranks, "
+        f"V {config.model.vocab_size}, {str(dtype).removeprefix('torch.')}\n"
     ]
+    if stages:
+        parts.append(bubble(config))
+    for pp_rank in range(sizes["pp"]):
+        if stages:
+            parts.append(share(config, pp_rank))
+        parts += table(plan_training(config, dtype, pp_rank), sizes)
+    return "\n".join(parts)
+
+
+def table(found: Plan, sizes: dict[str, int]) -> list[str]:
+    lines = [f"{'a step moves':34} {'calls':>7} {'payload':>15} {'ring, a rank':>15}"]
     total = 0.0
     for (axis, operation, phase), (calls, payload) in found.ledger.items():
         n = sizes[axis]
-        ring = RING[operation] * (n - 1) / n * payload
-        total += ring
+        part = DIRECT[operation] if operation in DIRECT else RING[operation] * (n - 1) / n
+        total += part * payload
         name = f"  {axis} {operation} {phase}"
-        lines.append(f"{name:34} {calls:7,} {payload:15,} {ring:15,.0f}")
+        lines.append(f"{name:34} {calls:7,} {payload:15,} {part * payload:15,.0f}")
     lines.append(f"{'  together':34} {'':7} {'':15} {total:15,.0f}\n")
     lines.append(f"{'a rank holds':34} {'bytes':>23}")
     for name, size in found.memory.items():
         lines.append(f"  {name:32} {size:23,}")
-    lines.append(f"  {'together':32} {sum(found.memory.values()):23,}")
-    return "\n".join(lines)
+    return [*lines, f"  {'together':32} {sum(found.memory.values()):23,}"]
+
+
+def bubble(config: TrainConfig) -> str:
+    """A line: how much of a step the ranks of a pipeline wait."""
+    micro_batches = config.optim.accumulation(config.parallel.dp_size or 1)
+    schedule, name = checked_schedule(config.parallel, micro_batches), config.parallel.pp_schedule
+    run = simulate(schedule, BACKWARD_TAKES_TWICE)
+    return (
+        f"{name}, {micro_batches} micro-batches: where all stages cost alike, "
+        f"and backward twice as much as forward, a rank waits for {run.bubble_share:.1%} of the "
+        f"step, and a step takes {run.bubble_ratio:.1%} longer than without waiting"
+    )
+
+
+def share(config: TrainConfig, pp_rank: int) -> str:
+    """A line: what a rank of a pipeline has, and how much it holds at once."""
+    micro_batches = config.optim.accumulation(config.parallel.dp_size or 1)
+    actions = checked_schedule(config.parallel, micro_batches).actions[pp_rank]
+    every = layers_of_stages(config.model, config.parallel)
+    own = sorted({action.stage for action in actions})
+    blocks = " and ".join(f"{every[stage][0]}-{every[stage][-1]}" for stage in own)
+    return (
+        f"\npp rank {pp_rank}: blocks {blocks}; the activations of at most "
+        f"{live_activations(actions)} micro-batches at once, counted in each stage\n"
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rosetrainer.config import GPTConfig, OptimConfig, ParallelConfig
+from rosetrainer.parallel_config import STAGES_PER_RANK
 from rosetrainer.validation import ConfigError, unknown_setting
 
 # Fields that change what a step moves or a rank holds, and at which values they are planned.
@@ -16,7 +17,9 @@ COUNTED: dict[type, dict[str, tuple[str, ...] | None]] = {
     },
     ParallelConfig: {
         **dict.fromkeys(("tp_size", "dp_size", "sequence_parallel", "overlap")),
+        **dict.fromkeys(("pp_size", "stages_per_rank", "stage_layers")),
         "recompute": ("none", "attention", "block"),
+        "pp_schedule": tuple(STAGES_PER_RANK),
     },
     OptimConfig: {
         **dict.fromkeys(("global_batch_size", "micro_batch_size")),

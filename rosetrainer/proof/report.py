@@ -10,8 +10,11 @@ import torch
 from rosetrainer.config import GPTConfig, OptimConfig
 from rosetrainer.models.build import build_model
 from rosetrainer.models.gpt import GPTModel
-from rosetrainer.parallel.context import ParallelContext
+from rosetrainer.parallel.context import Axis, ParallelContext
+from rosetrainer.parallel.pipeline.schedule import ranks_of_stages
+from rosetrainer.parallel.pipeline.stage import layers_of_stages
 from rosetrainer.parallel.sharding import ShardSpec, shard_spec
+from rosetrainer.proof.batches import ROWS, UPDATES, micro_batches_of
 from rosetrainer.proof.tolerances import (
     Column,
     Difference,
@@ -23,12 +26,9 @@ from rosetrainer.proof.tolerances import (
 from rosetrainer.proof.trajectory import (
     GRADIENTS,
     LONGEST,
-    MICRO_BATCHES,
     MOVES,
-    ROWS,
     STAGES,
     UPDATED,
-    UPDATES,
     Proof,
 )
 
@@ -64,6 +64,20 @@ def who_holds_what(model: GPTModel, tp_size: int) -> str:
     )
 
 
+def stages_of_ranks(config: GPTConfig, context: ParallelContext) -> Iterator[str]:
+    """Lines of which pp rank has which blocks of a pipeline, and the ends."""
+    if context.pp.size == 1:
+        return
+    every = layers_of_stages(config, context.parallel)
+    owners = ranks_of_stages(context.parallel.pp_schedule, context.pp.size, len(every))
+    yield f"\nof the stages of a pipeline, {context.parallel.pp_schedule}\n"
+    for stage, (layers, owner) in enumerate(zip(every, owners, strict=True)):
+        blocks = f"blocks {layers[0]}-{layers[-1]}" if len(layers) > 1 else f"block {layers[0]}"
+        begins = "embedding, " * (stage == 0)
+        ends = ", last norm, output head" * (stage == len(every) - 1)
+        yield f"  stage {stage} on pp rank {owner}: {begins}{blocks}{ends}"
+
+
 def show_proof(
     config: GPTConfig,
     context: ParallelContext,
@@ -83,11 +97,14 @@ def show_proof(
     proof = Proof(replace(config, context_length=length), context, optim or OptimConfig())
     columns = prove(proof, dtype)
     if context.rank == 0:
-        shapes_only = build_model(config, replace(context, device=torch.device("meta")))
+        every_stage = replace(context, device=torch.device("meta"), pp=Axis("pp"))
+        shapes_only = build_model(config, every_stage)
         print("\nwho holds what\n\n" + who_holds_what(shapes_only, tp.size))
+        for line in stages_of_ranks(config, context):
+            print(line)
         print("\nsame as one process? worst difference / largest value\n")
         print("\n".join(table(columns, proof.optim)))
-        rows = MICRO_BATCHES * ROWS * context.dp.size
+        rows = micro_batches_of(context.parallel) * ROWS * context.dp.size
         part = "all" if length == config.context_length else f"of the {config.context_length:,}"
         print(f"\n{rows} sequences of {length:,} tokens, {part} of context_length")
         if idle := not_proven(proof):

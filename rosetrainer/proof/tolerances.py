@@ -17,6 +17,7 @@ from rosetrainer.parallel.context import ParallelContext
 from rosetrainer.proof.trajectory import (
     AFTER_SGD,
     AHEAD,
+    CHANGE,
     GRADIENTS,
     LOSS,
     MOVES,
@@ -147,9 +148,16 @@ def check_traffic(context: ParallelContext) -> None:
 
 
 def differences(ours: Results, expected: Results, proof: Proof) -> list[Difference]:
-    """Of each result the worst over all ranks; every rank gets the same."""
-    ratios = []
-    for (stage, what), tensor in ours.items():
+    """Of each result the worst over all ranks; every rank gets the same.
+
+    A rank of a pipeline has those of its own stages.
+    """
+    keys, ratios = [*proof.oracle, CHANGE], []
+    for stage, what in keys:
+        tensor = ours.get((stage, what))
+        if tensor is None:
+            ratios.append(torch.tensor(-1.0, dtype=torch.float64, device=proof.context.device))
+            continue
         if stage == AHEAD:  # a difference already
             ratios.append(tensor.nan_to_num(nan=torch.inf, posinf=torch.inf))
             continue
@@ -172,7 +180,8 @@ def differences(ours: Results, expected: Results, proof: Proof) -> list[Differen
     worst = torch.stack(ratios)
     for axis in proof.context.axes:
         worst = all_reduce(worst, axis, "checkpoint", dist.ReduceOp.MAX)
-    return [Difference(*key, ratio) for key, ratio in zip(ours, worst.tolist(), strict=True)]
+    assert (worst >= 0).all(), "no rank has it"
+    return [Difference(*key, ratio) for key, ratio in zip(keys, worst.tolist(), strict=True)]
 
 
 def has_gradient(oracle: Results, name: tuple[str, str]) -> Tensor:

@@ -25,14 +25,14 @@ from rosetrainer.optim.optimizer import build_optimizer
 from rosetrainer.optim.precision import Autocast, autocast_for
 from rosetrainer.parallel.context import ParallelContext
 from rosetrainer.parallel.dropout import DropoutSeed
+from rosetrainer.parallel.pipeline.runner import last_logits
 from rosetrainer.parallel.sharding import draw_whole, gather_whole, load_whole, shard_spec
+from rosetrainer.proof.batches import ROWS, UPDATES, micro_batches_of, random_batches
 from rosetrainer.proof.reference import ReferenceDropout
 from rosetrainer.proof.reference_rotary import build_reference
 from rosetrainer.training.step import compute_gradients
 
 LONGEST = MAX_SAVED_QUERIES + BLOCK  # the shortest length on which attention takes each path
-SHORT = 32  # tokens of the updates after the first
-MICRO_BATCHES, ROWS, UPDATES = 2, 2, 3  # of a rank, of a micro-batch, of the optimizer
 RATE = 1e-3  # of the optimizer's updates: with larger ones rounding errors soon grow
 NOISE = 1e-3  # of the largest gradient of all: one below it may be zero but for rounding
 MOVED = 0.2  # of its norm: how far the SGD step moves each weight
@@ -41,6 +41,7 @@ LOGITS, AHEAD, LOSS = "logits", "effect on earlier tokens", "loss"
 GRADIENTS, NORM = "gradients", "gradient norm"
 AFTER_SGD, UPDATED, MOVES = "after an SGD step", "after updates", "moved by updates"
 STAGES = (LOGITS, AHEAD, LOSS, GRADIENTS, NORM, AFTER_SGD, UPDATED, MOVES)
+CHANGE = (AHEAD, "logits before a token that changed")
 Results = dict[tuple[str, str], Tensor]  # by stage and name
 
 
@@ -75,30 +76,12 @@ class Proof:
 
     @cached_property
     def batches(self) -> list[tuple[Tensor, Tensor]]:
-        """Global batches (R, T), one of full length, then short ones.
-
-        Rows have unequally many labels, the last row none; in the short ones the last dp rank has
-        none either, where there are several.
-        """
-        tp, dp = self.context.tp, self.context.dp
-        generator = torch.Generator().manual_seed(self.seed)
-        rows = MICRO_BATCHES * dp.size * ROWS
-        short = min(self.config.context_length, max(SHORT // tp.size, 1) * tp.size)
-        batches: list[tuple[Tensor, Tensor]] = []
-        for length in (self.config.context_length, *[short] * UPDATES):
-            shape = (2, rows, length)
-            ids, labels = torch.randint(self.config.vocab_size, shape, generator=generator)
-            for row in range(rows):
-                labels[row, : row * length // (rows - 1)] = IGNORED
-                silent = dp.size > 1 and row // ROWS % dp.size == dp.size - 1
-                if batches and silent:
-                    labels[row] = IGNORED
-            batches.append((ids.to(self.context.device), labels.to(self.context.device)))
-        return batches
+        return random_batches(self.config, self.context, self.seed)
 
     def parts(self, context: ParallelContext) -> list[slice]:
         """The rows of each micro-batch of a rank; one process takes those of all ranks."""
-        dp, count = context.dp, MICRO_BATCHES * self.context.dp.size // context.dp.size
+        dp, own = context.dp, micro_batches_of(self.context.parallel)
+        count = own * self.context.dp.size // dp.size
         return [slice(r.start, r.stop) for r in rows_of_rank(dp.rank, dp.size, count, ROWS)]
 
     @cached_property
@@ -160,7 +143,8 @@ class Proof:
         model = build_model(self.config, context)
         if dtype == torch.float64:
             model.double()
-        load_whole(model, whole or self.whole)
+        whole = whole or self.whole
+        load_whole(model, {name: whole[name] for name, _ in model.named_parameters()})
         return model
 
     def trajectory(
@@ -221,12 +205,14 @@ class Proof:
             return clip_gradients(model, context, self.calibration.clip_norms[step])
 
         with fast_kernels(dtype, context.device, self.fast):
-            found = self.logits(model, autocast)
+            found = self.logits(model, context, autocast)
             return found | self.trajectory(model, context, gradient, clip)
 
     @torch.no_grad()
-    def logits(self, model: GPTModel, autocast: Autocast) -> Results:
+    def logits(self, model: GPTModel, context: ParallelContext, autocast: Autocast) -> Results:
         """Those of the rows of this rank in the layout, and what they see of tokens to come.
+
+        Nothing on ranks of a pipeline that have no output head.
 
         Each row is computed twice, from its own place on with other tokens: before that place the
         logits must not change, not by a bit.
@@ -241,10 +227,13 @@ class Proof:
         for part in self.parts(self.context):
             seed = replace(masks, first_row=part.start)
             with autocast():
-                (some, _), (again, _) = (model(x[part], seed=seed) for x in (ids, others))
-            assert some is not None and again is not None
+                some, again = (last_logits(model, x[part], context, seed) for x in (ids, others))
+            if some is None:
+                continue
             whole.append(some.double())
             changes.append((again - some)[before[part]].abs().max().double())
+        if not whole:
+            return {}
         logits = torch.cat(whole)
         change = torch.stack(changes).max() / logits.abs().max()
-        return {(LOGITS, "logits"): logits, (AHEAD, "logits before a token that changed"): change}
+        return {(LOGITS, "logits"): logits, CHANGE: change}

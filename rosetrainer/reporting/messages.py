@@ -34,8 +34,9 @@ def describe(context: ParallelContext, dtype: torch.dtype, wanted: str) -> str:
     threads = torch.get_num_threads()
     ranks = f"{context.world_size} rank{'s' if context.world_size > 1 else ''}"
     each = f"{threads} thread{'s' if threads > 1 else ''} each"
+    stages = f" x pipeline parallel {context.pp.size}" if context.pp.size > 1 else ""
     return (
-        f"{ranks}: tensor parallel {context.tp.size} x data parallel {context.dp.size}, "
+        f"{ranks}: tensor parallel {context.tp.size} x data parallel {context.dp.size}{stages}, "
         f"on {where}, {each}, {str(dtype).removeprefix('torch.')}"
     )
 

@@ -14,6 +14,7 @@ from rosetrainer.models.gpt import GPTModel
 from rosetrainer.optim.precision import Autocast
 from rosetrainer.parallel.comm import all_reduce
 from rosetrainer.parallel.context import ParallelContext
+from rosetrainer.parallel.pipeline.runner import last_hidden
 
 
 @torch.no_grad()
@@ -38,13 +39,16 @@ def evaluate(
             return None
         target = torch.from_numpy(labels)
         with autocast():
-            x = model.hidden(torch.from_numpy(inputs).to(context.device))
+            x = last_hidden(model, torch.from_numpy(inputs).to(context.device), context)
+            if x is None:
+                continue  # the last stage's ranks know the losses
             _, losses = model.output_head.loss(x, target.to(context.device))
         losses = losses.flatten().to("cpu", torch.float64)  # 0 where there is no label
         above = losses - torch.from_numpy(next(floors)).flatten() if floors else losses
         count = (target != IGNORED).sum().double()
         sums += torch.stack([count, losses.sum(), above.sum(), above.square().sum()])
-    count, loss, above, square = all_reduce(sums.to(context.device), dp, "evaluation").tolist()
+    sums = all_reduce(sums.to(context.device), dp, "evaluation")
+    count, loss, above, square = all_reduce(sums, context.pp, "evaluation").tolist()
     figures = {"val/loss": loss / count}
     if corpus.meta.bytes_per_token:  # what texts cut by different tokenizers have in common
         figures["val/bits_per_byte"] = loss / count / math.log(2) / corpus.meta.bytes_per_token

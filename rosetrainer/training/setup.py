@@ -67,6 +67,7 @@ def check_config(config: TrainConfig, world_size: int) -> tuple[TrainConfig, Cor
     rank, _, local_rank, local_world_size = world_from_environment()
     tp_size, _ = config.parallel.resolve(world_size)
     device = choose_device(config.hardware.device)
+    config.parallel.check_device(device.type)
     compiles(config, tp_size, device)
     check_profile(config.monitor.profile, config.run.steps)
     corpus = open_corpus(config.run.data, config.model.context_length, read_all=local_rank == 0)
@@ -75,7 +76,7 @@ def check_config(config: TrainConfig, world_size: int) -> tuple[TrainConfig, Cor
     if device.type == "cpu":
         each = 12 if config.optim.optimizer == "muon" else 16  # moments: one, or two
         each *= 2 if config.precision.dtype == "float64" else 1
-        copies = local_world_size / tp_size
+        copies = local_world_size / tp_size / config.parallel.pp_size
         check_memory(config.model, each, "weights, gradients and moments", copies)
     plan = find_resume_plan(config, corpus) if rank == 0 else ResumePlan()
     if plan.folder:
@@ -115,7 +116,8 @@ def train(
         with location.lock or nullcontext():
             context = init_parallel(config.parallel, config.hardware.device, limit.total_seconds())
             if watch:
-                watch.follow((axis.ledger for axis in context.axes), device.type == "cuda")
+                ledgers, alike = (axis.ledger for axis in context.axes), context.pp.size == 1
+                watch.follow(ledgers, device.type == "cuda", alike)
             trained = train_in_layout(config, corpus, location, context, world, compiled)
             if watch:
                 watch.close()

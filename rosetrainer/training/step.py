@@ -17,6 +17,7 @@ from rosetrainer.optim.precision import Autocast
 from rosetrainer.parallel.context import ParallelContext
 from rosetrainer.parallel.data_parallel import accumulate_gradients, reduce_gradients
 from rosetrainer.parallel.dropout import Seed
+from rosetrainer.parallel.pipeline.runner import accumulate_in_stages, sum_tied_gradients
 
 
 def compute_gradients(
@@ -31,9 +32,11 @@ def compute_gradients(
     As accumulate_gradients, then summed over the ranks. If the loss is not finite, no gradient is.
     Raises NonFiniteGradientError on every rank if a gradient of one is not finite.
     """
-    loss = accumulate_gradients(model, batches, context, autocast, seed)
+    accumulate = accumulate_gradients if context.pp.size == 1 else accumulate_in_stages
+    loss = accumulate(model, batches, context, autocast, seed)
     if math.isfinite(loss):
         check_gradients(model, context)  # before the sum, which gives the nan to every rank
+        sum_tied_gradients(model, context)
         reduce_gradients(model, context)
     return loss
 

@@ -13,7 +13,7 @@ from rosetrainer.commands.generate import main
 from rosetrainer.data.tokenizer import BytesTokenizer, CharsTokenizer
 from rosetrainer.models.generation import SamplingConfig, choose, first_tokens, generate
 from rosetrainer.models.gpt import GPTModel
-from rosetrainer.parallel.context import Axis, init_tensor_parallel
+from rosetrainer.parallel.context import ParallelContext, init_tensor_parallel
 from rosetrainer.parallel.sharding import load_whole
 from rosetrainer.validation import ConfigError, check_fields
 
@@ -54,7 +54,9 @@ def test_the_seed_decides_and_the_text_may_outgrow_the_context() -> None:
     prompt = torch.tensor([3, 1, 4])
 
     def write(seed: int) -> list[int]:
-        return list(generate(model, prompt, SamplingConfig(tokens=30, seed=seed), Axis("tp")))
+        return list(
+            generate(model, prompt, SamplingConfig(tokens=30, seed=seed), ParallelContext())
+        )
 
     assert len(write(1)) == 30
     assert write(1) == write(1)
@@ -67,7 +69,7 @@ def test_greedy_takes_the_model_s_own_argmax() -> None:
     load_whole(model, dense.state_dict())
     ids = [3, 1, 4]
     greedy = SamplingConfig(tokens=20, temperature=0)
-    for token in generate(model, torch.tensor(ids), greedy, Axis("tp")):
+    for token in generate(model, torch.tensor(ids), greedy, ParallelContext()):
         seen = torch.tensor([ids[-model.config.context_length :]])  # the last, once it is full
         assert token == int(dense(seen)[0][0, -1].argmax())
         ids.append(token)
@@ -78,10 +80,10 @@ def test_the_text_stops_at_the_end_of_a_document_and_does_not_show_it() -> None:
     model = GPTModel(tiny_config())
     load_whole(model, dense_model(tiny_config()).state_dict())
     sampling, prompt = SamplingConfig(tokens=30), torch.tensor([3, 1, 4])
-    whole = list(generate(model, prompt, sampling, Axis("tp")))
+    whole = list(generate(model, prompt, sampling, ParallelContext()))
     assert len(whole) == 30
     end = whole[12]
-    stopped = list(generate(model, prompt, sampling, Axis("tp"), end))
+    stopped = list(generate(model, prompt, sampling, ParallelContext(), end))
     assert stopped == whole[: whole.index(end)]
 
 
@@ -91,7 +93,7 @@ def write_with_a_rank_that_disagrees() -> list[int]:
     load_whole(model, dense_model(tiny_config(), seed=0).state_dict())
     # Logits are gathered, so only another draw lets this rank alone choose another token.
     sampling = SamplingConfig(tokens=12, seed=context.tp.rank)
-    return list(generate(model, torch.tensor([3, 1, 4]), sampling, context.tp))
+    return list(generate(model, torch.tensor([3, 1, 4]), sampling, context))
 
 
 def test_the_first_rank_s_token_is_every_rank_s() -> None:
@@ -115,7 +117,7 @@ def test_extreme_settings_draw_what_they_say() -> None:
     one_id = choose(torch.zeros(1), SamplingConfig(top_k=9, top_p=0.0), torch.Generator())
     assert int(one_id) == 0
     prompt = torch.tensor([3])
-    assert not list(generate(GPTModel(tiny_config()), prompt, SamplingConfig(0), Axis("tp")))
+    assert not list(generate(GPTModel(tiny_config()), prompt, SamplingConfig(0), ParallelContext()))
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
@@ -132,7 +134,7 @@ def test_any_two_seeds_write_different_text() -> None:
     texts = set()
     for seed in (0, 1, 2**31, 2**31 + 1, 2**32 - 1):
         check_fields(sampling := SamplingConfig(tokens=30, temperature=2.0, seed=seed))
-        texts.add(tuple(generate(model, torch.tensor([3]), sampling, Axis("tp"))))
+        texts.add(tuple(generate(model, torch.tensor([3]), sampling, ParallelContext())))
     assert len(texts) == 5
 
 

@@ -39,7 +39,7 @@ def test_all_ranks_are_tensor_parallel_unless_told_otherwise() -> None:
 
 def test_alone_there_is_no_process_group() -> None:
     context = init_tensor_parallel()
-    assert [(axis.size, axis.rank, axis.group) for axis in context.axes] == [(1, 0, None)] * 2
+    assert [(axis.size, axis.rank, axis.group) for axis in context.axes] == [(1, 0, None)] * 3
     assert context.device == torch.device("cpu") or torch.cuda.is_available()
     assert ParallelContext().world_size == 1
 

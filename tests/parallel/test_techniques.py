@@ -221,7 +221,7 @@ def test_the_proof_asks_every_rank() -> None:
 def write_with_a_seed_of_its_own() -> list[int]:
     context = init_parallel(ParallelConfig())
     sampling, prompt = SamplingConfig(tokens=12, seed=context.rank), torch.tensor([3, 1, 4])
-    return list(generate(loaded(tiny_config(), context), prompt, sampling, context.tp))
+    return list(generate(loaded(tiny_config(), context), prompt, sampling, context))
 
 
 def test_ranks_that_draw_differently_write_the_first_rank_s_text() -> None:

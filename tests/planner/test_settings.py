@@ -22,10 +22,13 @@ every_setting = pytest.mark.parametrize("kind, field", SETTINGS, ids=NAMES)
 
 COMPONENTS: dict[type, str] = {GPTConfig: "model", ParallelConfig: "parallel", OptimConfig: "optim"}
 TRAIN = TrainConfig(
-    GPTConfig(139, context_length=16, n_layers=2, n_heads=4, d_model=24, d_head=6, d_ff=48),
-    ParallelConfig(tp_size=2, dp_size=2, sequence_parallel=True),
+    GPTConfig(139, context_length=16, n_layers=8, n_heads=4, d_model=24, d_head=6, d_ff=48),
+    ParallelConfig(2, 2, sequence_parallel=True, pp_size=2, pp_schedule="interleaved"),
     OptimConfig(global_batch_size=16, micro_batch_size=2),
 )
+
+
+UNLESS_GIVEN: dict[str, list[Any]] = {"stages_per_rank": [4], "stage_layers": ["1,1,1,5"]}
 
 
 def literal(kind: type, field: Field[Any]) -> tuple[str, ...]:
@@ -35,6 +38,8 @@ def literal(kind: type, field: Field[Any]) -> tuple[str, ...]:
 
 def others(kind: type, field: Field[Any]) -> list[Any]:
     """Values of the field that TRAIN does not have."""
+    if field.name in UNLESS_GIVEN:
+        return UNLESS_GIVEN[field.name]
     value = getattr(getattr(TRAIN, COMPONENTS[kind]), field.name)
     if choices := literal(kind, field):
         return [choice for choice in choices if choice != value]

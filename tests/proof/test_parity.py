@@ -19,8 +19,9 @@ from rosetrainer.optim import optimizer
 from rosetrainer.parallel import comm, overlap
 from rosetrainer.parallel.context import ParallelContext, init_parallel
 from rosetrainer.proof import report, trajectory
+from rosetrainer.proof.batches import MICRO_BATCHES, ROWS
 from rosetrainer.proof.tolerances import ParityError, check_traffic, not_proven, prove
-from rosetrainer.proof.trajectory import MICRO_BATCHES, ROWS, Proof
+from rosetrainer.proof.trajectory import Proof
 
 MODEL = GPTConfig(vocab_size=140, context_length=16, n_layers=2, n_heads=4, d_model=32)
 LONGER = replace(MODEL, context_length=BLOCK + 32)  # attention in blocks takes two
@@ -34,6 +35,15 @@ CASES: dict[str, tuple[int, int, dict[str, Any], dict[str, Any], Any]] = {
     "dropout": (1, 2, {"overlap": False}, {"dropout": 0.1, "context_length": 64}, "adamw"),
     "muon": (1, 2, {}, {}, "muon"),
     "rotary": (1, 2, {}, ROTARY, "muon"),
+    "pipeline": (1, 1, {"pp_size": 2}, {"n_layers": 3}, "adamw"),
+    "pipeline-tp": (
+        1,
+        2,
+        {"pp_size": 2, "pp_schedule": "zero-bubble-v", "sequence_parallel": True},
+        {"n_layers": 5, "dropout": 0.1, "tied": False},
+        "muon",
+    ),
+    "pipeline-rotary": (2, 1, {"pp_size": 2, "pp_schedule": "zero-bubble"}, ROTARY, "adamw"),
 }
 
 
@@ -49,7 +59,8 @@ def right_layout(case: str, fast: bool = True) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_right_layout_is_proved_right_in_each_dtype(case: str) -> None:
-    run_ranks(CASES[case][0] * CASES[case][1], right_layout, case)
+    dp_size, tp_size, layout, *_ = CASES[case]
+    run_ranks(dp_size * tp_size * layout.get("pp_size", 1), right_layout, case)
 
 
 def right_layout_without_hardware(case: str) -> None:

@@ -1,0 +1,95 @@
+"""What the closed forms count: the parameters of a rank, and what its blocks see.
+
+Letters: T tokens, S tokens of a source (encoder-decoder), D d_model, F d_ff, V padded vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from rosetrainer.config import GPTConfig
+from rosetrainer.parallel.vocab_parallel import PADDED_TO
+
+
+@dataclass(frozen=True)
+class Work:
+    """One rank's part of a step."""
+
+    rows: int
+    tokens: int
+    micro_batches: int = 1
+    source_tokens: int = 0  # of an encoder-decoder; 0 stands for a GPT
+    product_bytes: int = 4
+    weight_bytes: int = 4
+
+
+class Parameter(NamedTuple):
+    elements: int
+    replicated: bool = False  # all ranks hold the same
+    multiplied: bool = False  # a linear layer's matrix
+
+
+@dataclass(frozen=True)
+class Block:
+    """A transformer block: the sequence lengths that its parts see."""
+
+    columns: tuple[int, ...]  # inputs of column-parallel layers
+    rows: tuple[int, ...]  # outputs of row-parallel layers
+    attentions: tuple[tuple[int, int, int], ...]  # (queries, keys, rows of the padding mask)
+
+
+@dataclass(frozen=True)
+class Share:
+    """What of a model a rank has: so many layers, the embedding if first, the head if last."""
+
+    layers: int
+    first: bool = True
+    last: bool = True
+
+
+def blocks(share: Share, work: Work) -> list[Block]:
+    T, S = work.tokens, work.source_tokens
+    if not S:
+        return [Block((T, T), (T, T), ((T, T, 0),))] * share.layers
+    encoder = Block((S, S), (S, S), ((S, S, 1),))
+    decoder = Block((T, T, S, T), (T, T, T), ((T, T, T), (T, S, 1)))
+    return [encoder] * share.layers + [decoder] * share.layers
+
+
+def parameters(
+    model: GPTConfig, tp: int, encoder_decoder: bool, share: Share
+) -> Iterator[Parameter]:
+    """Each parameter as a rank holds it, in order. An encoder-decoder's share is all of it."""
+    D, F, bias = model.d_model, model.ff_width, model.bias
+    width = model.n_heads * model.head_width
+    table = Parameter(padded_vocabulary(model, tp) // tp * D)
+    norm = [Parameter(D, replicated=True)] * (1 + bias)
+
+    def column(rows: int) -> list[Parameter]:
+        weight = Parameter(rows // tp * D, multiplied=True)
+        return [weight] + [Parameter(rows // tp)] * bias
+
+    def row(columns: int) -> list[Parameter]:
+        weight = Parameter(D * columns // tp, multiplied=True)
+        return [weight] + [Parameter(D, replicated=True)] * bias
+
+    attention = [*norm, *column(3 * width), *row(width)]
+    cross = [*norm, *column(width), *column(2 * width), *row(width)]
+    feed_forward = [*norm, *column(F), *row(F)]
+    yield from [table] * (share.first or (share.last and model.tied))
+    positions = Parameter(model.context_length * D, replicated=True)
+    yield from [positions] * (1 + encoder_decoder) * share.first
+    yield from [*attention, *feed_forward] * share.layers
+    if encoder_decoder:
+        yield from norm
+        yield from [*attention, *cross, *feed_forward] * share.layers
+    yield from norm * share.last
+    yield from [table] * (share.last and not model.tied)
+
+
+def padded_vocabulary(model: GPTConfig, tp: int) -> int:
+    multiple = math.lcm(PADDED_TO, tp)
+    return -(-model.vocab_size // multiple) * multiple
