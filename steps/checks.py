@@ -124,12 +124,13 @@ def check_sections(page: Path) -> None:
             f"{name} asks {asked} predictions and answers {answered}; under "
             f"`{expected['Answers']}`, folded in <details>, each gets an answer in a numbered line"
         )
-    if "<!-- built -->\n" not in page.read_text():
-        raise StepError(
-            f"{name} has no lines <!-- built --> and <!-- /built -->; write them under "
-            f"`{expected['What you have built']}`, then run steps.py readme, which fills "
-            "in lines, tests and links"
-        )
+    text = page.read_text()
+    for mark, section in (("mine", "Write it yourself"), ("built", "What you have built")):
+        if f"<!-- {mark} -->\n" not in text or f"<!-- /{mark} -->" not in text:
+            raise StepError(
+                f"{name} has no lines <!-- {mark} --> and <!-- /{mark} -->; write them under "
+                f"`{expected[section]}`, then run steps.py readme, which fills it in"
+            )
 
 
 def first_difference(english: Any, chinese: Any) -> str:

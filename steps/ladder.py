@@ -6,6 +6,7 @@ import ast
 import difflib
 import re
 from collections import Counter
+from collections.abc import Collection
 from functools import cache
 from pathlib import Path
 
@@ -56,23 +57,29 @@ def python_files(*steps: Path | None) -> list[str]:
     return sorted({path.name for step in steps if step for path in step.glob("*.py")})
 
 
-def diff(step: Path) -> str:
-    """The unified diff of the Python files from the parent to the step."""
+def given(step: Path) -> list[str]:
+    """The files that a reader who writes the step is given: its tests and their oracle."""
+    return [name for name in python_files(step) if name.startswith("test_") or name == "oracle.py"]
+
+
+def diff(step: Path) -> dict[str, str]:
+    """The unified diff from the parent to the step, of each Python file that differs."""
     old = parent(step)
-    lines: list[str] = []
+    changed = {}
     for name in python_files(old, step):
         before, after = (read(folder / name) if folder else [] for folder in (old, step))
         origin = f"{old.name}/{name}" if old and before else "/dev/null"
-        lines += difflib.unified_diff(before, after, origin, f"{step.name}/{name}", n=2)
-    return "".join(lines)
+        lines = difflib.unified_diff(before, after, origin, f"{step.name}/{name}", n=2)
+        changed[name] = "".join(lines)
+    return {name: text for name, text in changed.items() if text}
 
 
-def added_code(step: Path) -> int:
-    """Lines of code that the parent has not: no blank line, comment or docstring, and no line
-    that only moved, within its file or to another."""
+def added_code(step: Path, but: Collection[str] = ()) -> int:
+    """Lines of code that the parent has not, outside of some files: no blank line, comment or
+    docstring, and no line that only moved, within its file or to another."""
     old = parent(step)
     changes: Counter[str] = Counter()
-    for name in python_files(old, step):
+    for name in sorted(set(python_files(old, step)) - set(but)):
         before, after = ("".join(read(folder / name)) if folder else "" for folder in (old, step))
         if before == after:  # as most files are
             continue

@@ -6,9 +6,9 @@ import ast
 import re
 from pathlib import Path
 
-from endings import ending
-from ladder import STEPS, StepError, diff, read
+from ladder import STEPS, StepError, read
 from pictures.album import write_pictures
+from written import ending, shown_diff, write_it
 
 SECTIONS = {  # the headings of a page, in their order, and those of the Chinese one
     "Predict first": "先猜一猜",
@@ -19,6 +19,7 @@ SECTIONS = {  # the headings of a page, in their order, and those of the Chinese
     "What you should see": "输出",
     "Experiment": "实验",
     "Answers": "答案",
+    "Write it yourself": "自己写一遍",
     "The diff": "代码改动",
     "Still naive": "还有哪些不足",
     "If you see this error": "如果你看到这个错误",
@@ -43,7 +44,7 @@ def excerpt(path: Path, name: str) -> str:
 
 
 def written_anew(page: Path) -> str:
-    """The page with its diff and its excerpts from the real files.
+    """The page with all that a program writes on it, from the real files.
 
     Raises StepError if it has no diff block.
     """
@@ -53,14 +54,16 @@ def written_anew(page: Path) -> str:
         return f"{match[1]}```python\n{source}```\n<!-- /code -->"
 
     text = page.read_text()
-    block = re.compile(r"(<!-- diff -->\n).*?(<!-- /diff -->)", re.DOTALL)
+    block = re.compile(r"(<!-- diff((?: \S+\.py)*) -->\n).*?(<!-- /diff -->)", re.DOTALL)
     if not block.search(text):
         raise StepError(
-            f"{page.relative_to(STEPS)} has no lines <!-- diff --> and <!-- /diff -->; write them "
-            "where the diff belongs, then run steps.py readme, which fills in what changed"
+            f"{page.relative_to(STEPS)} has no lines <!-- diff NAME.py --> and <!-- /diff -->; "
+            "write them where the diff belongs and name the files that hold the step's idea, then "
+            "run steps.py readme, which fills in what changed"
         )
-    shown = f"```diff\n{diff(page.parent)}```\n"
-    text = block.sub(lambda match: match[1] + shown + match[2], text)
+    text = block.sub(lambda match: match[1] + shown_diff(page, match[2].split()) + match[3], text)
+    block = re.compile(r"(<!-- mine -->\n).*?(<!-- /mine -->)", re.DOTALL)
+    text = block.sub(lambda match: match[1] + write_it(page) + match[2], text)
     block = re.compile(r"(<!-- built -->\n).*?(<!-- /built -->)", re.DOTALL)
     text = block.sub(lambda match: match[1] + ending(page) + match[2], text)
     marked = r"(<!-- code: (\S+) (\S+) -->\n).*?<!-- /code -->"

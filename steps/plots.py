@@ -15,8 +15,7 @@ from pathlib import Path
 
 from ladder import StepError, find, python_files
 from pictures.album import write_pictures
-
-from steps import capture, command
+from tries import capture, command
 
 STEPS_OF_A_RUN = 200
 SCRIPT = """

@@ -98,10 +98,29 @@ def test_an_excerpt_of_nothing_is_refused(root: Path) -> None:
 
 def test_check_fails_on_a_page_without_a_place_for_its_diff(root: Path) -> None:
     page = root / "steps/04_column_parallel_linear/README.md"
-    page.write_text(page.read_text().replace("<!-- diff -->", ""))
+    page.write_text(page.read_text().replace("<!-- diff ", "<!-- "))
     assert refused(root) == (
-        "04_column_parallel_linear/README.md has no lines <!-- diff --> and <!-- /diff -->; write "
-        "them where the diff belongs, then run steps.py readme, which fills in what changed"
+        "04_column_parallel_linear/README.md has no lines <!-- diff NAME.py --> and <!-- /diff "
+        "-->; write them where the diff belongs and name the files that hold the step's idea, then "
+        "run steps.py readme, which fills in what changed"
+    )
+
+
+def test_a_diff_shows_the_idea_first_and_folds_the_rest(root: Path) -> None:
+    page = root / "steps/07_row_parallel_ffn/README.md"
+    shown = page.read_text().split("<!-- diff model.py -->")[1].split("<!-- /diff -->")[0]
+    idea, _, rest = shown.partition("<details>")
+    counts = [
+        len(re.findall(r"```diff\n(.*?)```", text, re.S)[0].splitlines()) for text in (idea, rest)
+    ]
+    assert f"in {counts[0]} of the diff's {sum(counts)} lines, in `model.py`" in idea
+    assert f": {counts[1]} lines</summary>" in rest
+    assert "+++ 07_row_parallel_ffn/model.py" in idea
+    assert "+++ 07_row_parallel_ffn/test_forward_tp.py" in rest
+    page.write_text(page.read_text().replace("<!-- diff model.py -->", "<!-- diff comm.py -->"))
+    assert refused(root) == (
+        "07_row_parallel_ffn/README.md names comm.py in its line <!-- diff -->, which the step "
+        "does not change; it can be model.py, test_forward_tp.py"
     )
 
 
@@ -193,8 +212,7 @@ def test_check_fails_on_a_page_without_a_place_for_its_end(root: Path) -> None:
     page.write_text(page.read_text().replace("<!-- built -->\n", ""))
     assert refused(root) == (
         "07_row_parallel_ffn/README.md has no lines <!-- built --> and <!-- /built -->; write "
-        "them under `What you have built`, then run steps.py readme, which fills in lines, tests "
-        "and links"
+        "them under `What you have built`, then run steps.py readme, which fills it in"
     )
 
 
@@ -397,15 +415,63 @@ def test_start_gives_the_step_before_with_this_step_s_tests(root: Path) -> None:
 def test_mine_is_red_until_it_is_written_and_green_then(root: Path) -> None:
     assert steps(root, "start", "02", "mine").returncode == 0
     done = steps(root, "test", "--mine", "mine", "02")
-    assert done.returncode == 1
-    assert "ImportError" in done.stderr or "ModuleNotFoundError" in done.stderr
+    assert (done.returncode, done.stderr) == (1, "")
+    red, error = done.stdout.splitlines()[-2:]
+    assert re.fullmatch(r"red: mine/test_forward\.py line \d+: (from|import) .*", red)
+    assert error.startswith(("ImportError", "ModuleNotFoundError"))
     for file in (root / "steps/02_loss_and_train_loop").glob("*.py"):
         shutil.copy(file, root / "mine")
     (root / "mine/test_forward.py").write_text("raise SystemExit(3)")  # the step's own counts
-    assert steps(root, "test", "--mine", "mine", "02").returncode == 0
+    done = steps(root, "test", "--mine", "mine", "02")
+    assert done.returncode == 0
+    assert done.stdout.splitlines()[-1] == "green: step 02 is yours"
+    edit(root / "mine/model.py", "    itself = torch.eye(", "    itself = torch.eyes(")
+    done = steps(root, "test", "--mine", "mine", "02")
+    assert done.returncode == 1
+    red, error = done.stdout.splitlines()[-2:]
+    line = (root / "mine/model.py").read_text().split("torch.eyes")[0].count("\n") + 1
+    assert red.startswith(f"red: mine/model.py line {line}: itself = torch.eyes(")
+    assert error.startswith("AttributeError: module 'torch' has no attribute 'eyes'")
     missing = steps(root, "test", "--mine", "yours", "02")
     assert (
         missing.stderr == "error: there is no folder yours; begin with: steps.py start 02 yours\n"
+    )
+
+
+def test_red_is_the_rank_that_failed_by_itself_and_not_the_one_it_left_waiting(
+    tmp_path: Path,
+) -> None:
+    """Nor torchrun's report, nor the oracle's comparison, but the line that asked for it."""
+    (tmp_path / "test_it.py").write_text('first\n    difference("Y", y, dense)\n')
+    (tmp_path / "model.py").write_text("y = layer(x)\n")
+    at = f'  File "{tmp_path}/'
+    stderr = "".join(
+        line + "\n"
+        for line in (
+            "[rank0]: Traceback (most recent call last):",
+            "[rank1]: Traceback (most recent call last):",
+            f'[rank0]: {at}model.py", line 1, in forward',
+            f'[rank1]: {at}test_it.py", line 2, in main',
+            f'[rank1]: {at}oracle.py", line 9, in difference',
+            "[rank0]: RuntimeError: Connection closed by peer [127.0.0.1]:1.",
+            "[rank1]: AssertionError: Y differs by 2.1e+00",
+            "torch.distributed.elastic.multiprocessing.errors.ChildFailedError: ",
+        )
+    )
+    told = (
+        "import sys; sys.path.insert(0, 'steps'); from pathlib import Path; from tries import "
+        "failure; print(failure(sys.stdin.read(), Path(sys.argv[1]), Path('mine')))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", told, str(tmp_path)],
+        cwd=ROOT,
+        input=stderr,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == (
+        'mine/test_it.py line 2: difference("Y", y, dense)\nAssertionError: Y differs by 2.1e+00\n'
     )
 
 
@@ -425,7 +491,9 @@ def test_new_makes_the_next_step_with_pages_to_fill_in(root: Path) -> None:
     assert done.returncode == 0, done.stderr
     step = root / "steps/42_from_the_last"
     assert (step / "model.py").exists()
-    assert "<!-- diff -->" in (step / "README.zh.md").read_text()
+    page = (step / "README.zh.md").read_text()
+    assert "\n## 代码改动\n\n<!-- diff -->" in page
+    assert "\n## 自己写一遍\n\n<!-- mine -->" in page
     assert "grows out of" not in (step / "README.md").read_text()
     assert steps(root, "new", "43_from_09", "09").returncode == 0
     assert not (root / "steps/43_from_09/encoder_decoder.py").exists()

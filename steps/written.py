@@ -1,4 +1,4 @@
-"""What stands at the end of a page: how much was built, what is naive, and what comes next."""
+"""What a program writes on a page: its diff, how to write the step, and the table at its end."""
 
 from __future__ import annotations
 
@@ -6,10 +6,33 @@ import re
 from itertools import pairwise
 from pathlib import Path
 
-from ladder import added_code, code_lines, first_route, folders, parent, python_files, read
+from ladder import (
+    StepError,
+    added_code,
+    code_lines,
+    diff,
+    first_route,
+    folders,
+    given,
+    parent,
+    python_files,
+    read,
+)
 
 WORDS = {  # of the page in each language
     "README.md": {
+        "idea": (
+            "The idea stands in {} of the diff's {} lines, in {}. In all, the step adds {} lines "
+            "of code: blank lines, comments, docstrings and lines that only moved do not count."
+        ),
+        "rest": "The tests, and what else changes: {} lines",
+        "from": "You begin with the files of step {}, and with this step's tests.",
+        "empty": "You begin with this step's tests and nothing else.",
+        "write": "What is left to write is {} lines of code, in {}. From the repository's root:",
+        "until": (
+            "Write until the last line is `green: step {} is yours`. Before that, `red:` stands in "
+            "front of the line that failed."
+        ),
         "code": "code",
         "lines": "{} lines with the tests, {} of them new in this step",
         "tests": "tests",
@@ -23,6 +46,17 @@ WORDS = {  # of the page in each language
         "join": "; ",
     },
     "README.zh.md": {
+        "idea": (
+            "整个改动 {1} 行，核心思想在其中的 {0} 行里，也就是 {2}。这一步一共新增 {3} 行代码："
+            "空行、注释、docstring 和只是挪了位置的行不算。"
+        ),
+        "rest": "测试和其余改动：{} 行",
+        "from": "开始时，你有步骤 {} 的文件和这一步的测试。",
+        "empty": "开始时，你只有这一步的测试。",
+        "write": "要写的是 {} 行代码，在 {} 里。在仓库根目录下运行：",
+        "until": (
+            "写到最后一行是 `green: step {} is yours` 为止。在那之前，`red:` 后面是失败的那一行。"
+        ),
         "code": "代码",
         "lines": "连测试 {} 行，其中 {} 行是这一步新增的",
         "tests": "测试",
@@ -36,7 +70,45 @@ WORDS = {  # of the page in each language
         "join": "；",
     },
 }
+START = """```bash
+.venv/bin/python steps/steps.py start {0} out/my_{0}
+.venv/bin/python steps/steps.py test --mine out/my_{0} {0}
+```"""
 NAIVE = {"README.md": "Still naive", "README.zh.md": "还有哪些不足"}
+
+
+def shown_diff(page: Path, idea: list[str]) -> str:
+    """The diff of the files that hold the step's idea, then that of the others, folded."""
+    step, words = page.parent, WORDS[page.name]
+    changed = diff(step)
+    if missing := [name for name in idea if name not in changed]:
+        raise StepError(
+            f"{step.name}/{page.name} names {missing[0]} in its line <!-- diff -->, which the step "
+            f"does not change; it can be {', '.join(changed)}"
+        )
+    first = "".join(changed[name] for name in idea or changed)
+    rest = "".join(text for name, text in changed.items() if idea and name not in idea)
+    files = ", ".join(f"`{name}`" for name in idea or changed)
+    counts = [text.count("\n") for text in (first, first + rest, rest)]
+    told = words["idea"].format(*counts[:2], files, added_code(step))
+    shown = f"{told}\n\n```diff\n{first}```\n"
+    if rest:
+        summary = words["rest"].format(counts[2])
+        shown += f"\n<details>\n<summary>{summary}</summary>\n\n```diff\n{rest}```\n\n</details>\n"
+    return shown
+
+
+def write_it(page: Path) -> str:
+    """How a reader writes the step: what is there, what is missing, and the commands."""
+    step, words, old = page.parent, WORDS[page.name], parent(page.parent)
+    number, tests = step.name[:2], given(step)
+    files = ", ".join(
+        f"`{name}`" for name in diff(step) if name in set(python_files(step)) - set(tests)
+    )
+    begin = words["from"].format(old.name[:2]) if old else words["empty"]
+    left = words["write"].format(added_code(step, tests), files)
+    gap = " " if page.name == "README.md" else ""
+    return f"{begin}{gap}{left}\n\n{START.format(number)}\n\n{words['until'].format(number)}\n"
 
 
 def ending(page: Path) -> str:
