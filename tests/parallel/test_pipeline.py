@@ -30,12 +30,12 @@ SINGLE = {
     "1f1b": Layout(3, "1f1b", 8, 7, stage_layers="3,1,3", recompute="block"),
     "interleaved": Layout(2, "interleaved", 8, stages_per_rank=2, dropout=0.1),
     "zero-bubble": Layout(3, "zero-bubble", 5, 5, dropout=0.1),
+    "zero-bubble-v": Layout(2, "zero-bubble-v", 3, tied=False),
 }
 LAYOUTS = [
     Layout(2, "1f1b", 5, 7, tied=False),
     Layout(2, "1f1b", 1, dropout=0.1),
     Layout(2, "zero-bubble", 5, recompute="block"),
-    Layout(2, "zero-bubble-v", 3, tied=False),
     Layout(2, "zero-bubble-v", 8, 7, dropout=0.1, recompute="attention"),
     Layout(3, "afab", 5, 7, tied=False, dropout=0.1),
     Layout(3, "1f1b", 2),
