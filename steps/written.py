@@ -44,6 +44,7 @@ WORDS = {  # of the page in each language
         "route": "on the afternoon's route: ",
         "package": "the package, `rosetrainer/`",
         "join": "; ",
+        "and": ", ",
     },
     "README.zh.md": {
         "idea": (
@@ -68,6 +69,7 @@ WORDS = {  # of the page in each language
         "route": "“一个下午”的路线：",
         "package": "包 `rosetrainer/`",
         "join": "；",
+        "and": "、",
     },
 }
 START = """```bash
@@ -88,7 +90,7 @@ def shown_diff(page: Path, idea: list[str]) -> str:
         )
     first = "".join(changed[name] for name in idea or changed)
     rest = "".join(text for name, text in changed.items() if idea and name not in idea)
-    files = ", ".join(f"`{name}`" for name in idea or changed)
+    files = words["and"].join(f"`{name}`" for name in idea or changed)
     counts = [text.count("\n") for text in (first, first + rest, rest)]
     told = words["idea"].format(*counts[:2], files, added_code(step))
     shown = f"{told}\n\n```diff\n{first}```\n"
@@ -121,7 +123,7 @@ def ending(page: Path) -> str:
         ("", step.name[:2]),
         ("---", "---"),
         (words["code"], words["lines"].format(lines, added_code(step))),
-        (words["tests"], ", ".join(tests(step, words["checks"]))),
+        (words["tests"], words["and"].join(tests(step, words["checks"]))),
         (words["naive"], first_sentence(points[0]) + more),
         (words["next"], next_pages(page)),
     ]
