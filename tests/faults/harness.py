@@ -73,6 +73,10 @@ POINTS = {
     "clip": ("training.trainer", "clip_gradients", "before"),
     "updated": ("training.trainer", "train_step", "after"),
     "evaluation": ("training.trainer", "evaluate", "before"),
+    # Inside an action of a pipeline.
+    "stage forward": ("parallel.pipeline.runner._Run", "forward", "before"),
+    "stage backward": ("parallel.pipeline.runner._Run", "backward", "before"),
+    "stage weights": ("parallel.pipeline.runner._Run", "make_weight_gradients", "before"),
     # Inside a save.
     "mid-shard": ("checkpoint.slices", "save_file", "half"),
     "shard": ("checkpoint.slices", "sha256_of", "before"),
