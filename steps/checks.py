@@ -10,6 +10,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from chinese import check_chinese
 from ladder import STEPS, StepError, added_code, find, folders, python_files
 from pages import SECTIONS, heading, headings, pages, predictions, says, written_anew
 from pictures.album import check_pictures
@@ -52,6 +53,7 @@ def check() -> None:
         pages(step)  # all are there: they link to each other
     for step in folders():
         check_step(step)
+    check_chinese()
     check_pictures()
     for name, path in CORE.items():
         check_core(name, PACKAGE / path)

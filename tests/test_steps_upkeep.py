@@ -233,6 +233,37 @@ def test_an_end_counts_lines_and_checks_and_links_what_comes_next(root: Path) ->
     assert "(../../rosetrainer/README.md)" in (root / f"steps/{NAMES[-1]}/README.md").read_text()
 
 
+@pytest.mark.parametrize(
+    "line, what",
+    [
+        ("每个 rank 拿着一片。", "says 拿着; the field says 持有"),
+        (
+            "见[下一步](../08_row_parallel_attention/)。",
+            "links to a folder, which shows the English page: ](../08_row_parallel_attention/)",
+        ),
+        ("见[首页](../../README.md#a)。", "links to the English page: ](../../README.md"),
+        ("到 08 步为止。", "names a step without 步骤 in front of its number: 08 步"),
+        ("对,错。", "has half-width punctuation between Chinese characters: 对,"),
+        ("每个rank", "lacks a space between Chinese and Latin: 个r"),
+        ("**真，**假", "does not show 真， bold: let it end before its ，"),
+    ],
+)
+def test_check_fails_on_chinese_that_breaks_a_rule(root: Path, line: str, what: str) -> None:
+    told = "import sys; sys.path.insert(0, 'steps'); import chinese; chinese.check_chinese()"
+    page = root / "steps/07_row_parallel_ffn/README.zh.md"
+    text = page.read_text()
+    page.write_text(f"{text}\n`拿着`\n```text\n拿着\n```\n")  # code does not count
+    assert subprocess.run([sys.executable, "-c", told], cwd=root, check=False).returncode == 0
+    page.write_text(f"{text}\n{line}\n")
+    done = subprocess.run(
+        [sys.executable, "-c", told], cwd=root, capture_output=True, text=True, check=False
+    )
+    number = page.read_text().count("\n")
+    assert done.stderr.splitlines()[-1] == (
+        f"ladder.StepError: steps/07_row_parallel_ffn/README.zh.md line {number} {what}"
+    )
+
+
 def test_check_fails_on_a_missing_page(root: Path) -> None:
     (root / "steps/01_minimal_gpt/README.zh.md").unlink()
     assert refused(root) == (
