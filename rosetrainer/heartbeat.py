@@ -60,19 +60,18 @@ class IdleClock:
     def __init__(self, seconds: float, now: float) -> None:
         self._seconds = seconds
         self._looked = self._signed = self._counted = now
-        self._count, self._processor = -1, 0.0
+        self._count, self._shares = -1, 0.0
 
     def look(self, now: float, count: int, processor: float | None) -> float:
         """Seconds without a sign. processor: its seconds so far, None where they say nothing."""
         if now - self._looked > self.STALL:
             self._signed += now - self._looked
             self._counted += now - self._looked
-        self._looked = now
+        shares = 0.0 if processor is None else processor // (self.SHARE * self._seconds)
         if count != self._count:
-            self._count, self._counted, self._signed = count, now, now
-            self._processor = processor or self._processor
-        elif processor is not None and processor - self._processor >= self.SHARE * self._seconds:
-            self._processor = processor
-            if now - self._counted < self.ENDLESS * self._seconds:
-                self._signed = now
+            self._counted = now
+        is_endless = now - self._counted >= self.ENDLESS * self._seconds
+        if (count, shares) != (self._count, self._shares) and not is_endless:
+            self._signed = now
+        self._looked, self._count, self._shares = now, count, shares
         return now - self._signed

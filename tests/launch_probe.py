@@ -9,6 +9,7 @@ import contextlib
 import fcntl
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -20,12 +21,12 @@ PIDS = Path(os.environ.get("PROBE_PIDS", "."))
 
 if "RANK" in os.environ:  # a rank that is being started and has not come to run_rank
     PIDS.with_suffix(".starting").touch()
-    while "PROBE_IS_SIGNALLED_EARLY" in os.environ and not signal.sigpending():
+    while "PROBE_IS_SIGNALLED_EARLY" in os.environ:
         time.sleep(0.005)
 
-from rosetrainer.launch import launcher, rank  # noqa: E402
+from rosetrainer.launch import launcher, stop  # noqa: E402
 from rosetrainer.launch.failures import RankError  # noqa: E402
-from rosetrainer.launch.rank import report_stop_seconds, run_rank  # noqa: E402
+from rosetrainer.launch.rank import ERROR_REPORT, run_rank  # noqa: E402
 from rosetrainer.validation import ConfigError  # noqa: E402
 
 
@@ -36,6 +37,16 @@ def meet() -> None:
     part.replace(PIDS / str(RANK))
     while len(list(PIDS.iterdir())) < int(os.environ["WORLD_SIZE"]):
         time.sleep(0.005)
+
+
+def state(pid: int) -> str:
+    """The process's letter in ps, or nothing if it is gone."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        if Path("/proc/self/stat").exists():
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        command = ["ps", "-o", "state=", "-p", str(pid)]
+        return subprocess.run(command, capture_output=True, text=True).stdout[:1]
+    return ""
 
 
 def stay() -> None:
@@ -113,12 +124,19 @@ def graceful(words: list[str]) -> None:
     stay()
 
 
+def one_deaf(words: list[str]) -> None:
+    """Rank 0 takes no notice of signals, its peer saves."""
+    on_signals(ignore if RANK == 0 else save_and_leave)
+    meet()
+    stay()
+
+
 def slow_step(words: list[str]) -> None:
     """Told to end, rank 0 says how many seconds that takes; both save when the test lets them."""
 
     def finish(signum: int) -> None:
         if RANK == 0:
-            report_stop_seconds(float(words[0]))
+            stop.report_stop(seconds=float(words[0]))
         save_and_leave(signum)
 
     on_signals(finish)
@@ -138,12 +156,12 @@ def save_fails(words: list[str]) -> None:
 
 
 def suspended(words: list[str]) -> None:
-    """Rank 0 suspends itself; its peer then fails, stays, or ends when it is told to."""
+    """Rank 0 suspends itself; its peer then fails, stays, or saves like rank 0 when told to end."""
     on_signals(save_and_leave if words == ["graceful"] else ignore)
     meet()
     if RANK == 0:
         os.kill(os.getpid(), signal.SIGSTOP)
-    while not launcher.is_suspended(int((PIDS / "0").read_text())):
+    while state(int((PIDS / "0").read_text())) != "T":
         time.sleep(0.005)
     if words == ["crash"]:
         raise RuntimeError("boom")
@@ -156,7 +174,13 @@ def explained(words: list[str]) -> None:
     if words == ["1"] and RANK == 1 and os.environ["WORLD_SIZE"] == "2":
         until_the_end_of(0)
     is_first = str(RANK) in words
-    raise RankError("the disk is full" if is_first else "a connection is lost", first=is_first)
+    ERROR_REPORT.is_first = lambda: is_first
+    raise RankError("the disk is full" if is_first else "a connection is lost")
+
+
+def lost(words: list[str]) -> None:
+    meet()
+    raise RuntimeError("[../transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:37")
 
 
 def starved(words: list[str]) -> None:
@@ -237,7 +261,18 @@ MODES: dict[str, Callable[[list[str]], None]] = {
     mode.__name__: mode
     for mode in [
         *(show, crash, stubborn, mistake, killed, status, sleep, collective, interrupt),
-        *(deaf, graceful, slow_step, save_fails, suspended, explained, pipe, starved),
+        *(
+            deaf,
+            one_deaf,
+            graceful,
+            slow_step,
+            save_fails,
+            suspended,
+            explained,
+            pipe,
+            lost,
+            starved,
+        ),
     ]
 }
 
@@ -248,13 +283,10 @@ if __name__ == "__main__":
         signal.signal(signal.SIGINT, signal.default_int_handler)
         if "PROBE_NOHUP" in os.environ:
             signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        for name in ("POLL", "TERMINATE", "SUSPENDED", "STOP", "SECOND_SIGNAL"):
-            name += "_SECONDS"
-            setattr(launcher, name, float(os.environ.get(name, getattr(launcher, name))))
+        for name in ("POLL_SECONDS", "TERMINATE_SECONDS", "STOP_SECONDS", "SECOND_SIGNAL_SECONDS"):
+            module = stop if name == "SECOND_SIGNAL_SECONDS" else launcher
+            setattr(module, name, float(os.environ.get(name, getattr(module, name))))
         threads = int(os.environ.get("PROBE_THREADS", "0"))
-        handlers = [signal.getsignal(signum) for signum in launcher.STOP_SIGNALS]
-        grace = float(os.environ.get("PROBE_GRACE", rank.GRACE))
-        ended = launcher.launch(int(sys.argv[2]), sys.argv[3:], threads, "launch_probe", grace)
-        assert handlers == [signal.getsignal(signum) for signum in launcher.STOP_SIGNALS]
-        sys.exit(ended)
+        stop.STOP.time.grace = float(os.environ.get("PROBE_GRACE", stop.GRACE))
+        sys.exit(launcher.launch(int(sys.argv[2]), sys.argv[3:], threads, "launch_probe"))
     run_rank(lambda: MODES[sys.argv[1]](sys.argv[2:]))

@@ -59,10 +59,10 @@ def crowd() -> tuple[float, float]:
     rival = subprocess.Popen([sys.executable, "-c", "while True: pass"])
     try:
         os.sched_setaffinity(rival.pid, core)
-        counted, ran = processor_seconds(False), time.thread_time()
+        counted, ran = processor_seconds(), time.thread_time()
         while time.thread_time() - ran < 0.2:
             pass
-        now = processor_seconds(False)
+        now = processor_seconds()
         assert counted is not None
         assert now is not None
         return now - counted, time.thread_time() - ran

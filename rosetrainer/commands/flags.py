@@ -14,8 +14,7 @@ from typing import TypeVar
 import tyro
 
 from rosetrainer.config import ParallelConfig
-from rosetrainer.environment import is_rank, trainer_command, world_from_environment
-from rosetrainer.launch.rank import LAUNCHED
+from rosetrainer.environment import LAUNCHED, is_rank, trainer_command, world_from_environment
 from rosetrainer.validation import ConfigError, check_fields
 
 T = TypeVar("T")

@@ -12,10 +12,9 @@ from typing import Literal, TypeVar
 
 from rosetrainer.commands.presets import PRESETS
 from rosetrainer.config import TrainConfig
-from rosetrainer.environment import world_from_environment
+from rosetrainer.environment import LAUNCHED, world_from_environment
 from rosetrainer.hardware.memory import keep_freed_memory, no_garbage_collection
-from rosetrainer.launch.rank import GRACE, LAUNCHED
-from rosetrainer.launch.stop import STOP, stop_status
+from rosetrainer.launch.stop import GRACE, STOP, stop_status
 from rosetrainer.validation import Count, LocalRanks, check_fields, config_from_dict
 
 READ = "ROSETRAINER_COMMAND"
@@ -54,8 +53,8 @@ def main(argv: list[str]) -> int:
     if not starts:
         return run_rank_of(command, world_size)
     os.environ[READ] = json.dumps(asdict(command), default=str)
-    STOP.release()
-    return launch(world_size, ["train", *argv], config.hardware.threads, grace=command.grace)
+    STOP.time.grace = command.grace
+    return launch(world_size, ["train", *argv], config.hardware.threads)
 
 
 def run_rank_of(command: TrainCommand, world_size: int) -> int:

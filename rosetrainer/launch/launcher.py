@@ -6,7 +6,6 @@ in a folder, so nothing has to listen on a port. For more than one machine there
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
@@ -15,27 +14,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
+from typing import Any
 
-from rosetrainer.environment import usable_cores
+from rosetrainer.environment import LAUNCHED, usable_cores
 from rosetrainer.launch.failures import memory_advice
 from rosetrainer.launch.interfaces import INTERFACE, local_interface
-from rosetrainer.launch.rank import (
-    ERROR_FILE,
-    GRACE,
-    LAUNCHED,
-    PIPE_CLOSED,
-    RENDEZVOUS_DIR,
-    STOP_MESSAGE,
-    STOP_SECONDS_FILE,
-    stop_line,
-)
-from rosetrainer.launch.stop import SECOND_SIGNAL_SECONDS
+from rosetrainer.launch.rank import ERROR_FILE, PIPE_CLOSED, RENDEZVOUS_DIR
+from rosetrainer.launch.stop import STOP, STOP_FILE, stop_line
 from rosetrainer.validation import ConfigError
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 CRASHES = (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE)
 """Signals by which a rank dies of itself or by the system, never because another rank failed."""
 
@@ -46,102 +34,43 @@ STOP_SECONDS = 9
 """Time that the ranks have, at least, to save and leave after a signal."""
 STOP_MARGIN = 1.5
 """Times what the ranks were measured to need, for they may be slower now."""
-SUSPENDED_SECONDS = 5
-"""How long a rank may be suspended (SIGSTOP) after a signal, which then does not reach it."""
 
-ERROR_NAME = "error_{:05}.json"
 Ranks = list[subprocess.Popen[bytes]]
-Signals = list[tuple[int, float]]  # (number, time) of each that has come
 
 
-def launch(
-    nproc: int,
-    argv: list[str],
-    threads: int = 0,
-    module: str = "rosetrainer",
-    grace: float = GRACE,
-) -> int:
+def launch(nproc: int, argv: list[str], threads: int = 0, module: str = "rosetrainer") -> int:
     """Runs `python -m module argv...` as nproc ranks; returns the exit status for all of them.
 
     0 if all ranks end well, 2 for a user's mistake (a rank's ConfigError), 128 + n if signal n
     stopped the launcher (130 for Ctrl-C; 0 for a SIGTERM after which all ranks end well),
     otherwise 1. A rank has `threads` CPU threads; 0 leaves OMP_NUM_THREADS as the user set it, or
-    else shares the cores. grace: seconds that ranks have to save and leave after a signal, if
-    they need so long. The ranks call `launch.rank.run_rank`. Call it from the main thread.
-    Raises ConfigError for nproc < 1, or if this machine's ranks cannot reach each other.
+    else shares the cores. The ranks call `launch.rank.run_rank`. Call it from the main thread of a
+    process that ends after it: signals stay noted. Raises ConfigError for nproc < 1, or if this
+    machine's ranks cannot reach each other.
     """
     if nproc < 1:
         raise ConfigError(f"nproc={nproc} must be 1 or more")
-    with (
-        _note_signals() as received,
-        tempfile.TemporaryDirectory(prefix="rosetrainer_", ignore_cleanup_errors=True) as name,
-    ):
-        ranks: Ranks = []
-        folder = Path(name)
-        environment = _rank_environment(nproc, threads) | {RENDEZVOUS_DIR: name}
+    STOP.listen(launches=True)
+    ranks: Ranks = []
+    with tempfile.TemporaryDirectory(prefix="rosetrainer_", ignore_cleanup_errors=True) as name:
+        folder, environment = Path(name), _rank_environment(nproc, threads)
         try:
             for rank in range(nproc):
-                own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-                own[ERROR_FILE] = str(folder / ERROR_NAME.format(rank))
-                ranks.append(_start([sys.executable, "-m", module, *argv], environment | own))
-            failed = _wait(ranks, received)
-            if received:
-                return stop(ranks, received, folder, grace)
-            _end(ranks, received)
-            return _report(failed, folder) if failed else 0
+                own = {"RANK": str(rank), "LOCAL_RANK": str(rank), RENDEZVOUS_DIR: name}
+                own[ERROR_FILE] = str(_error_file(folder, rank))
+                command = [sys.executable, "-m", module, *argv]
+                process = subprocess.Popen(command, env=environment | own, start_new_session=True)
+                ranks.append(process)
+            while _running(ranks) and not _failed(ranks) and not STOP.signal:
+                time.sleep(POLL_SECONDS)
+            if STOP.signal:
+                return _stop(ranks, folder, STOP.signal)
+            return _fail(ranks, folder) if _failed(ranks) else 0
         finally:
-            kill(ranks)
-
-
-def _start(command: list[str], environment: dict[str, str]) -> subprocess.Popen[bytes]:
-    """A rank whose signals wait until run_rank takes them: it may want to end in its own way."""
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-    try:
-        return subprocess.Popen(command, env=environment, start_new_session=True)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-
-
-def _wait(ranks: Ranks, received: Signals) -> dict[int, int]:
-    """Waits for the end of all ranks, for a failure or for a signal; gives failed ranks' statuses.
-
-    After the first failure it looks once more, since the cause may be the one seen later.
-    """
-    failed: dict[int, int] = {}
-    while True:
-        seen, statuses = bool(failed), [rank.poll() for rank in ranks]
-        failed = {rank: status for rank, status in enumerate(statuses) if status}
-        if received or None not in statuses or seen:
-            return failed
-        time.sleep(POLL_SECONDS)
-
-
-def _error(folder: Path, rank: int) -> tuple[str, float, float]:
-    """(text, whether another rank was first, time), see launch.rank.record; the text may be ""."""
-    if not (text := _read(folder / ERROR_NAME.format(rank))):
-        return "", math.inf, math.inf
-    message = json.loads(text)["message"]
-    details = message["extraInfo"]
-    return message["message"], not details["first"], details["timestamp"]
-
-
-def _report(failed: dict[int, int], folder: Path) -> int:
-    """Prints why the first of the ranks has failed; returns the exit status for all.
-
-    A crash follows from no other rank's end; else the first error is the cause.
-    """
-    is_own = {n: -status in CRASHES or status == PIPE_CLOSED for n, status in failed.items()}
-    rank = min(failed, key=lambda n: (not is_own[n], _error(folder, n)[1:]))
-    status, text = failed[rank], _error(folder, rank)[0]
-    if status == PIPE_CLOSED:
-        return PIPE_CLOSED
-    if status < 0 and not text:
-        name = {s.value: s.name for s in signal.Signals}.get(-status, "unknown")
-        hint = f"; if the machine ran out of memory: {memory_advice()}"
-        text = f"rank {rank} was killed by signal {-status} ({name})"
-        text += hint * (status == -signal.SIGKILL)
-    say(f"error: {text or f'rank {rank} ended with exit status {status}'}")
-    return 2 if status == 2 else 1
+            for process in ranks:
+                process.kill()
+            for process in ranks:
+                process.wait()
 
 
 def _rank_environment(nproc: int, threads: int) -> dict[str, str]:
@@ -160,91 +89,86 @@ def _rank_environment(nproc: int, threads: int) -> dict[str, str]:
     return environment | world | {LAUNCHED: str(os.getpid())}
 
 
-@contextlib.contextmanager
-def _note_signals() -> Iterator[Signals]:
-    """The list to which each signal that would end us is added for a while."""
-    received: Signals = []
-
-    def note(signum: int, frame: FrameType | None) -> None:
-        received.append((signum, time.monotonic()))
-
-    # One that is ignored stays ignored: nohup, or a shell's background job.
-    handled = [s for s in STOP_SIGNALS if signal.getsignal(s) != signal.SIG_IGN]
-    before = {s: signal.signal(s, note) for s in handled}
-    try:
-        yield received
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
+def _running(ranks: Ranks) -> list[int]:
+    return [number for number, rank in enumerate(ranks) if rank.poll() is None]
 
 
-def _end(ranks: Ranks, received: Signals) -> None:
-    """Ends the ranks that another one's failure has left; at once if a signal comes meanwhile."""
+def _failed(ranks: Ranks) -> dict[int, int]:
+    """The exit statuses of those that have not ended well."""
+    return {number: status for number, rank in enumerate(ranks) if (status := rank.poll())}
+
+
+def _terminate(ranks: Ranks) -> None:
     for rank in ranks:
         rank.terminate()  # does nothing to one that has ended
-    end = time.monotonic() + TERMINATE_SECONDS
-    while None in [rank.poll() for rank in ranks] and time.monotonic() < end and not received:
-        time.sleep(POLL_SECONDS)
-    kill(ranks)
+        rank.send_signal(signal.SIGCONT)  # one that is suspended would not see it
 
 
-def stop(ranks: Ranks, received: Signals, folder: Path, grace: float) -> int:
-    """Passes the signal on, lets the ranks save and leave, and kills those that do not.
+def _fail(ranks: Ranks, folder: Path) -> int:
+    """Ends the ranks that another one's failure has left, and prints why the first has failed.
 
-    They have as long as rank 0 has measured, at most `grace` seconds. Prints one line.
+    A crash follows from no other rank's end; else the first error is the cause. It may be seen
+    later than what follows from it.
     """
-    signum, since = received[0]
-    said = f"stopped by {signal.Signals(signum).name}".replace("stopped by SIGINT", "interrupted")
-    for rank in ranks:
-        rank.send_signal(signal.SIGINT if signum == signal.SIGINT else signal.SIGTERM)
-    end, needed = since + min(STOP_SECONDS, grace), 0.0
-    killed: set[int] = set()
-    suspended: dict[int, float] = {}  # rank -> since when
-    while running := [number for number, rank in enumerate(ranks) if rank.poll() is None]:
-        now = time.monotonic()
-        if received[-1][1] > since + SECOND_SIGNAL_SECONDS:
-            kill(ranks)
-            say(f"{said}; all ranks were killed")
-            return 128 + signum
-        if not needed and (needed := float(_read(folder / STOP_SECONDS_FILE) or 0)):
-            end = since + min(max(STOP_SECONDS, STOP_MARGIN * needed), grace)
-            if needed >= STOP_SECONDS:
-                say(stop_line(needed) + f"; --grace gives {grace:g} s" * (needed > grace))
-        suspended = {n: suspended.get(n, now) for n in running if is_suspended(ranks[n].pid)}
-        for n in running:
-            if now >= min(end, suspended.get(n, math.inf) + SUSPENDED_SECONDS):
-                ranks[n].kill()
-                killed.add(n)
-        if killed:
-            end = min(end, now + TERMINATE_SECONDS)  # without it its peers wait in vain
+    time.sleep(POLL_SECONDS)
+    failed = _failed(ranks)
+    _terminate(ranks)
+    end = time.monotonic() + TERMINATE_SECONDS
+    while _running(ranks) and time.monotonic() < end and not STOP.signal:
         time.sleep(POLL_SECONDS)
-    names = ", ".join(map(str, sorted(killed)))
-    fate = f", ranks {names} were killed" if len(killed) > 1 else f", rank {names} was killed"
-    if needed > grace:
-        fate += f" after {grace:g} s; --grace gives them longer"
-    say(f"{said}; {_read(folder / STOP_MESSAGE) or 'all ranks have ended'}{fate * bool(killed)}")
-    saved = signum == signal.SIGTERM and not any(rank.returncode for rank in ranks)
+    crashed = [n for n, status in failed.items() if -status in CRASHES or status == PIPE_CLOSED]
+    errors = {rank: _read(_error_file(folder, rank)).get("message", {}) for rank in failed}
+    times = {n: one["extraInfo"]["timestamp"] if one else math.inf for n, one in errors.items()}
+    rank = min(crashed or failed, key=lambda n: times[n])
+    status = failed[rank]
+    if status == PIPE_CLOSED:
+        return PIPE_CLOSED
+    text = f"error: rank {rank} ended with exit status {status}"
+    if status < 0:
+        text = f"error: rank {rank} was killed by signal {-status} ({signal.Signals(-status).name})"
+    if status == -signal.SIGKILL:
+        text += f"; if the machine ran out of memory: {memory_advice()}"
+    _say(errors[rank].get("message", text))
+    return 2 if status == 2 else 1
+
+
+def _stop(ranks: Ranks, folder: Path, signum: signal.Signals) -> int:
+    """Lets the ranks save and leave, and prints one line; those that are left then are killed.
+
+    They have as long as rank 0 has measured, at most the grace time.
+    """
+    said = "interrupted" if signum == signal.SIGINT else f"stopped by {signum.name}"
+    grace, needed, seconds = STOP.time.grace, 0.0, float(STOP_SECONDS)
+    _terminate(ranks)
+    while (left := _running(ranks)) and time.monotonic() < STOP.since + min(seconds, grace):
+        if STOP.again:
+            _say(f"{said}; all ranks were killed")
+            return 128 + signum
+        if not needed and (needed := _read(folder / STOP_FILE).get("seconds", 0.0)):
+            seconds = max(STOP_SECONDS, STOP_MARGIN * needed)
+            if needed >= STOP_SECONDS:
+                _say(stop_line(needed) + f"; --grace gives {grace:g} s" * (needed > grace))
+        time.sleep(POLL_SECONDS)
+    fate = _read(folder / STOP_FILE).get("message") or "all ranks have ended"
+    if left:
+        names = ", ".join(map(str, left))
+        fate += f", ranks {names} were killed" if len(left) > 1 else f", rank {names} was killed"
+        fate += f" after {grace:g} s; --grace gives them longer" * (needed > grace)
+    _say(f"{said}; {fate}")
+    saved = signum == signal.SIGTERM and not left and not _failed(ranks)
     return 0 if saved else 128 + signum
 
 
-def _read(path: Path) -> str:
-    return path.read_text() if path.exists() else ""
+def _error_file(folder: Path, rank: int) -> Path:
+    return folder / f"error_{rank}.json"
 
 
-def is_suspended(pid: int) -> bool:
-    ps = ["ps", "-o", "state=", "-p", str(pid)]
-    stat = _read(Path(f"/proc/{pid}/stat")).rpartition(")")[2]
-    state = stat or subprocess.run(ps, capture_output=True, text=True).stdout
-    return state.strip().startswith(("T", "t"))
+def _read(path: Path) -> dict[str, Any]:
+    """What launch.rank.leave has written, if it has."""
+    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return found
 
 
-def kill(ranks: Ranks) -> None:
-    for rank in ranks:
-        rank.kill()
-    for rank in ranks:
-        rank.wait()
-
-
-def say(text: str) -> None:
+def _say(text: str) -> None:
     """Prints to standard error; on a terminal below the progress bar that may stand there."""
     print("\n" * sys.stderr.isatty() + text, file=sys.stderr)

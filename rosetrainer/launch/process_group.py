@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from rosetrainer.environment import choose_device, name_ranks, world_from_environment
 from rosetrainer.launch.failures import RankError
-from rosetrainer.launch.rank import RENDEZVOUS_DIR
+from rosetrainer.launch.rank import ERROR_REPORT, RENDEZVOUS_DIR
 from rosetrainer.validation import ConfigError
 
 WATCH_MARGIN_SECONDS = 24 * 3600
@@ -52,9 +52,10 @@ def open_store(timeout: timedelta) -> dist.Store | None:
                 f"or MASTER_PORT where you start the ranks yourself"
             ) from None
         text = f"{store_host()} has not answered in {seconds:g} s; has it started, and can this "
-        if rank != 1:  # which reports it: without a store they cannot agree which is first
+        ERROR_REPORT.is_first = lambda: rank == 1  # for there is no store to count them
+        if rank != 1:
             time.sleep(FOLLOW_SECONDS)
-        raise RankError(text + "machine reach it?", first=rank == 1) from None
+        raise RankError(text + "machine reach it?") from None
     # torchrun keeps one store for all its restarts: nobody may read a dead rank's address.
     return dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", kept)
 

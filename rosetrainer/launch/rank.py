@@ -13,16 +13,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from rosetrainer.environment import (
-    LAUNCHED,
-    PlaceError,
-    reports_for_machine,
-    world_from_environment,
-)
-from rosetrainer.launch.failures import RankError, explain
+from rosetrainer.durable_files import write_whole
+from rosetrainer.environment import LAUNCHED, PlaceError, reports_for_machine
+from rosetrainer.launch.failures import explain, is_lost_connection
 from rosetrainer.validation import ConfigError
 
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
@@ -31,24 +28,32 @@ ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 RENDEZVOUS_DIR = "ROSETRAINER_RENDEZVOUS_DIR"
 """Environment variable: the folder in which the ranks of one launch of ours find each other."""
 
-STOP_MESSAGE = "stop_message.txt"
-"""In that folder: what rank 0 says when a signal has stopped it."""
-
-STOP_SECONDS_FILE = "stop_seconds.txt"
-"""In that folder: what rank 0 says it needs when a signal has come."""
-
-GRACE = 120
-"""Seconds that ranks have, if they need so long, to end their step and save after a signal."""
-
 PIPE_CLOSED = 128 + signal.SIGPIPE
 """Exit status when the reader of our output, `head` say, has gone: there is nothing to say."""
+
+LATER = 60
+"""Seconds added to the time of an error that follows from another rank's, so that the launcher
+takes that one for the cause: clocks of machines differ, and torchrun compares whole seconds."""
+
+
+@dataclass
+class ErrorReport:
+    """What training adds to the report of an error that ends this process."""
+
+    folder: Path | None = None
+    """Of the run: for a traceback."""
+    is_first: Callable[[], bool] | None = None
+    """Whether no other rank has failed before."""
+
+
+ERROR_REPORT = ErrorReport()
+"""The process's own."""
 
 
 def run_rank(main: Callable[[], int | None]) -> NoReturn:
     """Ends the process with main()'s status: 2 for a ConfigError, 130 for Ctrl-C, 1 otherwise."""
     if LAUNCHED in os.environ:
-        _watch(int(os.environ[LAUNCHED]))
-        _take_interrupts()
+        threading.Thread(target=_follow_launcher, name="launcher watch", daemon=True).start()
         # Rank 0's lines should reach a pipe or a log file while it runs, not when it ends.
         sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     try:
@@ -64,37 +69,44 @@ def run_rank(main: Callable[[], int | None]) -> NoReturn:
     sys.exit(status)
 
 
-def end_rank(error: Exception) -> NoReturn:
-    """Reports the error and ends the process, from any of its threads."""
-    now, rank, world_size = time.time(), 0, 1
-    with contextlib.suppress(PlaceError):
-        rank, world_size, _, _ = world_from_environment()
-    failure = explain(error, rank, world_size)
-    if isinstance(error, ConfigError) and not isinstance(error, PlaceError):
-        failure.first = reports_for_machine()  # for all ranks make the same mistake
-    if not record(failure, now) and failure.first:
-        print(f"error: {failure}", file=sys.stderr)
+def _follow_launcher() -> None:
+    """Ends this process once its launcher is gone, even while a collective hangs."""
+    while os.getppid() == int(os.environ[LAUNCHED]):
+        time.sleep(0.3)
+    os._exit(1)
+
+
+def end_rank(error: Exception, first: bool | None = None) -> NoReturn:
+    """Ends the process, from any of its threads, and reports why unless another rank was first.
+
+    first: whether this one was, where that is known.
+    """
+    now, (text, status) = time.time(), explain(error, ERROR_REPORT.folder)
+    if first is None and ERROR_REPORT.is_first:
+        first = ERROR_REPORT.is_first()
+    elif first is None:  # they have not met: a mistake of the user's is one of all ranks
+        alone = isinstance(error, PlaceError) or not isinstance(error, ConfigError)
+        first = alone or reports_for_machine()
+    is_cause = first and not is_lost_connection(error)
+    if not record(f"error: {text}", now if is_cause else now + LATER) and first:
+        print(f"error: {text}", file=sys.stderr)
     with contextlib.suppress(OSError):
         sys.stdout.flush()
         sys.stderr.flush()
     # The interpreter's own ending can hang in a communicator whose peers are gone.
-    os._exit(failure.status)
+    os._exit(status)
 
 
-def record(failure: RankError, now: float) -> bool:
-    """Leaves the error for the launcher, in torchrun's format; whether that will report it.
+def record(text: str, when: float) -> bool:
+    """Leaves an error for the launcher, in torchrun's format; whether that will report it.
 
-    See torch.distributed.elastic.multiprocessing.errors. The time tells which error is the cause:
-    a rank's error breaks the connections of the others within milliseconds, and torchrun compares
-    whole seconds.
+    See torch.distributed.elastic.multiprocessing.errors.
     """
     if not os.environ.get(ERROR_FILE):
         return False
-    when = now if failure.first else now + 1
-    details = {"py_callstack": f"error: {failure}", "timestamp": when, "first": failure.first}
-    message = {"message": str(failure), "extraInfo": details}
+    message = {"message": text, "extraInfo": {"py_callstack": text, "timestamp": when}}
     try:
-        _write(Path(os.environ[ERROR_FILE]), json.dumps({"message": message}))
+        leave(Path(os.environ[ERROR_FILE]), message=message)
     except OSError:
         return False
     # torchrun starts ranks again without a word of what has ended them.
@@ -103,53 +115,6 @@ def record(failure: RankError, now: float) -> bool:
     return LAUNCHED in os.environ or made >= most
 
 
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all: a SIGTERM may come in the middle, and the launcher reads at any time."""
-    part = path.with_suffix(".part")
-    part.write_text(text)
-    part.replace(path)
-
-
-def report_stop(text: str) -> None:
-    """What rank 0 says when a signal has stopped it; under our launcher, which says the rest."""
-    if LAUNCHED in os.environ:
-        _write(Path(os.environ[RENDEZVOUS_DIR]) / STOP_MESSAGE, text)
-    else:
-        print(f"stopped; {text}", flush=True)
-
-
-def report_stop_seconds(seconds: float) -> None:
-    """Rank 0 tells how long it takes to stop, to our launcher, which waits so long, or the user."""
-    if LAUNCHED in os.environ:
-        _write(Path(os.environ[RENDEZVOUS_DIR]) / STOP_SECONDS_FILE, str(seconds))
-    elif seconds >= 1:
-        print(stop_line(seconds), flush=True)
-
-
-def stop_line(seconds: float) -> str:
-    return (
-        f"finishing the step under way, then saving: about {seconds:.0f} s; a second signal, or "
-        f"Ctrl-C, ends at once"
-    )
-
-
-def _take_interrupts() -> None:
-    """Ctrl-C, which the launcher passes on, ends this rank at once unless it is listened to.
-
-    An exception in the middle of torch's import can get lost in its C++ code. The launcher has
-    blocked the signals for us until now.
-    """
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
-
-
-def _watch(launcher: int) -> None:
-    """Ends this process if its launcher is gone, even while a collective hangs."""
-
-    def watch() -> None:
-        while os.getppid() == launcher:
-            time.sleep(0.3)
-        os._exit(1)
-
-    threading.Thread(target=watch, name="launcher watch", daemon=True).start()
+def leave(path: Path, **values: Any) -> None:
+    """For the launcher, which may read at any time; a signal may come in the middle."""
+    write_whole(path, lambda part: part.write_text(json.dumps(values)))

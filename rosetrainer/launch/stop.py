@@ -10,12 +10,20 @@ import os
 import signal
 import threading
 import time
+from pathlib import Path
 from types import FrameType
 
-from rosetrainer.launch.rank import GRACE, LAUNCHED, report_stop, report_stop_seconds
+from rosetrainer.environment import LAUNCHED, reports_for_machine
+from rosetrainer.launch.rank import RENDEZVOUS_DIR, leave
+
+GRACE = 120
+"""Seconds that ranks have, if they need so long, to end their step and save after a signal."""
 
 SECOND_SIGNAL_SECONDS = 1.0
 """A terminal and a launcher may both send a signal; one that comes later means: end at once."""
+
+STOP_FILE = "stop.json"
+"""In RENDEZVOUS_DIR: what rank 0 says of its stop."""
 
 
 class StopTime:
@@ -31,17 +39,9 @@ class StopTime:
     def begin_step(self, now: float) -> None:
         self._began = now
 
-    def end_step(self, now: float) -> None:
-        self._step, self._steps, self._began = now - self._began, self._steps + 1, 0.0
-
-    def left(self, now: float) -> float:
-        """Seconds. A step that takes longer than the last one, or the first, is half done."""
-        passed = now - self._began if self._began else 0.0
-        step = self._step - passed if self._step > passed else passed
-        return step + (self.save or max(self._step, passed))
-
-    def warning(self) -> str:
+    def end_step(self, now: float) -> str:
         """Once, as soon as it is known, a line if a stop takes longer than there will be time."""
+        self._step, self._steps, self._began = now - self._began, self._steps + 1, 0.0
         torchrun = "TORCHELASTIC_RUN_ID" in os.environ and LAUNCHED not in os.environ
         given = os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30") if torchrun else self.grace
         need = self._step + self.save
@@ -56,61 +56,69 @@ class StopTime:
             f"Kubernetes: terminationGracePeriodSeconds, docker: --stop-timeout)"
         )
 
+    def left(self, now: float) -> float:
+        """Seconds. A step that takes longer than the last one, or the first, is half done."""
+        passed = now - self._began if self._began else 0.0
+        step = self._step - passed if self._step > passed else passed
+        return step + (self.save or max(self._step, passed))
+
 
 class StopRequest:
-    """SIGTERM or Ctrl-C, once it has come. A second one ends the process at once."""
+    """A signal to stop, once it has come: to a rank, or to our launcher, which passes it on."""
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
+        self.since = math.inf
+        self.again = False
+        """Whether a second one has come, which means: end at once."""
         self.time = StopTime()
-        self._waits = False
-        self._before: dict[signal.Signals, object] = {}
+        self._listens, self._launches, self._waits = False, False, False
 
-    def listen(self) -> None:
+    def listen(self, launches: bool = False) -> None:
         """From now on. A signal that is ignored, as under nohup, stays ignored.
 
-        A thread looks at the signals, for the main one may hang in another rank's absence.
+        A thread looks at them, for the main one may hang in another rank's absence. launches: this
+        process is no rank, which obeys, but the launcher.
         """
-        if self._before:
-            return
-        reading, writing = os.pipe()
-        os.set_blocking(writing, False)
-        signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-        for signum in (signal.SIGTERM, signal.SIGINT):
+        self._launches = launches
+        if not self._listens:
+            self._listens = True
+            reading, writing = os.pipe()
+            os.set_blocking(writing, False)
+            signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+            threading.Thread(target=self._look, args=(reading,), name="stop", daemon=True).start()
+        more = (signal.SIGHUP, signal.SIGQUIT) if launches else ()
+        for signum in (signal.SIGINT, signal.SIGTERM, *more):
             if signal.getsignal(signum) != signal.SIG_IGN:
-                self._before[signum] = signal.signal(signum, self._receive)
-        threading.Thread(target=self._obey, args=(reading,), name="stop", daemon=True).start()
+                signal.signal(signum, self._receive)
 
     def wait_for_steps(self) -> None:
         """From now on the training loop looks at `signal`: all ranks have come to it."""
         self._waits = True
 
-    def release(self) -> None:
-        """Signals mean again what they meant before."""
-        signal.set_wakeup_fd(-1)
-        for signum, handler in self._before.items():
-            signal.signal(signum, handler)  # type: ignore[arg-type]
-        self._before.clear()
-
     def _receive(self, signum: int, frame: FrameType | None) -> None:
         self.signal = self.signal or signal.Signals(signum)
 
-    def _obey(self, reading: int) -> None:
-        first: float | None = None
+    def _look(self, reading: int) -> None:
         while received := os.read(reading, 1):
-            signum = signal.Signals(received[0])
-            if signum not in self._before:
+            signum, now = signal.Signals(received[0]), time.monotonic()
+            if signal.getsignal(signum) != self._receive:
+                continue
+            first, self.since = self.since == math.inf, min(self.since, now)
+            self.again = now > self.since + SECOND_SIGNAL_SECONDS
+            if self._launches:
                 continue
             if not self._waits:
-                if os.environ.get("RANK", "0") == "0":
-                    report_stop("before it went a step, so there is nothing to save")
+                report_stop("before it went a step, so there is nothing to save")
                 os._exit(stop_status(signum))
-            if first is not None and time.monotonic() - first > SECOND_SIGNAL_SECONDS:
+            if self.again:
                 os._exit(128 + signum)
-            if first is None:
-                first = time.monotonic()
-                if os.environ.get("RANK", "0") == "0":
-                    report_stop_seconds(self.time.left(first))
+            if first:
+                report_stop(seconds=self.time.left(now))
+
+
+STOP = StopRequest()
+"""The process's own: signals belong to a process."""
 
 
 def stop_status(signum: signal.Signals | None) -> int:
@@ -118,5 +126,20 @@ def stop_status(signum: signal.Signals | None) -> int:
     return 130 if signum == signal.SIGINT else 0
 
 
-STOP = StopRequest()
-"""The process's own: signals belong to a process. `python -m rosetrainer train` listens."""
+def report_stop(message: str = "", seconds: float = 0.0) -> None:
+    """How a stop has ended, or how long it will take: to our launcher, or to the user."""
+    if not reports_for_machine():
+        return
+    if LAUNCHED in os.environ:
+        leave(Path(os.environ[RENDEZVOUS_DIR]) / STOP_FILE, message=message, seconds=seconds)
+    elif message:
+        print(f"stopped; {message}", flush=True)
+    elif seconds >= 1:
+        print(stop_line(seconds), flush=True)
+
+
+def stop_line(seconds: float) -> str:
+    return (
+        f"finishing the step under way, then saving: about {seconds:.0f} s; a second signal, or "
+        f"Ctrl-C, ends at once"
+    )

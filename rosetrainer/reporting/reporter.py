@@ -49,9 +49,8 @@ class Reporter:
             self._log.skipped(step, count, why)
 
     def end_step(self) -> None:
-        STOP.time.end_step(time.monotonic())
+        self.say(STOP.time.end_step(time.monotonic()))
         self.say(self._slow_ranks.end_step())
-        self.say(STOP.time.warning())
         if self._profile:
             self.say(self._profile.after_step())
 

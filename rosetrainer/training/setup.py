@@ -22,12 +22,12 @@ from rosetrainer.hardware.performance import (
     matmul_peak,
     set_threads,
 )
-from rosetrainer.launch.failures import report_first_error
 from rosetrainer.launch.process_group import (
     WATCH_MARGIN_SECONDS,
     init_process_group,
     open_store,
 )
+from rosetrainer.launch.rank import ERROR_REPORT
 from rosetrainer.launch.watch import HangWatch
 from rosetrainer.model_size import check_memory
 from rosetrainer.models.build import build_model
@@ -89,7 +89,7 @@ def train(
 ) -> tuple[GPTModel, signal.Signals | None]:
     """Trains on every rank; rank 0 writes the run folder. The arguments are check_config's.
 
-    Gives the model, and the signal that stopped training before its end. Raises RankError.
+    Gives the model, and the signal that stopped training before its end.
     """
     if config.precision.deterministic:
         be_deterministic()
@@ -99,10 +99,8 @@ def train(
     watch = None
     if store:
         watch = HangWatch(store, world.rank, world.size, timeout, comm.__file__)
-        watch.follow([world.ledger])
-    was_asked = watch.was_asked if watch else lambda: False
-    once = report_first_error(store, world.rank, world.size, was_asked)
-    with own_screen() if world.rank == 0 else nullcontext(), once as failures:
+        watch.follow(lambda: world.ledger.collectives_started)
+    with own_screen() if world.rank == 0 else nullcontext():
         limit = timedelta(seconds=timeout + WATCH_MARGIN_SECONDS)
         device = init_process_group(config.hardware.device, limit, store)
         resumed_dtype = gather_texts(plan.dtype, world, device)[0]
@@ -110,14 +108,17 @@ def train(
         compiled = compiles(config, config.parallel.resolve(world.size)[0], device)
         check_same_settings(config, corpus, compiled[0], world, device)
         location = open_run(config, corpus, plan, world, device)
-        failures.folder = location.folder
+        ERROR_REPORT.folder = location.folder
         if remark and world.rank == 0:
             print(remark)
         with location.lock or nullcontext():
             context = init_parallel(config.parallel, config.hardware.device, limit.total_seconds())
             if watch:
-                ledgers, alike = (axis.ledger for axis in context.axes), context.pp.size == 1
-                watch.follow(ledgers, device.type == "cuda", alike)
+                ledgers = [axis.ledger for axis in (world, *context.axes)]
+                on_cuda, alike = device.type == "cuda", context.pp.size == 1
+                watch.follow(
+                    lambda: sum(one.collectives_started for one in ledgers), on_cuda, alike
+                )
             trained = train_in_layout(config, corpus, location, context, world, compiled)
             if watch:
                 watch.close()

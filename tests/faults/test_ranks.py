@@ -17,7 +17,7 @@ import torch
 from faults.harness import CHAOS, FLAGS, TRAINING, Fault, freeze, launch, run, sleep_on
 
 from rosetrainer.launch.rank import RENDEZVOUS_DIR
-from rosetrainer.launch.watch import Answer, at_fault
+from rosetrainer.launch.watch import RankState, at_fault
 from rosetrainer.parallel.context import Axis
 from rosetrainer.reporting.slow_ranks import SlowRanks, slow_ranks
 
@@ -80,9 +80,9 @@ def watch_nothing(rank: int) -> None:
 
 
 def test_who_is_at_fault() -> None:
-    def answers(*begun: int | None, works: int | None = None) -> dict[int, Answer]:
+    def answers(*begun: int | None, works: int | None = None) -> dict[int, RankState]:
         found = {rank: n for rank, n in enumerate(begun) if n is not None}
-        return {rank: Answer(n, 9.0, rank != works, "here") for rank, n in found.items()}
+        return {r: RankState(n, 9.0, r != works, "here", 0.0) for r, n in found.items()}
 
     every = {0, 1, 2}
     assert at_fault(answers(7, None, 7), every, 3) == (1, "gives no sign of life")

@@ -107,8 +107,8 @@ def test_control_a_rank_that_does_not_listen_loses_its_steps(markov: Path, tmp_p
 def listen_no_more(rank: int) -> None:
     from rosetrainer.launch.stop import STOP
 
-    STOP.release()
-    STOP.listen = lambda: None  # type: ignore[method-assign]
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    STOP.listen = lambda launches=False: None  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize("signum", STATUS, ids=["SIGTERM", "SIGINT"])

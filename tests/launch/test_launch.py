@@ -14,20 +14,21 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import cast
 
 import pytest
 import torch.distributed as dist
+from launch_probe import state
 from ranks import LONGEST_SECONDS
 
 from rosetrainer.environment import usable_cores
 from rosetrainer.launch import launcher
-from rosetrainer.launch.failures import RankError, is_out_of_memory, report_first_error
+from rosetrainer.launch.failures import explain, is_out_of_memory
 from rosetrainer.launch.launcher import launch
-from rosetrainer.launch.rank import ERROR_FILE, STOP_SECONDS_FILE, record
-from rosetrainer.launch.stop import StopTime
+from rosetrainer.launch.rank import ERROR_FILE, ERROR_REPORT, LATER, leave, record
+from rosetrainer.launch.stop import STOP_FILE, StopRequest, StopTime
+from rosetrainer.launch.watch import HangWatch
 from rosetrainer.validation import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -84,7 +85,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
         environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
         environment["PROBE_PIDS"] = str(folder)
         environment["TMPDIR"] = str(tmp_path)  # a killed launcher leaves its folder
-        limits = ("TERMINATE_SECONDS", "SUSPENDED_SECONDS", "STOP_SECONDS", "SECOND_SIGNAL_SECONDS")
+        limits = ("TERMINATE_SECONDS", "STOP_SECONDS", "SECOND_SIGNAL_SECONDS")
         environment |= dict.fromkeys([*limits, "PROBE_GRACE"], "1e6")
         process = subprocess.Popen(
             [sys.executable, "-m", "launch_probe", *words],
@@ -106,16 +107,6 @@ def start(tmp_path: Path) -> Iterator[Start]:
     for probe in probes:
         probe.process.communicate()
     assert not left
-
-
-def state(pid: int) -> str:
-    """The process's letter in ps, or nothing if it is gone."""
-    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-        if Path("/proc/self/stat").exists():
-            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-        command = ["ps", "-o", "state=", "-p", str(pid)]
-        return subprocess.run(command, capture_output=True, text=True).stdout[:1]
-    return ""
 
 
 def is_alive(pid: int) -> bool:
@@ -198,7 +189,13 @@ def test_a_rank_without_memory_is_told_what_needs_less(start: Start) -> None:
         assert LESS_MEMORY <= set(errors.split())
 
 
-def test_every_kind_of_want_of_memory_is_known() -> None:
+@pytest.fixture
+def rank_3_of_4(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": 3, "WORLD_SIZE": 4, "LOCAL_RANK": 3, "LOCAL_WORLD_SIZE": 4}.items():
+        monkeypatch.setenv(name, str(value))
+
+
+def test_every_kind_of_want_of_memory_is_known(rank_3_of_4: None) -> None:
     import torch
 
     with pytest.raises(RuntimeError) as cpu:
@@ -214,35 +211,50 @@ def test_every_kind_of_want_of_memory_is_known() -> None:
     ]
     for want in wants:
         assert is_out_of_memory(want), want
-        with pytest.raises(RankError) as told, report_first_error(None, 3, 4):
-            raise want
-        assert str(told.value).startswith("rank 3 of 4 ran out of memory")
-        assert told.value.status == 1
+        told, status = explain(want, None)
+        assert told.startswith("rank 3 of 4 ran out of memory")
+        assert status == 1
     assert not is_out_of_memory(RuntimeError("boom"))
     assert not is_out_of_memory(OSError(errno.ENOENT, "No such file"))
 
 
-def test_where_the_rank_that_kept_the_store_has_ended_all_the_others_are_silent() -> None:
-    """It asked them first. Where nobody asked, as where it was killed, they say what they saw."""
+class StoreThatIsGone:
+    """As ranks see it that had a connection to it."""
 
-    class Gone:
-        def add(self, *_: object) -> int:
-            raise dist.DistNetworkError(text)
+    def clone(self) -> StoreThatIsGone:
+        return self
 
-    text = "Failed to recv, got 0 bytes. Connection was likely closed."
+    def set(self, *_: object) -> None:
+        """It was there at the start."""
+
+    def check(self, *_: object) -> bool:
+        raise dist.DistNetworkError(GONE)
+
+    def add(self, *_: object) -> int:
+        raise dist.DistNetworkError(GONE)
+
+
+GONE = "Failed to recv, got 0 bytes. Connection was likely closed."
+
+
+def test_where_the_rank_that_kept_the_store_has_ended_all_the_others_are_silent(
+    rank_3_of_4: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It has told what hangs. Where nothing hung, as if it was killed, they say what they saw."""
+    monkeypatch.setattr(ERROR_REPORT, "is_first", None)
+    watch = HangWatch(cast(dist.Store, StoreThatIsGone()), 3, 4, 600.0, __file__)
+    watch.close()
+    assert ERROR_REPORT.is_first is not None
     told = []
-    for asked in (False, True):
-        with (
-            pytest.raises(RankError) as caught,
-            report_first_error(Gone(), 3, 4, partial(bool, asked)),  # type: ignore[arg-type]
-        ):
-            raise dist.DistNetworkError(text)
-        assert str(caught.value) == (
-            "rank 3 has lost its connection to another rank, which has ended; the same command "
-            "goes on from the last checkpoint"
-        )
-        told.append(caught.value.first)
+    for idle in (1.0, 599.0):
+        watch._idle = idle
+        told.append(ERROR_REPORT.is_first())
     assert told == [True, False]
+    assert explain(dist.DistNetworkError(GONE), tmp_path) == (
+        "rank 3 has lost its connection to another rank, which has ended; the same command "
+        "goes on from the last checkpoint",
+        1,
+    )
 
 
 def test_status_of_a_rank_is_kept(start: Start) -> None:
@@ -315,10 +327,10 @@ def test_ignored_signal_stays_ignored(start: Start) -> None:
 
 def test_ranks_save_before_they_leave(start: Start) -> None:
     """Two signals soon after each other are one wish; a rank's failure meanwhile is not shown."""
-    saved, interrupted = "saved after SIGTERM\n", "saved after SIGINT\n"
+    saved = "saved after SIGTERM\n"
     expected = {
         ("graceful", "SIGTERM"): (0, saved * 2, "stopped by SIGTERM; all ranks have ended\n"),
-        ("graceful", "SIGINT"): (130, interrupted * 2, "interrupted; all ranks have ended\n"),
+        ("graceful", "SIGINT"): (130, saved * 2, "interrupted; all ranks have ended\n"),
         ("graceful", "SIGHUP"): (129, saved * 2, "stopped by SIGHUP; all ranks have ended\n"),
         ("save_fails", "SIGTERM"): (143, saved, "stopped by SIGTERM; all ranks have ended\n"),
     }
@@ -345,7 +357,7 @@ def test_a_long_wait_for_a_step_and_a_save_is_announced(start: Start) -> None:
         "at once\n"
     )
     probe.saved()
-    expected = (130, "saved after SIGINT\n" * 2, "interrupted; all ranks have ended\n")
+    expected = (130, "saved after SIGTERM\n" * 2, "interrupted; all ranks have ended\n")
     assert probe.ended() == expected
 
 
@@ -360,21 +372,17 @@ class VirtualRank:
     signalled: float | None = None
     returncode: int | None = None
 
-    def send_signal(self, signum: int) -> None:
+    def terminate(self) -> None:
         self.signalled = self.time.now
+
+    def send_signal(self, signum: int) -> None:
+        """It is not suspended."""
 
     def poll(self) -> int | None:
         since = self.time.now if self.signalled is None else self.signalled
         if self.returncode is None and self.time.now >= since + self.seconds:
             self.returncode = 0
         return self.returncode
-
-    def kill(self) -> None:
-        if self.returncode is None:
-            self.returncode = -signal.SIGKILL
-
-    def wait(self) -> None:
-        """It has ended."""
 
 
 class VirtualTime:
@@ -411,14 +419,14 @@ def test_ranks_are_waited_for_as_long_as_a_step_and_a_save_take(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    virtual = VirtualTime()
+    virtual, stop = VirtualTime(), StopRequest()
     monkeypatch.setattr(launcher, "time", virtual)
-    monkeypatch.setattr(launcher, "is_suspended", lambda pid: False)
+    monkeypatch.setattr(launcher, "STOP", stop)
+    stop.since, stop.time.grace = 0.0, grace
     ranks = [VirtualRank(virtual, takes) for _ in range(2)]
     if told:
-        (tmp_path / STOP_SECONDS_FILE).write_text(str(told))
-    received = [(int(signal.SIGTERM), 0.0)]
-    assert launcher.stop(cast(launcher.Ranks, ranks), received, tmp_path, grace) == status
+        leave(tmp_path / STOP_FILE, seconds=told)
+    assert launcher._stop(cast(launcher.Ranks, ranks), tmp_path, signal.SIGTERM) == status
     errors = capsys.readouterr().err
     assert errors.endswith(f"{ends}\n")
     assert ("finishing the step under way" in errors) == (told >= 9)
@@ -451,8 +459,7 @@ def test_a_step_and_a_save_beyond_the_grace_time_are_told_once(
         told = []
         for began in (0.0, 100.0, 200.0):
             stop.begin_step(began)
-            stop.end_step(began + 34.0)
-            told.append(stop.warning())
+            told.append(stop.end_step(began + 34.0))
         return told
 
     assert warnings(60) == ["", "", ""]
@@ -496,23 +503,19 @@ def test_second_signal_ends_ranks_at_once(start: Start) -> None:
 
 
 def test_rank_that_does_not_leave_is_killed_and_named(start: Start) -> None:
-    """A suspended one early, its peer soon after; others when the time for saving is over."""
+    """When the time for saving is over."""
     cases = {
-        "peer leaves": (["suspended", "graceful"], 1.0, "rank 0 was", "saved after SIGTERM\n"),
-        "peer stays": (["suspended"], 1.0 + 1.0, "ranks 0, 1 were", ""),
-        "collective": (["collective"], 2.0, "ranks 0, 1 were", ""),
-    }
-    limits = {
-        "peer leaves": {"SUSPENDED_SECONDS": "1"},
-        "peer stays": {"SUSPENDED_SECONDS": "1", "TERMINATE_SECONDS": "1"},
-        "collective": {"STOP_SECONDS": "2"},
+        "one": (["one_deaf"], 1.0, "rank 0 was", "saved after SIGTERM\n"),
+        "all": (["suspended"], 2.0, "ranks 0, 1 were", ""),
+        "in a collective": (["collective"], 2.0, "ranks 0, 1 were", ""),
     }
     begun = time.monotonic()
-    probes = {name: start("launch", "2", *cases[name][0], **limits[name]) for name in cases}
-    for name, probe in probes.items():
+    probes = {
+        name: start("launch", "2", *words, STOP_SECONDS=str(seconds))
+        for name, (words, seconds, _, _) in cases.items()
+    }
+    for probe in probes.values():
         probe.started(2)
-        if "suspended" in cases[name][0]:
-            wait_until(lambda probe=probe: state(probe.pid(0)) == "T")  # type: ignore[misc]
     pace = time.monotonic() - begun
     begun = time.monotonic()
     for probe in probes.values():
@@ -523,6 +526,17 @@ def test_rank_that_does_not_leave_is_killed_and_named(start: Start) -> None:
         assert probes[name].ended() == (143, output, line)
         assert seconds - 0.1 < time.monotonic() - begun < seconds + 1 + 10 * pace, name
         assert not probes[name].alive()
+
+
+def test_a_suspended_rank_saves_like_the_others(start: Start) -> None:
+    """A signal wakes it: nobody has to wait for it, and nothing of it is lost."""
+    probe = start("launch", "2", "suspended", "graceful")
+    probe.started(2)
+    wait_until(lambda: state(probe.pid(0)) == "T")
+    probe.saved()
+    probe.process.terminate()
+    saved = "saved after SIGTERM\n" * 2
+    assert probe.ended() == (0, saved, "stopped by SIGTERM; all ranks have ended\n")
 
 
 def test_ranks_in_a_collective_end_with_the_launcher(start: Start) -> None:
@@ -580,11 +594,26 @@ def test_torchrun_takes_the_first_error_for_the_cause(
     failures = {}
     for number, first in enumerate((False, True)):
         monkeypatch.setenv(ERROR_FILE, file := str(tmp_path / f"{number}.json"))
-        assert record(RankError("boom", first=first), 10.0)
+        assert record("error: boom", 10.0 if first else 9.0 + LATER)
         failures[number] = ProcessFailure(number, 1, 1, file)
     assert ChildFailedError("rosetrainer", failures).get_first_failure()[0] == 1
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "1")
-    assert not record(RankError("boom"), 10.0)
+    assert not record("error: boom", 10.0)
+
+
+def test_torchrun_takes_no_lost_connection_for_the_cause(start: Start, tmp_path: Path) -> None:
+    """A killed rank leaves no error: torchrun dates that by when it sees it, which is later."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+    file = tmp_path / "error.json"
+    place = {"WORLD_SIZE": "1", "RANK": "0", ERROR_FILE: str(file)}
+    assert start("lost", **place).ended() == (1, "", "")
+    failures = {
+        0: ProcessFailure(0, 1, 1, str(file)),
+        1: ProcessFailure(1, 2, -signal.SIGKILL, str(tmp_path / "none.json")),
+    }
+    assert "rank 0 has lost its connection" in str(failures[0].message)
+    assert ChildFailedError("rosetrainer", failures).get_first_failure()[0] == 1
 
 
 def test_without_the_launcher(start: Start) -> None:
