@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field, fields, replace
 from typing import Annotated, Any, Literal
 
-from tyro.conf import Suppress
-
-from rosetrainer.model_size import check_exists
+from rosetrainer.model_config import GPTConfig
 from rosetrainer.parallel_config import ParallelConfig
 from rosetrainer.run_config import (
     MAY_CHANGE,
@@ -34,73 +31,6 @@ from rosetrainer.validation import (
 )
 
 IGNORED = -100  # a label that counts for nothing, as in F.cross_entropy
-
-
-@dataclass(frozen=True)
-class GPTConfig:
-    """The model: shapes of a GPT."""
-
-    vocab_size: Suppress[Count] = 256
-    """Number of token ids; training takes it from the data."""
-    context_length: Annotated[int, Bounds(1, 2**24)] = 256
-    """Tokens in a sequence."""
-    n_layers: Annotated[int, Bounds(1, 2**14)] = 4
-    """Transformer blocks."""
-    n_heads: Count = 4
-    """Attention heads."""
-    d_model: Count = 256
-    """Width of the residual stream."""
-    d_head: Count | None = None
-    """Width of one head; d_model / n_heads unless given."""
-    d_ff: Count | None = None
-    """Inner width of the feed-forward layer; 4 x d_model unless given."""
-    bias: bool = True
-    """Biases in the linear layers."""
-    tied: bool = True
-    """The output head shares the token embedding's weights."""
-    dropout: BelowOne = 0.0
-    """Share of activations that training drops: embeddings, attention, and what blocks add."""
-    architecture: Literal["gpt2", "rotary"] = "gpt2"
-    """rotary: rotary positions, squared ReLU, norms without weights, outputs that begin at zero."""
-    rotary_base: Positive = 10000.0
-    """Rotary positions: the slowest pair of a head turns once in about 6 times as many tokens."""
-
-    @property
-    def head_width(self) -> int:
-        return self.d_head if self.d_head is not None else self.d_model // self.n_heads
-
-    @property
-    def ff_width(self) -> int:
-        return self.d_ff if self.d_ff is not None else 4 * self.d_model
-
-    def check(self, tp_size: int = 1, sequence_parallel: bool = False) -> None:
-        """Raises ConfigError if no such model exists, or tp_size ranks cannot share it."""
-        check_fields(self)
-        if self.d_head is None and self.d_model % self.n_heads:
-            raise ConfigError(
-                f"d_model={self.d_model} is not divisible by n_heads={self.n_heads}; "
-                f"n_heads can be {one_of(divisors(self.d_model))}, or give d_head"
-            )
-        check_exists(self)
-        if self.architecture == "rotary" and self.tied:
-            raise ConfigError("architecture=rotary has an output head of its own; add --no-tied")
-        if self.architecture == "rotary" and self.head_width % 2:
-            raise ConfigError(
-                f"architecture=rotary turns pairs, and a head is {self.head_width} wide; "
-                f"d_head can be {self.head_width + 1}"
-            )
-        for name, value in (("n_heads", self.n_heads), ("d_ff", self.ff_width)):
-            if value % tp_size:
-                possible = divisors(math.gcd(self.n_heads, self.ff_width))
-                raise ConfigError(
-                    f"{name}={value} is not divisible by tp_size={tp_size}; "
-                    f"tp_size can be {one_of(possible)}"
-                )
-        if sequence_parallel and self.context_length % tp_size:
-            raise ConfigError(
-                f"context_length={self.context_length} is not divisible by tp_size={tp_size}, over "
-                f"which sequence parallelism divides it; it can be a multiple of {tp_size}"
-            )
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,25 @@ LARGEST = 2**50
 
 def parameter_count(config: Any) -> int:
     """Of the whole model, the vocabulary without its pad."""
+    if config.architecture == "llama":
+        return _parameters_of_llama(config)
     D, F, width = config.d_model, config.ff_width, config.n_heads * config.head_width
     plain = config.architecture == "gpt2"  # the other has no position table, and norms no weights
     norm = plain * D * (1 + config.bias)
     block = 4 * D * width + 2 * D * F + 2 * norm + config.bias * (3 * width + F + 2 * D)
     tables = config.vocab_size * D * (1 + (not config.tied)) + plain * config.context_length * D
     return tables + config.n_layers * block + norm
+
+
+def _parameters_of_llama(config: Any) -> int:
+    D, F, K = config.d_model, config.ff_width, config.head_width
+    queries, fused = config.n_heads * K, (config.n_heads + 2 * config.kv_heads) * K
+    norm = D * {"layernorm": 1 + config.bias, "none": 0}.get(config.norm, 1)
+    columns = F * (1 + config.is_gated)
+    block = D * (fused + queries + columns + F) + 2 * norm + 2 * K * config.qk_norm
+    block += config.bias * (columns + D)
+    block += (config.bias or config.qkv_bias) * fused + (config.bias or config.dense_bias) * D
+    return config.vocab_size * D * (1 + (not config.tied)) + config.n_layers * block + norm
 
 
 def check_exists(config: Any) -> None:

@@ -21,15 +21,16 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from rosetrainer.config import IGNORED, GPTConfig, OptimConfig, ParallelConfig
+from rosetrainer.models.build import build_model
 from rosetrainer.models.encoder_decoder import EncoderDecoderModel
-from rosetrainer.models.gpt import GPTModel
 from rosetrainer.optim.adamw import AdamW
 from rosetrainer.optim.clip import clip_gradients
 from rosetrainer.optim.optimizer import build_optimizer
 from rosetrainer.parallel.context import ParallelContext, init_parallel
 from rosetrainer.parallel.dropout import DropoutSeed
 from rosetrainer.parallel.sharding import draw_whole, gather_whole, load_whole, shard_spec
-from rosetrainer.proof.reference import ReferenceDropout, ReferenceGPT
+from rosetrainer.proof.oracles import build_reference
+from rosetrainer.proof.reference import ReferenceDropout
 from rosetrainer.training.step import compute_gradients
 
 ROWS, T, S, STEPS, CLIP = 8, 8, 16, 3, 0.05
@@ -58,9 +59,12 @@ class Layout:
     vocab_size: int
     encoder_decoder: bool
     micro_batches: int
+    llama: tuple[tuple[str, Any], ...] = ()
+    """Choices of the Llama family; without any it is GPT-2."""
 
     def __str__(self) -> str:
-        on = ["encoder-decoder" if self.encoder_decoder else "GPT"]
+        on = ["encoder-decoder" if self.encoder_decoder else "Llama" if self.llama else "GPT"]
+        on += [f"{name} {value}" for name, value in self.llama]
         on += [f"tp {self.ranks[0]} x dp {self.ranks[1]}", f"V {self.vocab_size}"]
         on += ["tied"] * self.tied + ["sequence-parallel"] * self.sequence_parallel
         on += [f"recompute {self.recompute}"] * (self.recompute != "none")
@@ -76,7 +80,11 @@ class Layout:
     def model(self) -> GPTConfig:
         shape = {"context_length": S, "n_layers": 2, "n_heads": 8, "d_model": 24, "d_head": 5}
         how = {"d_ff": 40, "tied": self.tied, "dropout": self.dropout}
-        return GPTConfig(self.vocab_size, **shape, **how)  # type: ignore[arg-type]
+        gpt2 = GPTConfig(self.vocab_size, **shape, **how)  # type: ignore[arg-type]
+        if not self.llama:
+            return gpt2
+        choices: dict[str, Any] = {"d_head": 6, "bias": False, **dict(self.llama)}
+        return replace(gpt2, architecture="llama", **choices)
 
     @property
     def function(self) -> Layout:
@@ -85,15 +93,28 @@ class Layout:
         return replace(plain, ranks=(1, 1), micro_batches=1)
 
 
+LLAMAS = (
+    Layout(
+        *((4, 1), True, "none", 0.0, True, False, 139, False, 2),
+        (("n_kv_heads", 2), ("qk_norm", True), ("qkv_bias", True)),
+    ),
+    Layout(*((2, 2), False, "attention", 0.1, True, True, 29, False, 1), (("n_kv_heads", 1),)),
+    Layout(
+        *((4, 2), True, "block", 0.0, False, False, 256, False, 1),
+        (("n_kv_heads", 4), ("norm", "layernorm"), ("bias", True), ("activation", "relu")),
+    ),
+)
+
+
 @functools.cache
 def layouts() -> list[Layout]:
-    """Those that meet every pair of settings."""
-    return [Layout(*row) for row in pairwise.rows(list(FACTORS.values()))]
+    """Those that meet every pair of settings, and some of the Llama family."""
+    return [*(Layout(*row) for row in pairwise.rows(list(FACTORS.values()))), *LLAMAS]
 
 
 def build(layout: Layout, context: ParallelContext) -> nn.Module:
     """In float64, with weights that no bias makes zero and no norm one."""
-    kind = EncoderDecoderModel if layout.encoder_decoder else GPTModel
+    kind = EncoderDecoderModel if layout.encoder_decoder else build_model
     model = kind(layout.model, context).double()
     specs = {name: shard_spec(p) for name, p in model.named_parameters()}
     noisy = {name: replace(spec, init_std=0.3) for name, spec in specs.items()}
@@ -120,7 +141,7 @@ def one_process(layout: Layout) -> dict[str, Any]:
     if layout.encoder_decoder:
         return train(layout, ParallelContext())
     whole = gather_whole(build(layout, ParallelContext()))
-    dense = ReferenceGPT(layout.model).double()
+    dense = build_reference(layout.model).double()
     dense.load_state_dict(whole)
     decayed = [p for n, p in dense.named_parameters() if p.dim() == 2 and "position" not in n]
     others = [p for n, p in dense.named_parameters() if p.dim() != 2 or "position" in n]

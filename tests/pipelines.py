@@ -26,6 +26,7 @@ from rosetrainer.parallel.dropout import DropoutSeed
 from rosetrainer.parallel.pipeline.runner import last_hidden, last_logits
 from rosetrainer.parallel.replicas import checksum
 from rosetrainer.parallel.sharding import draw_whole, gather_whole, load_whole, shard_spec
+from rosetrainer.proof.oracles import build_reference
 from rosetrainer.proof.reference import ReferenceDropout, ReferenceGPT
 from rosetrainer.training.step import compute_gradients
 
@@ -49,6 +50,8 @@ class Layout:
     sequence_parallel: bool = False
     recompute: Any = "none"
     dropout: float = 0.0
+    kv_heads: int | None = None
+    """Of the Llama family; without any it is GPT-2."""
 
     def __str__(self) -> str:
         on = [f"pp {self.pp} x dp {self.dp} x tp {self.tp}", self.schedule]
@@ -56,6 +59,7 @@ class Layout:
         on += [f"m {self.micro_batches}", f"{self.layers} layers"]
         on += [f"as {self.stage_layers}"] * bool(self.stage_layers) + ["tied"] * self.tied
         on += ["sequence-parallel"] * self.sequence_parallel
+        on += [f"Llama with {self.kv_heads} kv heads"] * bool(self.kv_heads)
         on += [f"recompute {self.recompute}"] * (self.recompute != "none")
         return ", ".join([*on, *[f"dropout {self.dropout}"] * (self.dropout > 0)])
 
@@ -76,7 +80,11 @@ class Layout:
     def model(self) -> GPTConfig:
         shape = {"context_length": 2 * T, "n_layers": self.layers, "n_heads": 4, "d_model": 24}
         how = {"d_head": 5, "d_ff": 40, "tied": self.tied, "dropout": self.dropout}
-        return GPTConfig(139, **shape, **how)  # type: ignore[arg-type]
+        gpt2 = GPTConfig(139, **shape, **how)  # type: ignore[arg-type]
+        if self.kv_heads is None:
+            return gpt2
+        llama = replace(gpt2, architecture="llama", bias=False, d_head=6, qk_norm=True)
+        return replace(llama, n_kv_heads=self.kv_heads)
 
     @property
     def rows(self) -> int:
@@ -86,7 +94,7 @@ class Layout:
     def function(self) -> Layout:
         """What is computed, whatever the layout."""
         plain = Layout(1, "1f1b", self.micro_batches, self.layers, self.tied, dp=self.dp)
-        return replace(plain, dropout=self.dropout)
+        return replace(plain, dropout=self.dropout, kv_heads=self.kv_heads)
 
 
 def whole_weights(config: GPTConfig) -> dict[str, Tensor]:
@@ -120,7 +128,7 @@ def dense_logits(dense: ReferenceGPT, ids: Tensor, dropout: ReferenceDropout) ->
 
 def one_process(layout: Layout) -> dict[str, Any]:
     """Logits, losses, norms, gradients of two steps, and weights and moments at the end."""
-    dense = ReferenceGPT(layout.model).double()
+    dense = build_reference(layout.model).double()
     dense.load_state_dict(whole_weights(layout.model))
     decayed = [p for n, p in dense.named_parameters() if p.dim() == 2 and "position" not in n]
     others = [p for n, p in dense.named_parameters() if p.dim() != 2 or "position" in n]

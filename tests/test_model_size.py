@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable
@@ -65,6 +66,25 @@ def test_parameters_are_counted_without_building_them(architecture: Any) -> None
         specs = [shard_spec(parameter) for parameter in build_model(config, meta).parameters()]
         whole = [torch.empty(spec.dense_shape, device="meta").numel() for spec in specs]
         assert parameter_count(config) == sum(whole)
+
+
+LLAMAS: list[dict[str, Any]] = [
+    {},
+    {"n_kv_heads": 1, "qkv_bias": True, "qk_norm": True, "norm": "none"},
+    {"n_kv_heads": 2, "bias": True, "norm": "layernorm", "tied": True},
+    {"dense_bias": True, "activation": "relu", "d_ff": 22},
+    {"bias": True, "activation": "gelu"},
+]
+
+
+@pytest.mark.parametrize("changes", LLAMAS, ids=str)
+def test_parameters_of_the_llama_family_are_counted_alike(changes: dict[str, Any]) -> None:
+    shape = {"n_layers": 3, "n_heads": 4, "d_model": 24, "d_head": 6}
+    how = {"architecture": "llama", "bias": False, "tied": False}
+    config = GPTConfig(139, 10, **{**shape, **how, **changes})
+    model = build_model(config, ParallelContext(device=torch.device("meta")))
+    whole = [math.prod(shard_spec(parameter).dense_shape) for parameter in model.parameters()]
+    assert parameter_count(config) == sum(whole)
 
 
 ABSURD = [

@@ -8,13 +8,14 @@ import torch
 
 from rosetrainer.config import GPTConfig
 from rosetrainer.models.gpt import GPTModel
+from rosetrainer.models.llama import Llama
 from rosetrainer.models.rotary import RotaryGPT
 from rosetrainer.parallel.context import ParallelContext
 from rosetrainer.parallel.pipeline.split_backward import split_backward
 from rosetrainer.parallel.pipeline.stage import cut_model
 from rosetrainer.parallel_config import SPLIT_BACKWARD
 
-ARCHITECTURES: dict[str, type[GPTModel]] = {"gpt2": GPTModel, "rotary": RotaryGPT}
+ARCHITECTURES: dict[str, type[GPTModel]] = {"gpt2": GPTModel, "rotary": RotaryGPT, "llama": Llama}
 
 
 def build_model(config: GPTConfig, context: ParallelContext | None = None) -> GPTModel:

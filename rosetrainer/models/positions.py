@@ -32,3 +32,27 @@ def apply_rotary(fused: Tensor, angles: Tensor) -> Tensor:
     wide = fused.to(torch.promote_types(fused.dtype, torch.float32))
     pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))  # (B, T, 3, H/tp, K/2)
     return torch.view_as_real(pairs * angles).flatten(-2)
+
+
+def turning(positions: Tensor, config: GPTConfig, dtype: torch.dtype) -> Tensor:
+    """(.., T) positions -> (2, .., T, 1, R/2): cosine and sine of the angle by which each pair of a
+    head turns, in fp32 or better. R is config.rotary_width, and pair i turns by position x
+    base^(-2i/R).
+    """
+    R = config.rotary_width
+    pairs = torch.arange(0, R, 2, dtype=torch.float64, device=positions.device)
+    angles = positions[..., None, None] * config.rotary_base ** (-pairs / R)
+    return torch.stack([angles.cos(), angles.sin()]).to(torch.promote_types(dtype, torch.float32))
+
+
+def turn(x: Tensor, angles: Tensor, pairs: str) -> Tensor:
+    """(B, T, heads, K) -> that shape: the first R features of each head turned, the others as they
+    are. Feature i turns with i + R/2 if pairs are "halves", 2i with 2i+1 if they are "neighbours".
+    angles: of `turning`.
+    """
+    cosine, sine = angles.unbind()  # (T, 1, R/2) or (B, T, 1, R/2)
+    R, dim = 2 * cosine.shape[-1], -2 if pairs == "halves" else -1
+    sizes = (2, -1) if pairs == "halves" else (-1, 2)
+    a, b = x[..., :R].unflatten(-1, sizes).unbind(dim)  # (B, T, heads, R/2) each
+    turned = torch.stack([a * cosine - b * sine, b * cosine + a * sine], dim).flatten(-2)
+    return turned if R == x.shape[-1] else torch.cat([turned, x[..., R:]], dim=-1)

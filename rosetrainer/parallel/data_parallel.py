@@ -60,21 +60,39 @@ def count_tokens(
 
 
 def reduce_gradients(model: nn.Module, context: ParallelContext) -> None:
-    """Sums each gradient over the axes on which its shard spec says that it is partial."""
+    """Sums each gradient over the axes on which its shard spec says that it is partial.
+
+    Where the axis cuts the parameter, over the ranks that hold the same part.
+    """
     for axis in context.axes:
         if axis.size == 1:
             continue
-        partial = []
+        partial, addends = [], []
         for name, parameter in model.named_parameters():
-            if shard_spec(parameter).is_partial(axis):
+            spec = shard_spec(parameter)
+            if spec.is_partial(axis):
                 assert parameter.grad is not None, f"{name} has no gradient"
-                partial.append(parameter.grad)
-        for bucket in buckets(partial, BUCKET_BYTES):
-            flat = torch.cat([gradient.flatten() for gradient in bucket])
+                cut = next((cut for cut in spec.cuts if cut.axis.name == axis.name), None)
+                part, parts = (cut.part, cut.parts) if cut else (0, 1)
+                partial.append((parameter.grad, part))
+                addends.append(in_its_place(parameter.grad, part, parts))
+        own = iter(partial)
+        for bucket in buckets(addends, BUCKET_BYTES):
+            flat = torch.cat([addend.flatten() for addend in bucket])
             all_reduce_(flat, axis, "backward")
-            sizes = [gradient.numel() for gradient in bucket]
-            for gradient, summed in zip(bucket, flat.split(sizes), strict=True):
-                gradient.copy_(summed.view_as(gradient))
+            sizes = [addend.numel() for addend in bucket]
+            for addend, summed in zip(bucket, flat.split(sizes), strict=True):
+                gradient, part = next(own)
+                gradient.copy_(summed.view(addend.shape)[part])
+
+
+def in_its_place(gradient: Tensor, part: int, parts: int) -> Tensor:
+    """(parts, ..): zeros but for this part, so that a sum adds what its holders have to nothing."""
+    if parts == 1:
+        return gradient[None]
+    whole = gradient.new_zeros(parts, *gradient.shape)
+    whole[part] = gradient
+    return whole
 
 
 def buckets(tensors: list[Tensor], limit_bytes: int) -> Iterator[list[Tensor]]:

@@ -8,6 +8,7 @@ Transformer Models" (Korthikanti et al.) counts activations like this.
 from __future__ import annotations
 
 from rosetrainer.config import GPTConfig, ParallelConfig
+from rosetrainer.planner import llama
 from rosetrainer.planner.attention import bytes_of_scores
 from rosetrainer.planner.shares import Share, Work, blocks, padded_vocabulary, parameters
 
@@ -31,6 +32,9 @@ def activations(model: GPTConfig, parallel: ParallelConfig, work: Work, share: S
         if parallel.recompute == "block":
             total += B * block.rows[0] // own * D * m
             continue
+        if model.architecture == "llama":
+            total += llama.bytes_of_block(model, parallel, work, own, gathered)
+            continue
         width = model.n_heads * model.head_width // tp
         total += sum(stream(T) for T in block.rows) + sum(map(column_input, block.columns))
         total += dropout * sum(B * T // own * D for T in block.rows)  # one byte each
@@ -44,9 +48,14 @@ def activations(model: GPTConfig, parallel: ParallelConfig, work: Work, share: S
         if share.first:
             total += B * T * (8 + 1)  # ids, and whether this rank has their row
             # Positions: a GPT's are the same for all rows; a slice of one row is a view of it.
-            total += (B * T // own if work.source_tokens and B > 1 else T) * 8
+            positions = B * T // own if work.source_tokens and B > 1 else T
+            total += positions * 8 * (model.architecture == "gpt2")
             total += dropout * B * T // own * D
-        total += share.last * stream(T)  # the last norm of this side
+        if model.architecture == "llama":
+            total += llama.bytes_of_angles(model, work) * (share.layers > 0)
+            total += share.last * llama.bytes_of_norm(model, work, own)
+        else:
+            total += share.last * stream(T)  # the last norm of this side
     if work.source_tokens:
         total += memory_and_masks(model, parallel, work, own, gathered)
     if share.last:  # head and loss: the gradients of the input, of all tokens, and of the table

@@ -23,6 +23,7 @@ from rosetrainer.planner.shares import (
     padded_vocabulary,
     parameters,
 )
+from rosetrainer.validation import ConfigError
 
 LedgerTable = dict[tuple[str, str, str], tuple[int, int]]  # axis, operation, phase: calls, bytes
 Moved = tuple[str, str, list[int]]  # operation, phase, payload bytes of each call
@@ -44,6 +45,11 @@ def plan(model: GPTConfig, parallel: ParallelConfig, work: Work, pp_rank: int = 
     """
     assert parallel.tp_size and parallel.dp_size
     check_settings(model, parallel)
+    if model.architecture == "llama" and parallel.pp_schedule in SPLIT_BACKWARD:
+        raise ConfigError(
+            f"plan has no closed form for architecture=llama with pp_schedule="
+            f"{parallel.pp_schedule}; it can be 1f1b"
+        )
     if parallel.pp_schedule in SPLIT_BACKWARD:  # whose layers make their weights' gradients later
         parallel = replace(parallel, overlap=False)
     shares = shares_of_rank(model, parallel, pp_rank)
@@ -92,9 +98,10 @@ def ledger(
     if parallel.tp_size and parallel.tp_size > 1:
         for operation, phase, payloads in micro_batch(model, parallel, work, share):
             add("tp", operation, phase, *payloads, times=work.micro_batches)
-        if parallel.sequence_parallel:
-            partial = [p.elements for p in sizes if p.replicated]
-            add("tp", "all_reduce", "backward", *buckets(partial, work.weight_bytes))
+        tokens_cut = parallel.sequence_parallel  # a replicated one saw a rank's own tokens only
+        summed = [p for p in sizes if p.summed or (p.replicated and tokens_cut)]
+        partial = [p.summed or p.elements for p in summed]
+        add("tp", "all_reduce", "backward", *buckets(partial, work.weight_bytes))
         add("tp", "all_reduce", "optimizer", 8, 8)  # the norm, who has a bad gradient
     return found
 

@@ -5,15 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 from rosetrainer.config import GPTConfig, OptimConfig, ParallelConfig
+from rosetrainer.model_config import GATED
 from rosetrainer.parallel_config import STAGES_PER_RANK
 from rosetrainer.validation import ConfigError, unknown_setting
 
 # Fields that change what a step moves or a rank holds, and at which values they are planned.
-COUNTED: dict[type, dict[str, tuple[str, ...] | None]] = {
+COUNTED: dict[type, dict[str, tuple[Any, ...] | None]] = {
     GPTConfig: {
         **dict.fromkeys(("vocab_size", "context_length", "n_layers", "n_heads", "d_model")),
         **dict.fromkeys(("d_head", "d_ff", "bias", "tied", "dropout")),
-        "architecture": ("gpt2",),
+        **dict.fromkeys(("n_kv_heads", "qkv_bias", "dense_bias", "qk_norm", "rotary_fraction")),
+        "architecture": ("gpt2", "llama"),
+        "norm": (None, "rmsnorm", "layernorm", "none"),
+        "activation": (None, *GATED, "silu", "gelu", "gelu_tanh", "relu", "relu2"),
     },
     ParallelConfig: {
         **dict.fromkeys(("tp_size", "dp_size", "sequence_parallel", "overlap")),
@@ -28,7 +32,7 @@ COUNTED: dict[type, dict[str, tuple[str, ...] | None]] = {
 }
 # Fields that change neither.
 WITHOUT_EFFECT: dict[type, tuple[str, ...]] = {
-    GPTConfig: ("rotary_base",),
+    GPTConfig: ("rotary_base", "rotary_pairs", "norm_eps"),
     ParallelConfig: (),
     OptimConfig: (
         *("learning_rate", "min_lr_ratio", "warmup_steps", "schedule", "head_learning_rate"),

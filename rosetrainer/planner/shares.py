@@ -30,6 +30,7 @@ class Parameter(NamedTuple):
     elements: int
     replicated: bool = False  # all ranks hold the same
     multiplied: bool = False  # a linear layer's matrix
+    summed: int = 0  # elements that are summed over tp in every layout
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,9 @@ def parameters(
     model: GPTConfig, tp: int, encoder_decoder: bool, share: Share
 ) -> Iterator[Parameter]:
     """Each parameter as a rank holds it, in order. An encoder-decoder's share is all of it."""
+    if model.architecture == "llama":
+        yield from llama_parameters(model, tp, share)
+        return
     D, F, bias = model.d_model, model.ff_width, model.bias
     width = model.n_heads * model.head_width
     table = Parameter(padded_vocabulary(model, tp) // tp * D)
@@ -86,6 +90,42 @@ def parameters(
     if encoder_decoder:
         yield from norm
         yield from [*attention, *cross, *feed_forward] * share.layers
+    yield from norm * share.last
+    yield from [table] * (share.last and not model.tied)
+
+
+def heads(model: GPTConfig, tp: int) -> tuple[int, int]:
+    """How many heads a rank has: of queries h, of keys and values g."""
+    return model.n_heads // tp, max(model.kv_heads // tp, 1)
+
+
+def llama_parameters(model: GPTConfig, tp: int, share: Share) -> Iterator[Parameter]:
+    """As `parameters`; K is the width of a head."""
+    D, F, K, bias = model.d_model, model.ff_width, model.head_width, model.bias
+    h, g = heads(model, tp)
+    table = Parameter(padded_vocabulary(model, tp) // tp * D)
+    norms = {"layernorm": 1 + bias, "none": 0}.get(str(model.norm), 1)
+    norm = [Parameter(D, replicated=True)] * norms
+    # Held by several ranks, a head's gradient is summed among all that there are.
+    whole = 2 * model.kv_heads * K * (tp > model.kv_heads)
+
+    def with_bias(weight: Parameter, there: bool, of: Parameter) -> list[Parameter]:
+        return [weight] + [of] * there
+
+    yield from [table] * (share.first or (share.last and model.tied))
+    for _ in range(share.layers):
+        yield from norm
+        qkv, dense = bias or model.qkv_bias, bias or model.dense_bias
+        yield from with_bias(Parameter(h * K * D, multiplied=True), qkv, Parameter(h * K))
+        keys = Parameter(2 * g * K * D, multiplied=True, summed=whole * D)
+        yield from with_bias(keys, qkv, Parameter(2 * g * K, summed=whole))
+        yield from [Parameter(K, summed=K)] * (2 * model.qk_norm)
+        row_bias = Parameter(D, replicated=True)
+        yield from with_bias(Parameter(D * h * K, multiplied=True), dense, row_bias)
+        yield from norm
+        columns = F // tp * (1 + model.is_gated)
+        yield from with_bias(Parameter(columns * D, multiplied=True), bias, Parameter(columns))
+        yield from with_bias(Parameter(D * F // tp, multiplied=True), bias, row_bias)
     yield from norm * share.last
     yield from [table] * (share.last and not model.tied)
 

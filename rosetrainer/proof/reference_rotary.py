@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from rosetrainer.config import GPTConfig
 from rosetrainer.proof.reference import Drop, ReferenceDropout, ReferenceFeedForward, ReferenceGPT
-from rosetrainer.validation import ConfigError, unknown_setting
 
 
 def standardized(x: Tensor) -> Tensor:
@@ -87,39 +85,3 @@ class ReferenceRotaryGPT(ReferenceGPT):
         for number, block in enumerate(self.blocks):
             x = block(x, lambda site, t, n=number: dropout(f"blocks.{n}.{site}", t, row))
         return self.output_head(standardized(x))
-
-
-ORACLES = {"gpt2": ReferenceGPT, "rotary": ReferenceRotaryGPT}
-KNOWN: dict[str, tuple[str, ...] | None] = {  # the settings that the oracles compute
-    **dict.fromkeys(("vocab_size", "context_length", "n_layers", "n_heads", "d_model", "d_head")),
-    **dict.fromkeys(("d_ff", "bias", "tied", "dropout", "rotary_base")),
-    "architecture": tuple(ORACLES),
-}
-
-
-def check_oracle(config: GPTConfig) -> None:
-    """Raises ConfigError for a setting that no oracle computes."""
-    if setting := unknown_setting(config, KNOWN):
-        raise ConfigError(
-            f"parity has no oracle for {setting}; write it in plain torch in "
-            "rosetrainer/proof/reference.py, then name it in KNOWN (reference_rotary.py)"
-        )
-
-
-def build_reference(config: GPTConfig, whole: Mapping[str, Tensor] | None = None) -> ReferenceGPT:
-    """The oracle of config.architecture, which has the parameters `whole` of a model of ours.
-
-    Raises ConfigError as check_oracle does, and if it has others than these.
-    """
-    check_oracle(config)
-    dense = ORACLES[config.architecture](config)
-    ours = {name: tuple(weight.shape) for name, weight in (whole or dense.state_dict()).items()}
-    its = {name: tuple(weight.shape) for name, weight in dense.state_dict().items()}
-    for name in ours | its:
-        if ours.get(name) != its.get(name):
-            raise ConfigError(
-                f"{name} is {ours.get(name, 'missing')} in the model and "
-                f"{its.get(name, 'missing')} in its oracle, {type(dense).__name__}; teach the "
-                "oracle in plain torch what the model does (rosetrainer/proof/)"
-            )
-    return dense

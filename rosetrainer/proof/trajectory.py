@@ -28,8 +28,8 @@ from rosetrainer.parallel.dropout import DropoutSeed
 from rosetrainer.parallel.pipeline.runner import last_logits
 from rosetrainer.parallel.sharding import draw_whole, gather_whole, load_whole, shard_spec
 from rosetrainer.proof.batches import ROWS, UPDATES, micro_batches_of, random_batches
+from rosetrainer.proof.oracles import build_reference
 from rosetrainer.proof.reference import ReferenceDropout
-from rosetrainer.proof.reference_rotary import build_reference
 from rosetrainer.training.step import compute_gradients
 
 LONGEST = MAX_SAVED_QUERIES + BLOCK  # the shortest length on which attention takes each path

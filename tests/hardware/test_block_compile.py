@@ -15,10 +15,12 @@ from torch._dynamo.utils import counters
 
 from rosetrainer.config import GPTConfig, OptimConfig, ParallelConfig, PrecisionConfig, TrainConfig
 from rosetrainer.hardware.block_compile import compile_blocks, compiles, missing_tool
+from rosetrainer.models.build import build_model
 from rosetrainer.models.gpt import GPTModel
 from rosetrainer.parallel.context import ParallelContext
 from rosetrainer.parallel.dropout import DropoutSeed
 from rosetrainer.parallel.sharding import gather_whole, load_whole
+from rosetrainer.proof.oracles import build_reference
 from rosetrainer.validation import ConfigError
 
 CPU = torch.device("cpu")
@@ -64,6 +66,26 @@ def test_compiled_blocks_compute_what_the_oracle_does(recompute: str, padded: bo
     assert_equal("loss", loss, dense_loss)
     assert_all_equal(gather_whole(model, gradients=True), gradients(dense))
     assert counters["stats"]["unique_graphs"] == 1, "one for all blocks"
+    assert not counters["graph_break"]
+
+
+def test_a_block_of_the_llama_family_is_one_graph_too() -> None:
+    choices = {"architecture": "llama", "bias": False, "n_kv_heads": 2, "qk_norm": True}
+    config = tiny_config(n_layers=3, d_head=6, **choices)
+    dense = build_reference(config).double()
+    input_ids, labels = random_batch(config, rows=3)
+    dense_logits, dense_loss = dense(input_ids, labels=labels)
+    dense_loss.backward()
+    model = build_model(config).double()
+    load_whole(model, dense.state_dict())
+    compile_blocks(model.blocks, backend="aot_eager")
+    logits, loss = model(input_ids, labels=labels)
+    assert logits is not None and loss is not None
+    loss.backward()
+    assert_equal("logits", logits, dense_logits)
+    for name, gradient in gradients(dense).items():
+        assert_equal(name, gather_whole(model, gradients=True)[name], gradient)
+    assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"]
 
 

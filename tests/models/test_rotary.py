@@ -20,8 +20,8 @@ from rosetrainer.models.rotary import RotaryGPT
 from rosetrainer.parallel.context import ParallelContext, init_parallel
 from rosetrainer.parallel.dropout import DropoutSeed
 from rosetrainer.parallel.sharding import gather_whole, init_weights, load_whole
+from rosetrainer.proof.oracles import build_reference
 from rosetrainer.proof.reference import ReferenceDropout, ReferenceGPT
-from rosetrainer.proof.reference_rotary import build_reference
 from rosetrainer.training.step import compute_gradients
 
 ROWS, SEED = 4, DropoutSeed(3, step=2)
@@ -138,7 +138,7 @@ def test_the_norm_is_layer_norm_without_weights() -> None:
         ({"tied": True}, "architecture=rotary has an output head of its own; add --no-tied"),
         ({"d_head": 5}, "turns pairs, and a head is 5 wide; d_head can be 6"),
         ({"rotary_base": 0.0}, "rotary_base=0.0 must be from 1e-30 to 1000000000"),
-        ({"architecture": "bert"}, "architecture='bert' must be gpt2 or rotary"),
+        ({"architecture": "bert"}, "architecture='bert' must be gpt2, rotary or llama"),
     ],
 )
 def test_what_cannot_be_is_one_line(changes: dict[str, Any], message: str) -> None:

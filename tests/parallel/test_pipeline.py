@@ -52,6 +52,8 @@ LAYOUTS = [
     Layout(2, "1f1b", 3, 5, dp=2, tp=2, dropout=0.1, sequence_parallel=True),
     Layout(2, "zero-bubble-v", 5, 7, tied=False, dp=2, tp=2),
     Layout(4, "zero-bubble", 5, 7, dp=2),
+    Layout(2, "1f1b", 3, 5, tp=2, dropout=0.1, kv_heads=1),
+    Layout(2, "interleaved", 4, 7, tied=False, tp=2, sequence_parallel=True, kv_heads=1),
 ]
 
 

@@ -13,8 +13,9 @@ from rosetrainer.commands import parity
 from rosetrainer.config import GPTConfig, OptimConfig
 from rosetrainer.models.gpt import GPTModel, LayerNorm
 from rosetrainer.parallel.context import ParallelContext
-from rosetrainer.proof import reference_rotary, report, trajectory
-from rosetrainer.proof.reference_rotary import KNOWN, ORACLES
+from rosetrainer.proof import report, trajectory
+from rosetrainer.proof.oracles import KNOWN, ORACLES
+from rosetrainer.proof.reference import ReferenceGPT
 from rosetrainer.validation import ConfigError
 
 MODEL = GPTConfig(vocab_size=16, context_length=8, n_layers=1, n_heads=2, d_model=8)
@@ -24,13 +25,13 @@ MODEL = GPTConfig(vocab_size=16, context_length=8, n_layers=1, n_heads=2, d_mode
 def test_an_oracle_knows_every_setting(name: str) -> None:
     assert name in KNOWN, (
         f"no oracle computes GPTConfig.{name}, so nothing proves it in a layout: write it in plain "
-        "torch in rosetrainer/proof/reference.py, then name it in KNOWN (reference_rotary.py)"
+        "torch in rosetrainer/proof/reference.py, then name it in KNOWN (oracles.py)"
     )
 
 
 def test_no_oracle_knows_a_setting_that_is_gone() -> None:
     gone = set(KNOWN) - {field.name for field in fields(GPTConfig)}
-    assert not gone, f"take {gone} out of KNOWN (rosetrainer/proof/reference_rotary.py)"
+    assert not gone, f"take {gone} out of KNOWN (rosetrainer/proof/oracles.py)"
 
 
 def test_a_setting_that_no_oracle_computes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,7 +40,7 @@ def test_a_setting_that_no_oracle_computes_is_refused(monkeypatch: pytest.Monkey
         parity.main(["--no-bias"])
     assert str(caught.value) == (
         "parity has no oracle for bias=False, only for True; write it in plain torch in "
-        "rosetrainer/proof/reference.py, then name it in KNOWN (reference_rotary.py)"
+        "rosetrainer/proof/reference.py, then name it in KNOWN (oracles.py)"
     )
 
 
@@ -47,7 +48,7 @@ def test_an_architecture_without_an_oracle_is_refused(monkeypatch: pytest.Monkey
     """It was compared with GPT-2 before: a traceback, or a bug that is none."""
     monkeypatch.delitem(ORACLES, "rotary")
     monkeypatch.setitem(KNOWN, "architecture", tuple(ORACLES))
-    with pytest.raises(ConfigError, match="no oracle for architecture=rotary, only for gpt2; "):
+    with pytest.raises(ConfigError, match="for architecture=rotary, only for gpt2 or llama; "):
         parity.main(["--architecture", "rotary", "--no-tied"])
 
 
@@ -70,7 +71,7 @@ def test_a_parameter_that_the_oracle_lacks_is_named(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_parameter_that_the_model_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Wider(reference_rotary.ReferenceGPT):
+    class Wider(ReferenceGPT):
         def __init__(self, config: GPTConfig) -> None:
             super().__init__(config)
             self.blocks[0].add_module("gate", nn.Linear(8, 32, bias=False))

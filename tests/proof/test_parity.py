@@ -27,6 +27,13 @@ from rosetrainer.proof.trajectory import Proof
 MODEL = GPTConfig(vocab_size=140, context_length=16, n_layers=2, n_heads=4, d_model=32)
 LONGER = replace(MODEL, context_length=BLOCK + 32)  # attention in blocks takes two
 ROTARY: dict[str, Any] = {"architecture": "rotary", "tied": False}
+LLAMA: dict[str, Any] = {
+    "architecture": "llama",
+    "bias": False,
+    "tied": False,
+    "n_kv_heads": 2,
+    "qk_norm": True,
+}
 # dp, tp, what the layout adds, what the model adds, the optimizer.
 CASES: dict[str, tuple[int, int, dict[str, Any], dict[str, Any], Any]] = {
     "alone": (1, 1, {"recompute": "attention"}, {}, "adamw"),
@@ -45,6 +52,8 @@ CASES: dict[str, tuple[int, int, dict[str, Any], dict[str, Any], Any]] = {
         "muon",
     ),
     "pipeline-rotary": (2, 1, {"pp_size": 2, "pp_schedule": "zero-bubble"}, ROTARY, "adamw"),
+    "pipeline-llama": (1, 2, {"pp_size": 2, "pp_schedule": "zero-bubble"}, LLAMA, "muon"),
+    "llama": (1, 4, {"sequence_parallel": True}, LLAMA, "adamw"),
 }
 
 

@@ -1,0 +1,56 @@
+"""Which oracle computes a model, and the settings that the oracles know."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from rosetrainer.config import GPTConfig
+from rosetrainer.proof.reference import ReferenceGPT
+from rosetrainer.proof.reference_llama import GATED, NORMS, PLAIN, ReferenceLlama
+from rosetrainer.proof.reference_rotary import ReferenceRotaryGPT
+from rosetrainer.validation import ConfigError, unknown_setting
+
+ORACLES: dict[str, type[ReferenceGPT]] = {
+    "gpt2": ReferenceGPT,
+    "rotary": ReferenceRotaryGPT,
+    "llama": ReferenceLlama,
+}
+KNOWN: dict[str, tuple[str | None, ...] | None] = {  # the settings that the oracles compute
+    **dict.fromkeys(("vocab_size", "context_length", "n_layers", "n_heads", "d_model", "d_head")),
+    **dict.fromkeys(("d_ff", "bias", "tied", "dropout", "rotary_base", "rotary_fraction")),
+    **dict.fromkeys(("n_kv_heads", "norm_eps", "qkv_bias", "dense_bias", "qk_norm")),
+    "norm": (None, *NORMS),
+    "activation": (None, *GATED, *PLAIN),
+    "rotary_pairs": (None, "halves", "neighbours"),
+    "architecture": tuple(ORACLES),
+}
+
+
+def check_oracle(config: GPTConfig) -> None:
+    """Raises ConfigError for a setting that no oracle computes."""
+    if setting := unknown_setting(config, KNOWN):
+        raise ConfigError(
+            f"parity has no oracle for {setting}; write it in plain torch in "
+            "rosetrainer/proof/reference.py, then name it in KNOWN (oracles.py)"
+        )
+
+
+def build_reference(config: GPTConfig, whole: Mapping[str, Tensor] | None = None) -> ReferenceGPT:
+    """The oracle of config.architecture, which has the parameters `whole` of a model of ours.
+
+    Raises ConfigError as check_oracle does, and if it has others than these.
+    """
+    check_oracle(config)
+    dense = ORACLES[config.architecture](config)
+    ours = {name: tuple(weight.shape) for name, weight in (whole or dense.state_dict()).items()}
+    its = {name: tuple(weight.shape) for name, weight in dense.state_dict().items()}
+    for name in ours | its:
+        if ours.get(name) != its.get(name):
+            raise ConfigError(
+                f"{name} is {ours.get(name, 'missing')} in the model and "
+                f"{its.get(name, 'missing')} in its oracle, {type(dense).__name__}; teach the "
+                "oracle in plain torch what the model does (rosetrainer/proof/)"
+            )
+    return dense
