@@ -15,6 +15,7 @@ COMMANDS = {
     "train": "train a GPT, on one rank or many",
     "generate": "write text with a trained model",
     "checkpoint": "list, verify or export what a training run has saved",
+    "convert": "make a run of a Hugging Face checkpoint, or a checkpoint of theirs of a run",
     "parity": "show who holds what, and prove that a layout equals one process",
     "plan": "predict what a layout moves and holds, without starting any process",
     "prepare": "make a corpus, of your own text say",

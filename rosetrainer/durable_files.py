@@ -8,7 +8,7 @@ import mmap
 import os
 import resource
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -36,6 +36,23 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         sync_folder(path.parent)
     finally:
         part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A hidden folder beside `path` that takes its name at the end: it is there whole, or not.
+
+    `path` is new or an empty folder. Raises OSError.
+    """
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.mkdir(parents=True)
+        yield part
+        sync_folder(part)
+        part.rename(path)
+        sync_folder(path.parent)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def sync_file(path: Path) -> None:

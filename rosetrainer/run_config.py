@@ -32,6 +32,9 @@ class RunConfig:
     """Updates."""
     seed: CountOrZero = 1337
     """Decides the initial weights and the order of the data."""
+    init_from: Path | None = None
+    """Folder of a Hugging Face checkpoint: the model is that of its config.json, and the run begins
+    with its weights."""
 
 
 @dataclass(frozen=True)

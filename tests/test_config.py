@@ -217,7 +217,7 @@ def as_an_older_version_wrote_it(config: TrainConfig) -> dict[str, Any]:
 def test_a_config_of_an_older_version_is_read() -> None:
     config = TrainConfig().with_settings(n_layers=3, steps=7, keep=5, compute_dtype="bfloat16")
     old = as_an_older_version_wrote_it(config)
-    assert len(old["run"]) == 20
+    assert len(old["run"]) == 21
     assert config_from_dict(TrainConfig, old, "config.json") == config
     old["run"]["flux"] = 7
     with pytest.raises(ConfigError, match="^config.json: run has unknown keys flux$"):

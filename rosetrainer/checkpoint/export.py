@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import json
-import math
 from pathlib import Path
 
 import torch
 
 from rosetrainer.checkpoint.manifest import CheckpointError, Manifest
+from rosetrainer.checkpoint.safetensors_file import Entry, write_safetensors
 from rosetrainer.checkpoint.saver import read_whole
 from rosetrainer.models.build import build_model
 from rosetrainer.parallel.context import ParallelContext
 from rosetrainer.parallel.sharding import ShardSpec, shard_spec
+from rosetrainer.validation import ConfigError
 
-DTYPES = {"float32": "F32", "float64": "F64"}
-"""torch's names of what parameters can be, and those of safetensors."""
+DTYPES = ("float32", "float64")
+"""What parameters can be."""
 
 
 def whole_layers(folder: Path, manifest: Manifest) -> dict[str, ShardSpec]:
@@ -35,21 +35,17 @@ def write_weights(
 ) -> None:
     """A safetensors file of the whole parameters, shaped as nn.Linear would hold them.
 
-    The library would want all of them at once; this holds one at a time. The format: the header's
-    length in 8 bytes, the header in JSON, then the tensors in its order.
+    Raises CheckpointError if the checkpoint does not hold what its manifest says.
     """
-    header: dict[str, object] = {"__metadata__": {"step": str(manifest.progress.step)}}
-    end = 0
-    for name, spec in layers.items():
-        kind = manifest.tensors[name].dtype
-        start, end = end, end + math.prod(spec.dense_shape) * getattr(torch, kind).itemsize
-        shape = list(spec.dense_shape)
-        header[name] = {"dtype": DTYPES[kind], "shape": shape, "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in layers:
-            file.write(read_whole(folder, manifest, name).contiguous().numpy().data)
-        if file.tell() != 8 + len(text) + end:
-            raise CheckpointError(f"{folder} does not hold what its manifest says")
+    entries = [
+        Entry(name, spec.dense_shape, getattr(torch, manifest.tensors[name].dtype))
+        for name, spec in layers.items()
+    ]
+    whole = (
+        read_whole(folder, manifest, name).reshape(spec.dense_shape)
+        for name, spec in layers.items()
+    )
+    try:
+        write_safetensors(path, entries, whole, {"step": str(manifest.progress.step)})
+    except (ConfigError, RuntimeError) as error:  # the latter of a shape with other numbers
+        raise CheckpointError(f"{folder} does not hold what its manifest says: {error}") from None

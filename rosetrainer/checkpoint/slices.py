@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -73,11 +74,17 @@ class Draft:
 
         Raises CheckpointError, and leaves nothing but metadata with the error.
         """
+        self.write_file(rank, lambda part: save_file(tensors, part), slices, need)
+
+    def write_file(
+        self, rank: int, write: Callable[[Path], object], slices: dict[str, Any], need: int
+    ) -> None:
+        """As write_part; `write` makes the file of the slices."""
         name = f"rank_{rank:05d}.safetensors"
         path, has = self.folder / name, room(self.run)
         try:
             self.folder.mkdir(exist_ok=True)
-            write_whole(path, lambda part: save_file(tensors, part))
+            write_whole(path, write)
             size, mtime_ns = mark_of(path)
             facts = {"size": size, "mtime_ns": mtime_ns, "sha256": sha256_of(path)}
             self._publish_metadata(name, facts | {"slices": slices})

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Literal
 
+from rosetrainer.checkpoint.huggingface.families import model_of
+from rosetrainer.checkpoint.huggingface.load import find_weights
 from rosetrainer.commands.flags import parse_flags, ranks_to_start
 from rosetrainer.config import GPTConfig, OptimConfig, ParallelConfig
 from rosetrainer.environment import world_from_environment
@@ -13,9 +16,11 @@ from rosetrainer.launch.launcher import launch
 from rosetrainer.model_size import check_memory
 from rosetrainer.parallel.context import end_parallel, init_parallel
 from rosetrainer.proof.batches import micro_batches_of
-from rosetrainer.proof.reference_rotary import check_oracle
+from rosetrainer.proof.oracles import check_oracle
 from rosetrainer.proof.report import show_proof
 from rosetrainer.validation import LocalRanks, check_fields
+
+PROG = "python -m rosetrainer parity"
 
 
 @dataclass(frozen=True)
@@ -30,13 +35,18 @@ class ParityCommand:
     """Whose updates are compared, after one step of SGD."""
     whole: bool = False
     """Prove all of context_length; without it at most 640 tokens of it."""
+    init_from: Path | None = None
+    """Folder of a Hugging Face checkpoint whose model and weights are proven, not random ones."""
     nproc: LocalRanks | None = None
     """Start this many ranks on this machine; leave it out under torchrun."""
 
 
 def main(argv: list[str]) -> int:
     """The command. Raises ConfigError for a user's mistake, before any process group starts."""
-    command = parse_flags(ParityCommand, argv, "python -m rosetrainer parity")
+    command = parse_flags(ParityCommand, argv, PROG)
+    if command.init_from is not None:
+        model = ParityCommand(model_of(command.init_from))
+        command = parse_flags(ParityCommand, argv, PROG, model)
     check_fields(command)
     world_size, starts = ranks_to_start("parity", argv, command.nproc, command.parallel)
     tp_size, _ = command.parallel.resolve(world_size)
@@ -44,6 +54,7 @@ def main(argv: list[str]) -> int:
     micro_batches = micro_batches_of(command.parallel)
     command.parallel.check_pipeline(command.model.n_layers, micro_batches)
     check_oracle(command.model)
+    given = None if command.init_from is None else find_weights(command.init_from, command.model)
     if starts:
         return launch(world_size, ["parity", *argv])
     # The one process that every rank compares with: its position table can be a short one.
@@ -53,6 +64,6 @@ def main(argv: list[str]) -> int:
     context = init_parallel(command.parallel, "cpu")
     dtype = choose_dtype(command.dtype, context.device)
     optim = OptimConfig(optimizer=command.optimizer)
-    show_proof(command.model, context, dtype, optim, command.whole)
+    show_proof(command.model, context, dtype, optim, command.whole, given)
     end_parallel()
     return 0

@@ -33,7 +33,8 @@ def main(argv: list[str]) -> int:
     if command.nproc:
         tp_size, dp_size = parallel.resolve(command.nproc)
     parallel = replace(parallel, tp_size=tp_size, dp_size=dp_size)
-    vocabulary = command.vocabulary or corpus_vocabulary(config)
+    given = config.model.vocab_size if config.run.init_from else None
+    vocabulary = command.vocabulary or given or corpus_vocabulary(config)
     config = replace(config.with_settings(vocab_size=vocabulary), parallel=parallel)
     config.check(tp_size * dp_size * pp_size)
     rows = config.optim.micro_batch(dp_size)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Literal, TypeVar
 
 from rosetrainer.commands.presets import PRESETS
@@ -68,7 +68,10 @@ def run_rank_of(command: TrainCommand, world_size: int) -> int:
 
 
 def parse_command(argv: list[str]) -> TrainCommand:
-    """The preset that argv names, changed by its other flags. Raises ConfigError."""
+    """The preset that argv names, with the model of --init-from, changed by its other flags.
+
+    Raises ConfigError.
+    """
     return parse_train_flags(TrainCommand, argv, "train")
 
 
@@ -78,7 +81,12 @@ def parse_train_flags(cls: type[T], argv: list[str], name: str) -> T:
 
     prog = f"python -m rosetrainer {name}"
     command = parse_flags(cls, argv, prog)
-    if command.preset == "default":
+    folder = command.config.run.init_from
+    if command.preset == "default" and folder is None:
         return command
-    chosen = cls(PRESETS[command.preset], command.preset)
-    return parse_flags(cls, argv, prog, chosen)
+    config = PRESETS[command.preset]
+    if folder is not None:
+        from rosetrainer.checkpoint.huggingface.families import model_of
+
+        config = replace(config, model=model_of(folder))
+    return parse_flags(cls, argv, prog, cls(config, command.preset))

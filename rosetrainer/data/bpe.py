@@ -7,8 +7,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from rosetrainer.data.tokenizer import Ids, Tokenizer, utf8
 from rosetrainer.validation import ConfigError
 
@@ -83,7 +81,7 @@ class BPETokenizer(Tokenizer):
 
     def encode(self, text: str) -> Ids:
         utf8(text)
-        return np.array(self._backend.encode(text, add_special_tokens=False).ids, np.uint16)
+        return self.as_ids(self._backend.encode(text, add_special_tokens=False).ids)
 
 
 def parts(text: str, length: int = PART) -> Iterator[str]:

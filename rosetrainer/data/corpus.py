@@ -156,7 +156,7 @@ def load_tokenizer(folder: Path, meta: Mapping[str, Any]) -> Tokenizer:
         tokenizer = CharsTokenizer(ascii_lowercase[:vocab_size])
     elif kind == "bpe":
         tokenizer = BPETokenizer.load(folder / BPETokenizer.FILE)
-    elif kind == "ids" and 0 < vocab_size <= LARGEST_VOCAB:
+    elif kind == "ids" and vocab_size > 0:
         tokenizer = IdsTokenizer(vocab_size)
     else:
         raise ConfigError(

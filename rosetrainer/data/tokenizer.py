@@ -42,6 +42,10 @@ class Tokenizer(ABC):
     def encode(self, text: str) -> Ids:
         """Token ids of text, (n,). Raises ConfigError for text that has none."""
 
+    def as_ids(self, ids: list[int]) -> Ids:
+        """As a corpus stores them, or, where they do not fit, as no corpus does."""
+        return np.array(ids, np.uint16 if self.vocab_size <= LARGEST_VOCAB else np.uint32)
+
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids; bytes that are not UTF-8 become U+FFFD."""
         return b"".join(self.piece(i) for i in ids).decode("utf-8", "replace")
@@ -130,7 +134,7 @@ class IdsTokenizer(Tokenizer):
                     f"{word[:20]!r} is no id from 0 to {self.vocab_size - 1}; the corpus was "
                     "imported as ids alone, so a text is numbers, '12 7 9' say"
                 )
-        return np.array([int(word) for word in words], np.uint16)
+        return self.as_ids([int(word) for word in words])
 
 
 def utf8(text: str) -> bytes:

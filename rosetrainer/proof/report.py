@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 
+from rosetrainer.checkpoint.huggingface.load import Weights
 from rosetrainer.config import GPTConfig, OptimConfig
 from rosetrainer.models.build import build_model
 from rosetrainer.models.gpt import GPTModel
@@ -15,6 +16,7 @@ from rosetrainer.parallel.pipeline.schedule import ranks_of_stages
 from rosetrainer.parallel.pipeline.stage import layers_of_stages
 from rosetrainer.parallel.sharding import ShardSpec, shard_spec
 from rosetrainer.proof.batches import ROWS, UPDATES, micro_batches_of
+from rosetrainer.proof.pretrained import PretrainedProof
 from rosetrainer.proof.tolerances import (
     Column,
     Difference,
@@ -84,17 +86,22 @@ def show_proof(
     dtype: torch.dtype,
     optim: OptimConfig | None = None,
     whole: bool = False,
+    given: Weights | None = None,
 ) -> None:
     """Rank 0 prints who holds what, and whether the layout computes what one process does.
 
-    whole: prove all of context_length, however long. Raises ParityError, on every rank, if it
+    whole: prove all of context_length, however long. given: weights to prove it on, instead of
+    random ones. Raises ParityError, on every rank, if it
     does not.
     """
     tp = context.tp
     length = config.context_length
     if not whole and length > LONGEST:
         length = LONGEST // tp.size * tp.size  # which sequence parallelism can divide
-    proof = Proof(replace(config, context_length=length), context, optim or OptimConfig())
+    short = replace(config, context_length=length)
+    proof = Proof(short, context, optim or OptimConfig())
+    if given:
+        proof = PretrainedProof(short, context, proof.optim, weights=given)
     columns = prove(proof, dtype)
     if context.rank == 0:
         every_stage = replace(context, device=torch.device("meta"), pp=Axis("pp"))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from rosetrainer.checkpoint.huggingface.load import find_weights, load_weights
 from rosetrainer.checkpoint.run_folder import check_unlocked, describe_run
 from rosetrainer.checkpoint.saver import Saver, load_checkpoint
 from rosetrainer.config import TrainConfig
@@ -56,6 +57,7 @@ from rosetrainer.training.open_run import RunLocation, open_run
 from rosetrainer.training.resume_plan import ResumePlan, find_resume_plan
 from rosetrainer.training.run_identity import settle_dtype
 from rosetrainer.training.trainer import Trainer, TrainingState
+from rosetrainer.validation import ConfigError
 
 
 def check_config(config: TrainConfig, world_size: int) -> tuple[TrainConfig, Corpus, ResumePlan]:
@@ -72,6 +74,8 @@ def check_config(config: TrainConfig, world_size: int) -> tuple[TrainConfig, Cor
     check_profile(config.monitor.profile, config.run.steps)
     corpus = open_corpus(config.run.data, config.model.context_length, read_all=local_rank == 0)
     corpus.tokenizer()  # better found broken now than by whoever wants text of the trained model
+    if config.run.init_from:
+        check_init_from(config.run.init_from, config, corpus)
     config = config.with_settings(vocab_size=corpus.meta.vocab_size)
     if device.type == "cpu":
         each = 12 if config.optim.optimizer == "muon" else 16  # moments: one, or two
@@ -82,6 +86,17 @@ def check_config(config: TrainConfig, world_size: int) -> tuple[TrainConfig, Cor
     if plan.folder:
         check_unlocked(plan.folder)
     return config, corpus, plan
+
+
+def check_init_from(folder: Path, config: TrainConfig, corpus: Corpus) -> None:
+    """Raises ConfigError unless the folder holds this model, and the corpus its tokens."""
+    has, wants = corpus.meta.vocab_size, config.model.vocab_size
+    if has != wants:
+        raise ConfigError(
+            f"{corpus.folder} has {has} token ids, and the model of {folder} {wants}; make a "
+            f"corpus by its tokenizer: prepare import IDS --tokenizer {folder}/tokenizer.json"
+        )
+    find_weights(folder, config.model)
 
 
 def train(
@@ -179,13 +194,17 @@ def train_in_layout(
 def build(
     config: TrainConfig, location: RunLocation, context: ParallelContext, dtype: torch.dtype
 ) -> tuple[GPTModel, AdamW, TrainingState]:
-    """The model and its optimizer, as the checkpoint has them, or with their initial weights."""
+    """The model and its optimizer, as the checkpoint has them, or with their initial weights: those
+    of --init-from, or random ones."""
     model = build_model(config.model, context)
     if dtype == torch.float64:
         model.double()
     optimizer = build_optimizer(model, config.optim)
     if location.checkpoint is None:
-        init_weights(model, config.run.seed)
+        if config.run.init_from:
+            load_weights(model, find_weights(config.run.init_from, config.model))
+        else:
+            init_weights(model, config.run.seed)
         return model, optimizer, TrainingState()
     folder, manifest = location.checkpoint
     load_checkpoint(folder, manifest, model, optimizer, dtype)

@@ -1,0 +1,83 @@
+"""Which of their models a config is, theirs or ours."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from rosetrainer.checkpoint.huggingface import gpt2, llama
+from rosetrainer.checkpoint.huggingface.folder import CONFIG, read_their_config
+from rosetrainer.config import GPTConfig
+from rosetrainer.validation import ConfigError, one_of
+
+FAMILIES: dict[str, ModuleType] = {
+    kind: family for family in (gpt2, llama) for kind in family.CLASSES
+}
+"""By config.json's model_type."""
+
+
+def family_of(model_type: object, where: Path) -> ModuleType:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise ConfigError(
+            f"{where}: model_type={model_type!r} is not supported; it can be {one_of(FAMILIES)}"
+        )
+    return FAMILIES[model_type]
+
+
+def model_of(folder: Path) -> GPTConfig:
+    """The model of a folder of theirs, without dropout. Raises ConfigError for what is not ours."""
+    theirs, where = read_their_config(folder), folder / CONFIG
+    family = family_of(theirs.get("model_type"), where)
+    try:
+        config: GPTConfig = family.read_config(theirs)
+        config.check()
+    except KeyError as error:
+        raise ConfigError(f"{where} lacks {error.args[0]}; was it written by hand?") from None
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise ConfigError(f"{where}: {error}") from None
+    return config
+
+
+def written_as(config: GPTConfig) -> tuple[str, dict[str, Any]]:
+    """(model_type, config.json) of the model of theirs that computes what ours does.
+
+    Raises ConfigError if none does: what is written is read again, and must be what it was.
+    """
+    found: list[tuple[int, list[str]]] = []
+    ours = explicit(config)
+    alike = {kind: family for kind, family in FAMILIES.items() if family.OURS == ours.architecture}
+    for model_type, family in alike.items():
+        theirs = {"model_type": model_type, **family.write_config(config, model_type)}
+        try:
+            back = explicit(family.read_config(theirs))
+        except ConfigError:
+            continue
+        other = [f.name for f in fields(ours) if getattr(ours, f.name) != getattr(back, f.name)]
+        if not other:
+            return model_type, {"architectures": [family.CLASSES[model_type]], **theirs}
+        found.append((len(other), other))
+    names = min(found)[1] if found else ["activation"] if alike else ["architecture"]
+    settings = ", ".join(f"{name}={getattr(config, name)}" for name in names)
+    raise ConfigError(
+        f"no model of {one_of(FAMILIES)} computes {settings} of this one, so that their library "
+        f"could not read it; `checkpoint export` writes the weights by our names"
+    )
+
+
+def explicit(config: GPTConfig) -> GPTConfig:
+    """The config with what its defaults come to, and without dropout, which is training's."""
+    plain = replace(config, d_head=config.head_width, d_ff=config.ff_width, dropout=0.0)
+    if config.architecture != "llama":
+        return replace(plain, rotary_base=GPTConfig.rotary_base)
+    return replace(
+        plain,
+        n_kv_heads=config.kv_heads,
+        norm=config.norm or "rmsnorm",
+        norm_eps=1e-5 if config.norm_eps is None else config.norm_eps,
+        activation=config.activation or "swiglu",
+        rotary_pairs=config.rotary_pairs or "halves",
+        qkv_bias=config.bias or config.qkv_bias,
+        dense_bias=config.bias or config.dense_bias,
+    )

@@ -1,0 +1,161 @@
+"""Models of Hugging Face's library with random weights, as folders, and what they compute."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+V, T, ROWS = 61, 12, 4
+SHAPE: dict[str, Any] = {
+    "vocab_size": V,
+    "hidden_size": 40,
+    "intermediate_size": 56,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32,
+    "initializer_range": 0.3,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+GPT2: dict[str, Any] = {
+    "vocab_size": V,
+    "n_positions": 32,
+    "n_embd": 40,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_inner": 56,
+    "initializer_range": 0.3,
+    **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
+    **dict.fromkeys(("bos_token_id", "eos_token_id"), None),
+}
+# The library's class, and what differs: head sizes that are no power of two, one head of keys and
+# values for four ranks, biases, norms of heads, other bases and activations, tied and untied.
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt2": ("GPT2", GPT2),
+    "gpt2-untied": ("GPT2", {**GPT2, "tie_word_embeddings": False}),
+    "llama": ("Llama", {**SHAPE, "head_dim": 6}),
+    "llama-biases-tied": (
+        "Llama",
+        {
+            **SHAPE,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "tie_word_embeddings": True,
+            "num_key_value_heads": 1,
+            "rms_norm_eps": 0.01,
+            "hidden_act": "gelu",
+        },
+    ),
+    "llama-attention-bias": (
+        "Llama",
+        {
+            **SHAPE,
+            "attention_bias": True,
+            "num_key_value_heads": 4,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 50.0},
+        },
+    ),
+    "mistral": (
+        "Mistral",
+        {**SHAPE, "num_key_value_heads": 1, "sliding_window": None, "head_dim": 14},
+    ),
+    "qwen2": ("Qwen2", {**SHAPE, "tie_word_embeddings": True}),
+    "qwen3": ("Qwen3", {**SHAPE, "num_key_value_heads": 1, "head_dim": 6}),
+    "glm": (
+        "Glm",
+        {
+            **SHAPE,
+            "num_key_value_heads": 2,
+            "head_dim": 12,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 300.0,
+                "partial_rotary_factor": 0.5,
+            },
+        },
+    ),
+}
+
+
+def build(case: str, seed: int = 0) -> Any:
+    """In fp32, no bias zero and no norm one."""
+    import transformers
+
+    name, settings = CASES[case]
+    config = getattr(transformers, f"{name}Config")(**settings)
+    kind = {"GPT2": "GPT2LMHeadModel"}.get(name, f"{name}ForCausalLM")
+    torch.manual_seed(seed)
+    model = getattr(transformers, kind)(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def exact_norm(self: Any, x: Tensor) -> Tensor:
+    variance = x.square().mean(-1, keepdim=True)
+    return self.weight * (x * torch.rsqrt(variance + self.variance_epsilon))
+
+
+def exact_turning(self: Any, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+    width = 2 * len(self.inv_freq)
+    pairs = torch.arange(0, width, 2, dtype=torch.float64)
+    speeds = self.config.rope_parameters["rope_theta"] ** (-pairs / width)
+    angles = position_ids[..., None] * speeds
+    both = torch.cat([angles, angles], dim=-1)
+    return both.cos(), both.sin()
+
+
+def exact(model: nn.Module) -> nn.Module:
+    """In float64, also where the library computes in fp32 inside."""
+    for module in model.double().modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.forward = MethodType(exact_norm, module)
+        if type(module).__name__.endswith("RotaryEmbedding"):
+            module.forward = MethodType(exact_turning, module)
+    return model
+
+
+def batch(seed: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    """(input_ids, mask, labels), (ROWS, T) each: padded left in row 1 and right in row 2."""
+    generator = torch.Generator().manual_seed(seed)
+    input_ids, labels = torch.randint(V, (2, ROWS, T), generator=generator)
+    mask = torch.ones_like(input_ids)
+    mask[1, :5] = mask[2, 8:] = 0
+    labels[mask == 0] = labels[2, 7:] = labels[3, 2:6] = -100
+    return input_ids, mask, labels
+
+
+def computed(model: Any) -> dict[str, Any]:
+    """Its logits, loss and gradients by its names; the loss is computed in the logits' dtype."""
+    input_ids, mask, labels = batch()
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    model.zero_grad()
+    logits = model(input_ids, attention_mask=mask, position_ids=positions).logits
+    loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    loss.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    return {"logits": logits.detach(), "loss": loss.detach(), "gradients": gradients}
+
+
+def make(folder: Path) -> Path:
+    """For each case its folder, and in float32.pt and float64.pt what it computes; greedy.pt has 20
+    ids that follow three."""
+    for case in CASES:
+        model = build(case)
+        model.save_pretrained(folder / case)
+        torch.save(computed(model), folder / case / "float32.pt")
+        prompt = batch()[0][:1, :3]
+        found = model.generate(
+            prompt, max_new_tokens=20, do_sample=False, attention_mask=torch.ones_like(prompt)
+        )
+        torch.save(found, folder / case / "greedy.pt")
+        torch.save(computed(exact(model)), folder / case / "float64.pt")
+    return folder

@@ -1,0 +1,165 @@
+"""A checkpoint of Hugging Face's library is trained on, proven and written with, in any layout."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import huggingface
+import pytest
+import torch
+import torch.nn.functional as F
+from peak import Peak
+from ranks import run_ranks
+
+from rosetrainer.checkpoint.huggingface.families import model_of
+from rosetrainer.checkpoint.huggingface.load import find_weights, load_weights
+from rosetrainer.checkpoint.huggingface.source import Source
+from rosetrainer.commands import convert, generate, parity, plan, train
+from rosetrainer.config import ConfigError, ParallelConfig
+from rosetrainer.data.batches import open_corpus
+from rosetrainer.models.build import build_model
+from rosetrainer.parallel.context import ParallelContext, init_parallel
+from rosetrainer.parallel.sharding import shard_spec
+from rosetrainer.training import trainer
+from rosetrainer.training.setup import check_config
+from rosetrainer.training.setup import train as train_ranks
+
+V = 8  # the markov corpus's
+FLAGS = ("--global-batch-size", "4", "--context-length", "16", "--eval-tokens", "32")
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of this vocabulary, in bf16."""
+    import transformers
+
+    folder = tmp_path_factory.mktemp("theirs") / "llama"
+    torch.manual_seed(3)
+    config = transformers.LlamaConfig(**{**huggingface.SHAPE, "vocab_size": V})
+    transformers.LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
+    return folder
+
+
+def losses(data: Path, folder: Path, out: Path) -> list[float]:
+    """Of three steps, by the command's own flags."""
+    world = int(os.environ["WORLD_SIZE"])
+    argv = ["--data", str(data), "--init-from", str(folder), "--out", str(out), "--steps", "3"]
+    command = train.parse_command([*argv, *FLAGS, "--dtype", "float32"])
+    found, original = [], trainer.train_step
+
+    def train_step(*arguments: Any) -> dict[str, float]:
+        found.append(original(*arguments))
+        return found[-1]
+
+    with (
+        mock.patch.object(trainer, "train_step", train_step),
+        mock.patch("rosetrainer.training.setup.matmul_peak", lambda *_: 1.0),
+    ):
+        train_ranks(*check_config(command.config, world))
+    return [figures["train/loss"] for figures in found]
+
+
+def their_loss(data: Path, folder: Path) -> float:
+    """The library's, of the first batch."""
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    corpus = open_corpus(data, 16)
+    ids, labels = (torch.from_numpy(a) for a in corpus.train_batch(1337, 0, 4, range(4)))
+    return F.cross_entropy(model(ids).logits.flatten(0, 1), labels.flatten()).item()
+
+
+def test_training_begins_with_their_weights_in_any_layout(
+    theirs: Path, markov: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (alone,) = run_ranks(1, losses, markov, theirs, tmp_path / "one")
+    two = run_ranks(2, losses, markov, theirs, tmp_path / "two")
+    assert alone[0] == pytest.approx(their_loss(markov, theirs), rel=1e-6)
+    for found in two:
+        assert found == pytest.approx(alone, rel=1e-5)
+    assert alone[2] < alone[0]
+    assert convert.main(["to-hf", str(tmp_path / "two"), str(tmp_path / "back")]) == 0
+    assert model_of(tmp_path / "back").context_length == 16
+    argv = ["--run", str(tmp_path / "two"), "--tokens", "8", "--prompt", "ab"]
+    assert generate.main(argv) == 0
+    assert len(capsys.readouterr().out.splitlines()[-1]) == 10
+
+
+def prove(folder: Path) -> None:
+    parity.main(["--init-from", str(folder), "--dtype", "float64"])
+
+
+def test_parity_proves_it_on_their_weights(
+    theirs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_ranks(4, prove, theirs)
+    prove(theirs)
+    out = capsys.readouterr().out
+    assert "yes: what is left is rounding" in out
+    lines = [line.split("  ") for line in out.splitlines() if "key_value" in line]
+    assert [[cell.strip() for cell in line if cell.strip()] for line in lines] == [
+        ["blocks.0-1.attention.key_value.weight", "2 x 20 x 40", "all of it"]
+    ]
+
+
+def test_a_layout_that_it_cannot_have_is_one_line(theirs: Path) -> None:
+    with pytest.raises(ConfigError, match="n_heads=4 is not divisible by tp_size=3; tp_size can"):
+        parity.main(["--init-from", str(theirs), "--nproc", "3"])
+    assert plan.main(["--init-from", str(theirs), "--nproc", "4"]) == 0
+
+
+def test_another_corpus_is_one_line(theirs: Path, markov: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "gpt2"
+    huggingface.build("gpt2").save_pretrained(folder)
+    with pytest.raises(ConfigError, match="has 8 token ids, and the model of .*gpt2 61; make a"):
+        losses_here(markov, folder, tmp_path)
+    assert not (tmp_path / "run").exists()
+
+
+def losses_here(data: Path, folder: Path, tmp_path: Path) -> None:
+    with mock.patch.dict(os.environ, {"WORLD_SIZE": "1", "RANK": "0"}):
+        losses(data, folder, tmp_path / "run")
+
+
+def loading(folder: Path) -> tuple[int, int, dict[str, int]]:
+    """The peak while a rank loads, its own bytes, and how many numbers of each tensor it read."""
+    context = init_parallel(ParallelConfig())
+    config = model_of(folder)
+    weights, model = find_weights(folder, config), build_model(config, context)
+    read: dict[str, int] = {}
+    original = Source._read_rows
+
+    def read_rows(self: Source, tensor: Any, rows: slice, columns: slice, part: Any) -> None:
+        read[tensor.name] = read.get(tensor.name, 0) + part.numel()
+        original(self, tensor, rows, columns, part)
+
+    with mock.patch.object(Source, "_read_rows", read_rows), Peak(*model.parameters()) as peak:
+        load_weights(model, weights)
+    return peak.bytes, sum(p.nbytes for p in model.parameters()), read
+
+
+def test_loading_holds_one_slice_more_and_reads_nothing_twice(tmp_path: Path) -> None:
+    for case in ("llama", "gpt2"):
+        folder = tmp_path / case
+        huggingface.build(case).save_pretrained(folder)
+        config = model_of(folder)
+        shapes = build_model(config, ParallelContext(device=torch.device("meta")))
+        largest = max(p.nbytes for p in shapes.parameters())
+        whole = {name: stored.shape for name, stored in find_weights(folder, config).stored.items()}
+        of_ranks = run_ranks(2, loading, folder)
+        cut = {
+            one
+            for name, source in find_weights(folder, config).sources.items()
+            for one in source.names
+            if shard_spec(shapes.get_parameter(name)).cuts
+        }
+        for peak, own, _ in of_ranks:
+            # A whole one, which is only mapped, and half of it that is copied out.
+            assert 0 < peak <= 1.5 * largest < own
+        for name, shape in whole.items():
+            read = [numbers.get(name, 0) for _, _, numbers in of_ranks]  # 0: pad
+            size = torch.Size(shape).numel()
+            assert sum(read) == size if name in cut else read == [size, size], name
