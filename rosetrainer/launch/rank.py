@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from rosetrainer.durable_files import write_whole
 from rosetrainer.environment import LAUNCHED, PlaceError, reports_for_machine
 from rosetrainer.launch.failures import explain, is_lost_connection
 from rosetrainer.validation import ConfigError
@@ -117,4 +116,6 @@ def record(text: str, when: float) -> bool:
 
 def leave(path: Path, **values: Any) -> None:
     """For the launcher, which may read at any time; a signal may come in the middle."""
-    write_whole(path, lambda part: part.write_text(json.dumps(values)))
+    part = path.with_suffix(".part")  # not synced: that can take seconds, and others end meanwhile
+    part.write_text(json.dumps(values))
+    part.replace(path)
