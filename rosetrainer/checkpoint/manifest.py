@@ -110,6 +110,14 @@ def found_in(path: Path) -> list[Path]:
     return [one] if STEP.fullmatch(one.name) and one.exists() else checkpoints(path)
 
 
+def checkpoints_in(path: Path) -> list[Path]:
+    """found_in, which finds some. Raises ConfigError if there is none."""
+    found = found_in(path)
+    if not found:
+        raise ConfigError(f"{path} holds no checkpoint; give a run folder, or its step_NNNNNN")
+    return found
+
+
 def folder_name(step: int) -> str:
     return f"step_{step:06d}"
 

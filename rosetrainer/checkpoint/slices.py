@@ -33,11 +33,22 @@ from rosetrainer.checkpoint.manifest import (
 )
 from rosetrainer.durable_files import room, sha256_of, short, sync_folder, write_whole
 
+VISIBLE = "[!.]*"
+"""The pattern of all but hidden files, as the lock and drafts are."""
+
+Marks = dict[str, tuple[int, int]]
+"""By a file's name, what another program's writing would change: see mark_of."""
+
 
 def mark_of(path: Path) -> tuple[int, int]:
-    """Size and time of the last change: what another program's writing would change."""
-    facts = path.stat()
+    """Size and time of the last change."""
+    facts = path.lstat()
     return facts.st_size, facts.st_mtime_ns
+
+
+def marks_of(folder: Path, pattern: str = "*") -> Marks:
+    """Of all in the folder whose names fit the pattern; none if it is not there."""
+    return {path.name: mark_of(path) for path in folder.glob(pattern)}
 
 
 @dataclass(frozen=True)
@@ -45,14 +56,11 @@ class Written:
     """A checkpoint that was just written, and the marks of its files as they were hashed."""
 
     folder: Path
-    marks: dict[str, tuple[int, int]]
+    marks: Marks
 
     def is_whole(self, folder: Path) -> bool:
         """Whether `folder` is this one, and no file of it was touched since."""
-        if folder != self.folder:
-            return False
-        present = {path.name: mark_of(path) for path in folder.iterdir()}
-        return present == self.marks
+        return folder == self.folder and marks_of(folder) == self.marks
 
 
 @dataclass(frozen=True)

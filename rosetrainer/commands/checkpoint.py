@@ -15,14 +15,14 @@ from rosetrainer.checkpoint.export import whole_layers, write_weights
 from rosetrainer.checkpoint.manifest import (
     CheckpointError,
     check_files,
-    found_in,
+    checkpoints_in,
     read_manifest,
 )
 from rosetrainer.commands.flags import parse_flags
 from rosetrainer.durable_files import room, short, write_whole
 from rosetrainer.environment import trainer_command
 from rosetrainer.parallel.context import Axis
-from rosetrainer.training.open_run import sound_one
+from rosetrainer.training.trained import sound_one
 from rosetrainer.validation import ConfigError
 
 
@@ -122,11 +122,3 @@ def export(command: ExportCommand) -> int:
     size = out.stat().st_size
     print(f"{out}: {len(layers)} tensors of {folder.name}, {size:,} bytes")
     return 0
-
-
-def checkpoints_in(path: Path) -> list[Path]:
-    """found_in, which finds some. Raises ConfigError if there is none."""
-    found = found_in(path)
-    if not found:
-        raise ConfigError(f"{path} holds no checkpoint; give a run folder, or its step_NNN")
-    return found

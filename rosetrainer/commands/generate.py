@@ -5,7 +5,6 @@ python -m rosetrainer generate --prompt "The " --tokens 200
 
 from __future__ import annotations
 
-import contextlib
 import io
 import sys
 from dataclasses import dataclass, field
@@ -15,19 +14,15 @@ from typing import Literal
 import torch
 
 from rosetrainer.checkpoint.run_folder import latest_run, read_run, run_of
-from rosetrainer.checkpoint.saver import load_parameters
 from rosetrainer.commands.flags import parse_flags, ranks_to_start
-from rosetrainer.config import GPTConfig, ParallelConfig
+from rosetrainer.config import ParallelConfig
 from rosetrainer.environment import choose_device, world_from_environment
 from rosetrainer.hardware.performance import set_threads
 from rosetrainer.launch.launcher import launch
 from rosetrainer.model_size import check_memory
-from rosetrainer.models.build import build_model
 from rosetrainer.models.generation import SamplingConfig, first_tokens, generate
-from rosetrainer.models.gpt import GPTModel
-from rosetrainer.parallel.context import ParallelContext, end_parallel, init_parallel
-from rosetrainer.training.agreement import world_axis
-from rosetrainer.training.open_run import sound_one
+from rosetrainer.parallel.context import end_parallel, init_parallel
+from rosetrainer.training.trained import load_model
 from rosetrainer.validation import Count, LocalRanks, check_fields
 
 
@@ -85,17 +80,3 @@ def main(argv: list[str]) -> int:
     write(decoder.finish() + "\n")
     end_parallel()
     return 0
-
-
-def load_model(path: Path, config: GPTConfig, context: ParallelContext) -> GPTModel:
-    """The model of a run or checkpoint, of which each rank reads and holds its own slices alone.
-
-    Raises ConfigError if there is no sound checkpoint, or it is of another model.
-    """
-    with contextlib.redirect_stdout(sys.stderr):  # stdout is for the text
-        folder, manifest = sound_one(path, world_axis(), context.device)
-    model = build_model(config, context)
-    if manifest.progress.dtype == "float64":
-        model.double()
-    load_parameters(folder, manifest, model)
-    return model

@@ -62,8 +62,8 @@ def missing_tool(device: torch.device) -> str:
     if device.type == "cuda":
         if find_spec("triton") is None:
             return "a torch without Triton; install it: pip install triton"
-        # Asking starts CUDA, which a launcher must not do: its ranks may want the GPU alone.
-        if torch.cuda.is_initialized() and torch.cuda.get_device_capability(device) < (7, 0):
+        # Asking starts CUDA, so only ranks ask: they may want the GPU alone.
+        if torch.cuda.get_device_capability(device) < (7, 0):
             return "a GPU older than Volta, for which Triton makes no kernels; it needs 7.0"
         variable, names = "CC", ["gcc", "clang"]
     else:

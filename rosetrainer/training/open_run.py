@@ -11,20 +11,13 @@ from typing import IO
 
 import torch
 
-from rosetrainer.checkpoint.manifest import (
-    CheckpointError,
-    Manifest,
-    check_files,
-    found_in,
-    read_manifest,
-)
+from rosetrainer.checkpoint.manifest import CheckpointError, Manifest
 from rosetrainer.checkpoint.run_folder import LOCK, lock_run, new_run_folder
-from rosetrainer.checkpoint.slices import clear_drafts
-from rosetrainer.config import TrainConfig
-from rosetrainer.data.batches import Corpus
+from rosetrainer.checkpoint.slices import VISIBLE, clear_drafts, marks_of
 from rosetrainer.parallel.context import Axis
 from rosetrainer.training.agreement import gather_texts
-from rosetrainer.training.resume_plan import ResumePlan, find_resume_plan
+from rosetrainer.training.resume_plan import ResumePlan
+from rosetrainer.training.trained import newest_sound
 from rosetrainer.validation import ConfigError
 
 
@@ -40,22 +33,23 @@ class RunLocation:
     """Held by rank 0 while it is open."""
 
 
-def open_run(
-    config: TrainConfig, corpus: Corpus, plan: ResumePlan, world: Axis, device: torch.device
-) -> RunLocation:
+def open_run(out: Path | None, plan: ResumePlan, world: Axis, device: torch.device) -> RunLocation:
     """Rank 0 locks the run folder; all ranks look for the newest sound checkpoint.
 
-    plan: rank 0's. Raises ConfigError, on rank 0, for what --out and --resume cannot have.
+    out: of a new run. plan: rank 0's. Raises ConfigError, on rank 0, if the folder cannot be had.
     """
     lock, message = None, ""
     if world.rank == 0:
-        folder = plan.folder or new_run_folder(config.run.out)
+        folder = plan.folder or new_run_folder(out)
         lock = lock_run(folder)
     with ExitStack() as on_error:
         if lock:
             on_error.enter_context(lock)
-            # What is in it is looked at again now: another start may have come first.
-            plan = find_resume_plan(config.with_settings(out=folder), corpus)
+            if marks_of(folder, VISIBLE) != plan.seen:
+                raise ConfigError(
+                    f"another start has written to {folder} since this one looked into it; give "
+                    f"the same command again"
+                )
             folder = folder.absolute()
             clear_drafts(folder)
             paths = [str(path.absolute()) for path in plan.candidates]
@@ -76,43 +70,3 @@ def open_run(
             )
         on_error.pop_all()
     return RunLocation(Path(name), attempt, checkpoint, lock)
-
-
-def newest_sound(
-    candidates: list[Path], named: bool, world: Axis, device: torch.device
-) -> tuple[Path, Manifest] | None:
-    """The first candidate of which every byte is as written; the ranks divide the reading.
-
-    Rank 0 prints the damaged ones. Raises CheckpointError if the one that was `named` is damaged.
-    """
-    for candidate in candidates:
-        problem, manifest = "", None
-        try:
-            manifest = read_manifest(candidate)
-            check_files(candidate, manifest, world.rank, world.size)
-        except CheckpointError as error:
-            problem = str(error)
-        problems = [text for text in gather_texts(problem, world, device) if text]
-        if not problems and manifest is not None:
-            return candidate, manifest
-        if named:
-            raise CheckpointError(
-                f"{problems[0]}; give {candidate.parent} instead, and its newest sound one is taken"
-            )
-        if world.rank == 0:
-            print(f"{problems[0]}; trying the one before it", flush=True)
-    return None
-
-
-def sound_one(path: Path, world: Axis, device: torch.device) -> tuple[Path, Manifest]:
-    """The checkpoint that path is, or the newest sound one of the run folder that it is.
-
-    Raises ConfigError if there is none, CheckpointError if none is sound.
-    """
-    candidates = found_in(path)
-    if not candidates:
-        raise ConfigError(f"{path} holds no checkpoint; give a run folder, or its step_NNNNNN")
-    found = newest_sound(candidates, candidates[0].parent != path, world, device)
-    if found is None:
-        raise CheckpointError(f"no checkpoint of {path} is sound; give another run")
-    return found

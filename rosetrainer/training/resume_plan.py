@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from shlex import quote
 
-from rosetrainer.checkpoint.manifest import checkpoints, found_in, step_of
+from rosetrainer.checkpoint.manifest import checkpoints, checkpoints_in, found_in, step_of
 from rosetrainer.checkpoint.run_folder import (
     CONFIG,
     RUNS,
@@ -18,6 +18,7 @@ from rosetrainer.checkpoint.run_folder import (
     read_meta,
     same_place,
 )
+from rosetrainer.checkpoint.slices import VISIBLE, Marks, marks_of
 from rosetrainer.config import TrainConfig
 from rosetrainer.data.batches import Corpus
 from rosetrainer.reporting.run_log import LOG
@@ -47,6 +48,8 @@ class ResumePlan:
     """The user named the checkpoint, so that no other one will do."""
     dtype: str = ""
     """In which the resumed run computes; "" if it has not written that down."""
+    seen: Marks = field(default_factory=dict)
+    """What lay in the run folder, or in --out, before any of it was read."""
 
 
 def find_resume_plan(config: TrainConfig, corpus: Corpus) -> ResumePlan:
@@ -57,13 +60,14 @@ def find_resume_plan(config: TrainConfig, corpus: Corpus) -> ResumePlan:
     resume, out = config.checkpoint.resume, config.run.out
     if resume not in ("auto", "never"):
         return _from_path(Path(resume), config, corpus)
+    seen = marks_of(out, VISIBLE) if out else {}
     if out is None:
         check_run_folder(None)
         found = _unfinished(config, corpus) if resume == "auto" else iter(())
         return next(found, ResumePlan())
     if resume == "never" or not os.path.lexists(out / CONFIG):
         check_run_folder(out)
-        return ResumePlan()
+        return ResumePlan(seen=seen)
     return _resume(out, config, corpus)
 
 
@@ -85,6 +89,7 @@ def _resume(
     folder: Path, config: TrainConfig, corpus: Corpus, more: tuple[Path, ...] = ()
 ) -> ResumePlan:
     """The run in the folder, which may have no checkpoint of its own yet, but `more` elsewhere."""
+    seen = marks_of(folder, VISIBLE)
     try:
         saved = read_config(folder)
     except ConfigError as error:
@@ -111,7 +116,7 @@ def _resume(
             f"{quote(origin)}, or choose another --out"
         )
     candidates += [one for one in more if one not in candidates]
-    return ResumePlan(folder, tuple(candidates), dtype=dtype_of(saved))
+    return ResumePlan(folder, tuple(candidates), dtype=dtype_of(saved), seen=seen)
 
 
 def _from_path(path: Path, config: TrainConfig, corpus: Corpus) -> ResumePlan:
@@ -120,13 +125,11 @@ def _from_path(path: Path, config: TrainConfig, corpus: Corpus) -> ResumePlan:
     is_one = bool(candidates) and candidates[0].parent != path
     run = candidates[0].parent if is_one else path
     out = config.run.out or run
+    seen = marks_of(out, VISIBLE)
     branched = os.path.lexists(out / CONFIG) and was_resumed_from(out, path)
     if branched and (candidates or checkpoints(out)):
         return _resume(out, config, corpus, candidates)
-    if not candidates:
-        raise ConfigError(
-            f"resume={path} holds no checkpoint; give a run folder or its step_NNNNNN"
-        )
+    checkpoints_in(path)
     where, manifest = newest_readable(list(candidates)) or (path, None)
     dtype = manifest.progress.dtype if manifest else ""
     if manifest:
@@ -134,7 +137,7 @@ def _from_path(path: Path, config: TrainConfig, corpus: Corpus) -> ResumePlan:
         check_fits(where, manifest, config, corpus, NO_RESUME)
     if not same_place(out, run):
         check_run_folder(out)
-        return ResumePlan(None, candidates, is_one, dtype)
+        return ResumePlan(None, candidates, is_one, dtype, seen)
     if not os.path.lexists(run / CONFIG):
         raise ConfigError(f"{run} has no {CONFIG}: it is no run folder; give a new --out")
     _resume(run, config, corpus)
@@ -143,4 +146,4 @@ def _from_path(path: Path, config: TrainConfig, corpus: Corpus) -> ResumePlan:
         raise ConfigError(
             f"{newer[0]} is newer than {candidates[0]}; give a new --out to branch off"
         )
-    return ResumePlan(out, candidates, is_one, dtype)
+    return ResumePlan(out, candidates, is_one, dtype, seen)

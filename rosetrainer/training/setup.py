@@ -60,17 +60,20 @@ from rosetrainer.training.trainer import Trainer, TrainingState
 from rosetrainer.validation import ConfigError
 
 
-def check_config(config: TrainConfig, world_size: int) -> tuple[TrainConfig, Corpus, ResumePlan]:
-    """The config with the corpus's vocabulary, all of it checked. Raises ConfigError.
+def check_config(
+    config: TrainConfig, world_size: int
+) -> tuple[TrainConfig, Corpus, ResumePlan, tuple[bool, str]]:
+    """What `train` takes. Raises ConfigError.
 
-    And what the run is resumed from, which rank 0 alone looks for.
+    The config with the corpus's vocabulary, all of it checked; what the run is resumed from, which
+    rank 0 alone looks for; and whether the blocks are compiled, as `compiles` says.
     """
     config.check(world_size)
     rank, _, local_rank, local_world_size = world_from_environment()
     tp_size, _ = config.parallel.resolve(world_size)
     device = choose_device(config.hardware.device)
     config.parallel.check_device(device.type)
-    compiles(config, tp_size, device)
+    compiled = compiles(config, tp_size, device)
     check_profile(config.monitor.profile, config.run.steps)
     corpus = open_corpus(config.run.data, config.model.context_length, read_all=local_rank == 0)
     corpus.tokenizer()  # better found broken now than by whoever wants text of the trained model
@@ -85,7 +88,7 @@ def check_config(config: TrainConfig, world_size: int) -> tuple[TrainConfig, Cor
     plan = find_resume_plan(config, corpus) if rank == 0 else ResumePlan()
     if plan.folder:
         check_unlocked(plan.folder)
-    return config, corpus, plan
+    return config, corpus, plan, compiled
 
 
 def check_init_from(folder: Path, config: TrainConfig, corpus: Corpus) -> None:
@@ -100,7 +103,7 @@ def check_init_from(folder: Path, config: TrainConfig, corpus: Corpus) -> None:
 
 
 def train(
-    config: TrainConfig, corpus: Corpus, plan: ResumePlan
+    config: TrainConfig, corpus: Corpus, plan: ResumePlan, compiled: tuple[bool, str]
 ) -> tuple[GPTModel, signal.Signals | None]:
     """Trains on every rank; rank 0 writes the run folder. The arguments are check_config's.
 
@@ -120,9 +123,8 @@ def train(
         device = init_process_group(config.hardware.device, limit, store)
         resumed_dtype = gather_texts(plan.dtype, world, device)[0]
         config, remark = settle_dtype(config, resumed_dtype, device)
-        compiled = compiles(config, config.parallel.resolve(world.size)[0], device)
         check_same_settings(config, corpus, compiled[0], world, device)
-        location = open_run(config, corpus, plan, world, device)
+        location = open_run(config.run.out, plan, world, device)
         ERROR_REPORT.folder = location.folder
         if remark and world.rank == 0:
             print(remark)

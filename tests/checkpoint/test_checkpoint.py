@@ -243,7 +243,7 @@ def test_what_cannot_be_gone_on_with_is_one_line(
         f"this run has learning_rate=0.1 and not 0.001, seed=5 and not 1337 like {out}; give the"
     )
     assert f"out={out} is not empty" in refusal(config, resume="never")
-    assert "resume=nowhere holds no checkpoint" in refusal(config, resume="nowhere")
+    assert "nowhere holds no checkpoint; give a run folder" in refusal(config, resume="nowhere")
     older = str(out / "step_000003")
     assert f"{out / 'step_000004'} is newer than {older}" in refusal(config, resume=older)
     assert "dtype=float32 and not float64" in refusal(config, dtype="float32")

@@ -19,12 +19,12 @@ from safetensors.torch import load_file
 
 from rosetrainer.checkpoint import saver
 from rosetrainer.commands import checkpoint as checkpoint_command
-from rosetrainer.commands.generate import load_model
 from rosetrainer.config import GPTConfig, OptimConfig, ParallelConfig, TrainConfig
 from rosetrainer.models.build import build_model
 from rosetrainer.parallel.context import ParallelContext, init_parallel
 from rosetrainer.parallel.sharding import gather_whole, shard_spec
 from rosetrainer.training.setup import check_config, train
+from rosetrainer.training.trained import load_model
 from rosetrainer.training.trainer import Trainer
 
 MODEL = GPTConfig(vocab_size=8, context_length=4, n_layers=6, n_heads=2, d_model=64)

@@ -209,7 +209,7 @@ def test_of_two_starts_at_the_same_moment_one_gives_way(
         return original(folder)
 
     monkeypatch.setattr(open_run, "lock_run", lock_late)
-    with pytest.raises(ConfigError, match="seed=2 and not 1337 like"):
+    with pytest.raises(ConfigError, match=f"another start has written to {tmp_path}/run since"):
         start(config, seed=2)
     assert json.loads((tmp_path / "run" / "config.json").read_text())["run"]["seed"] == 1337
     assert steps_logged(tmp_path / "run") == [1]
@@ -287,7 +287,7 @@ def test_a_branch_without_a_checkpoint_of_its_own_is_not_begun_at_step_1(
         refusal(config, out=tmp_path / "branch")
     )
     (tmp_path / "run" / "step_000002").rename(tmp_path / "step_000002")
-    assert "resume=run/step_000002 holds no checkpoint" in refusal(config, **branch)
+    assert "run/step_000002 holds no checkpoint; give a run folder" in refusal(config, **branch)
     (tmp_path / "step_000002").rename(tmp_path / "run" / "step_000002")
     start(config, **branch)
     assert steps_logged(tmp_path / "branch") == [3, 4]

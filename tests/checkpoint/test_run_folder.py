@@ -16,13 +16,13 @@ from ranks import run_ranks
 from rosetrainer.checkpoint import run_folder
 from rosetrainer.checkpoint.manifest import CheckpointError, Progress, found_in
 from rosetrainer.checkpoint.saver import Saver
-from rosetrainer.commands.generate import load_model
 from rosetrainer.commands.prepare import main as prepare
 from rosetrainer.config import TrainConfig
 from rosetrainer.models.gpt import GPTModel
 from rosetrainer.optim.optimizer import build_optimizer
 from rosetrainer.parallel.context import ParallelContext, init_tensor_parallel
 from rosetrainer.parallel.sharding import gather_whole, init_weights, load_whole
+from rosetrainer.training.trained import load_model
 from rosetrainer.validation import ConfigError
 
 META = {"tokenizer": "bytes", "vocab_size": 256}

@@ -165,3 +165,7 @@ def test_a_missing_tool_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sysconfig.get_config_var", lambda _: None)
     with pytest.raises(ConfigError, match=r"a Python without Python\.h; install its headers"):
         compiles(on, 1, CPU)
+    monkeypatch.setattr("rosetrainer.hardware.block_compile.find_spec", lambda _: object())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (6, 1))
+    with pytest.raises(ConfigError, match=r"a GPU older than Volta, for .*; it needs 7\.0; or use"):
+        compiles(on, 1, torch.device("cuda"))
