@@ -1,7 +1,10 @@
 """The vocabulary, split over tp: embedding, output head and loss on a slice of the token ids.
 
-Shape letters: B batch, T sequence, D d_model, V vocabulary; tp = tp.size. From "Megatron-LM:
-Training Multi-Billion Parameter Language Models Using Model Parallelism" (Shoeybi et al.).
+Shape letters: B batch, T sequence, D d_model, V vocabulary; tp = tp.size. A letter behind a shape
+says what a rank has of it over tp: I the same on each, V a part of its own, P a partial sum.
+
+From "Megatron-LM: Training Multi-Billion Parameter Language Models Using Model Parallelism"
+(Shoeybi et al.).
 """
 
 from __future__ import annotations
@@ -19,7 +22,8 @@ from comm import (
 from config import IGNORED
 from overlap import column_linear
 from parallel_context import Axis
-from sharding import Cut, ShardSpec, new_parameter
+from sharding import Cut, ShardSpec, new_parameter, shard_spec
+from tensor_parallel import width_of
 from torch import Tensor, nn
 
 PADDED_TO = 128  # rows: a multiple that most tp sizes divide, and that matrix products like
@@ -28,6 +32,12 @@ PADDED_TO = 128  # rows: a multiple that most tp sizes divide, and that matrix p
 class VocabParallelEmbedding(nn.Module):
     """(B, T) ids -> (B, T, D), or (B, T/tp, D) under sequence parallelism: a table (V, D) whose
     rows are split over tp, (V/tp, D) on a rank.
+
+        forward  Y = W[ids], 0 where another rank has the row    (.., D) P, all-reduce over tp: I
+        wgrad    dW[ids] += dY                                   (V/tp, D), stays on its rank
+
+    Under sequence parallelism a reduce-scatter of the tokens takes the all-reduce's place, and
+    backward dY is all-gathered.
 
     V is padded with rows of zeros to a multiple of 128, and of tp where tp does not divide that.
     No id reads a pad row, `logits` of one mean nothing, and no checkpoint holds it.
@@ -42,6 +52,10 @@ class VocabParallelEmbedding(nn.Module):
         spec = ShardSpec(shape, (Cut(tp),), pad=(pad, 0), init_std=init_std, decay=True)
         self.weight = new_parameter(spec)
 
+    def extra_repr(self) -> str:
+        spec, rows = shard_spec(self.weight), self.tp.size * self.weight.shape[0]
+        return f"ids={width_of(spec, 0)}, padded to {rows}, width={spec.shape[1]}"
+
     def forward(self, ids: Tensor) -> Tensor:
         check_ids(ids, self.vocab_size)
         rows = self.weight.shape[0]
@@ -52,7 +66,14 @@ class VocabParallelEmbedding(nn.Module):
         return leave_tensor_parallel_region(x, self.tp)  # (.., D)    sum over tp
 
     def logits(self, x: Tensor) -> Tensor:
-        """The table as output head, column-parallel. (B, T, D) -> (B, T, V/tp), pad rows too."""
+        """The table as output head, column-parallel. (B, T, D) -> (B, T, V/tp), pad rows too.
+
+        forward  L = X Wᵀ     (B, T, D) I -> (B, T, V/tp) V
+        dgrad    dX = dL W    (B, T, D) P, all-reduce over tp (`f`): I
+        wgrad    dW = dLᵀ X   (V/tp, D), stays on its rank
+
+        Under sequence parallelism X is all-gathered first, and dX reduce-scattered to its tokens.
+        """
         return column_linear(x, self.weight, None, self.tp)  # backward: sum over tp
 
 
@@ -71,6 +92,10 @@ def vocab_parallel_cross_entropy(
 
     logits: (B, T, V/tp), this rank's slice, with pad, which counts for nothing. labels: (B, T).
     The slices stay where they are: three numbers a token travel, not V.
+
+        forward  log sum of exp(L) - L[label]    (B, T) I, three all-reduces over tp of (B, T)
+        dgrad    dL = softmax(L) - one-hot       (B, T, V/tp) V, no collective
+
     Raises ValueError for a label that is neither -100 nor in the vocabulary.
     """
     counts = labels != IGNORED
