@@ -12,6 +12,7 @@ from rosetrainer.optim.clip import counts_here
 from rosetrainer.parallel.context import Axis, init_tensor_parallel
 from rosetrainer.parallel.sharding import Cut, ShardSpec, load_whole, shard_spec
 from rosetrainer.parallel.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from rosetrainer.parallel.vocab_parallel import VocabParallelEmbedding
 from rosetrainer.validation import ConfigError
 
 IN, OUT = 8, 24
@@ -136,3 +137,5 @@ def test_a_layer_shows_its_whole_width_and_what_its_rank_holds() -> None:
         "in=256/2 (rank 1 holds 128:256), out=64, bias"
     )
     assert RowParallelLinear(256, 64, tp=Axis("tp")).extra_repr() == "in=256, out=64, bias"
+    table = VocabParallelEmbedding(200, 64, tp=tp, init_std=1.0)
+    assert table.extra_repr() == "ids=200/2 (rank 1 holds 128:256), padded to 256, width=64"
