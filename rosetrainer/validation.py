@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -15,6 +16,15 @@ HUGE = 2**40  # no count of ours is larger, and sums of some still fit 64 bits
 
 class ConfigError(ValueError):
     """A mistake of the user's. The text is one line: the values, and what would work."""
+
+
+@contextmanager
+def one_line(problem: str, advice: str) -> Iterator[None]:
+    """An OSError inside becomes a ConfigError: "{problem}: No such file or directory; {advice}"."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"{problem}: {error.strerror}; {advice}") from None
 
 
 @dataclass(frozen=True)
@@ -62,9 +72,13 @@ def config_from_dict(cls: type[T], values: Any, where: str) -> T:
         raise ConfigError(f"{where} should hold an object, not {type(values).__name__}")
     values = getattr(cls, "upgrade", dict)(values)
     hints = get_type_hints(cls)
-    names = {f.name for f in fields(cls)}  # type: ignore[arg-type]
-    if unknown := sorted(map(str, set(values) - names)):
-        raise ConfigError(f"{where} has unknown keys {', '.join(unknown)}")
+    known = fields(cls)  # type: ignore[arg-type]
+    required = [f.name for f in known if f.default is f.default_factory is MISSING]
+    if lacking := [name for name in required if name not in values]:
+        raise ConfigError(f"{where} lacks the keys {', '.join(lacking)}")
+    if unknown := sorted(map(str, set(values) - {f.name for f in known})):
+        newer = "which a newer rosetrainer may have written"
+        raise ConfigError(f"{where} has unknown keys {', '.join(unknown)}, {newer}")
     made: dict[str, Any] = {}
     for name, value in values.items():
         if is_dataclass(hints[name]):

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import socket
+from contextlib import ExitStack
 from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ from rosetrainer.config import TrainConfig
 from rosetrainer.data.corpus import load_tokenizer
 from rosetrainer.data.tokenizer import Tokenizer
 from rosetrainer.durable_files import write_whole
-from rosetrainer.validation import ConfigError, config_from_dict
+from rosetrainer.validation import ConfigError, config_from_dict, one_line
 
 CONFIG, META, TOKENIZER = "config.json", "meta.json", "tokenizer.json"
 LOCK = ".lock"
@@ -31,25 +32,20 @@ def new_run_folder(wanted: Path | None) -> Path:
     """
     if wanted is not None:
         check_run_folder(wanted)
-        try:
+        with one_line(f"out={wanted} cannot be made", "choose another --out"):
             wanted.mkdir(parents=True, exist_ok=True)
-        except (FileNotFoundError, FileExistsError, NotADirectoryError) as error:
-            raise ConfigError(
-                f"out={wanted} cannot be made: {error.strerror}; choose another --out"
-            ) from None
         return wanted
     number = 1
     while True:
         folder = RUNS / f"run-{number:03d}"
         try:
             folder.mkdir(parents=True)
-        except OSError as error:
-            if folder.is_dir():
-                number += 1
-                continue
-            raise ConfigError(f"cannot make {folder}: {error.strerror}; use --out DIR") from None
-        else:
             return folder
+        except OSError as error:
+            if not folder.is_dir():
+                problem = f"cannot make {folder}: {error.strerror}"
+                raise ConfigError(f"{problem}; use --out DIR") from None
+        number += 1
 
 
 def check_run_folder(wanted: Path | None) -> None:
@@ -57,7 +53,7 @@ def check_run_folder(wanted: Path | None) -> None:
 
     What `wanted` names must be new or empty.
     """
-    try:
+    with one_line(f"out={wanted or RUNS}", "choose another --out"):
         if wanted and wanted.exists() and not (wanted.is_dir() and is_empty(wanted)):
             raise ConfigError(f"out={wanted} is not empty; choose another --out, or leave it out")
         for folder in Path(os.path.realpath(wanted)).parents if wanted else ():
@@ -70,8 +66,6 @@ def check_run_folder(wanted: Path | None) -> None:
         parent = next(folder for folder in nearest if os.path.lexists(folder))
         if not parent.is_dir() or not os.access(parent, os.W_OK):
             raise ConfigError(f"out={wanted} cannot be made in {parent}; choose another --out")
-    except OSError as error:
-        raise ConfigError(f"out={wanted}: {error.strerror}; choose another --out") from None
 
 
 def is_empty(folder: Path) -> bool:
@@ -85,26 +79,21 @@ def lock_run(folder: Path) -> IO[str]:
 
     Raises ConfigError, with the process that has it, if another one is at work there.
     """
-    try:
-        file = (folder / LOCK).open("a+")
+    with one_line(f"cannot lock {folder}", "choose another --out"), ExitStack() as on_error:
+        file = on_error.enter_context((folder / LOCK).open("a+"))
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-            file.flush()
         except BlockingIOError:
             file.seek(0)
             holder = file.read(200).strip() or "another process"
-            file.close()
             raise ConfigError(
                 f"{folder} is in use by {holder}; wait until it ends, stop it, or choose another "
                 f"--out"
             ) from None
-        except OSError:
-            file.close()
-            raise
-    except OSError as error:
-        raise ConfigError(f"cannot lock {folder}: {error.strerror}; choose another --out") from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        on_error.pop_all()
     return file
 
 
@@ -186,13 +175,11 @@ def read_run(folder: Path) -> tuple[TrainConfig, Tokenizer]:
 
 
 def _read_json(path: Path) -> dict[str, object]:
+    advice = f"a run's folder, as {RUNS}/run-001, has it: pass one, or a checkpoint in it"
+    with one_line(f"{path} cannot be read", advice):
+        content = path.read_bytes()
     try:
-        values = json.loads(path.read_text())
-    except OSError as error:
-        raise ConfigError(
-            f"{path} cannot be read: {error.strerror}; a run's folder, as {RUNS}/run-001, has it: "
-            "pass one, or a checkpoint in it"
-        ) from None
+        values = json.loads(content)
     except (ValueError, RecursionError) as error:  # the latter for brackets without an end
         raise ConfigError(f"{path} cannot be read: {error}; was it copied whole?") from None
     if not isinstance(values, dict):

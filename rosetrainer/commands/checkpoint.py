@@ -19,11 +19,11 @@ from rosetrainer.checkpoint.manifest import (
     read_manifest,
 )
 from rosetrainer.commands.flags import parse_flags
-from rosetrainer.durable_files import room, short, write_whole
+from rosetrainer.durable_files import room, write_whole
 from rosetrainer.environment import trainer_command
 from rosetrainer.parallel.context import Axis
 from rosetrainer.training.trained import sound_one
-from rosetrainer.validation import ConfigError
+from rosetrainer.validation import ConfigError, one_line
 
 
 @dataclass(frozen=True)
@@ -111,14 +111,9 @@ def export(command: ExportCommand) -> int:
         raise ConfigError(f"out={out} is there already, or its folder is not; choose another --out")
     folder, manifest = sound_one(command.folder, Axis("world"), torch.device("cpu"))
     layers = whole_layers(folder, manifest)
-    try:
+    has = room(out.absolute().parent)
+    with one_line(f"cannot write {out}", f"{has} bytes can be written there; choose another --out"):
         write_whole(out, lambda part: write_weights(part, folder, manifest, layers))
-    except OSError as error:
-        has = room(out.absolute().parent)
-        raise ConfigError(
-            f"cannot write {out}: {short(error)}; {has} bytes can be written there; choose another "
-            f"--out"
-        ) from None
     size = out.stat().st_size
     print(f"{out}: {len(layers)} tensors of {folder.name}, {size:,} bytes")
     return 0

@@ -78,7 +78,7 @@ def of_other_meta(folder: Path, values: Any) -> str:
             f"ids are stored as uint16, so a vocabulary can hold {LARGEST_VOCAB} at most; of the "
             f"texts, `{command} --out {_quoted(_target(folder))}` makes one that fits"
         )
-    if source not in SOURCES and all((folder / name).is_file() for name in BINS):
+    if values and source not in SOURCES and all((folder / name).is_file() for name in BINS):
         return f"another program wrote it; {_of_bins(folder, os.listdir(folder), list(BINS))}"
     return another_folder(folder, source)
 

@@ -6,14 +6,14 @@ import json
 import math
 import stat
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from string import ascii_lowercase
 from typing import Annotated, Any, Literal
 
 import numpy as np
 
-from rosetrainer.data.advice import another_folder, no_corpus, of_other_meta
+from rosetrainer.data.advice import no_corpus, of_other_meta
 from rosetrainer.data.bpe import BPETokenizer
 from rosetrainer.data.token_file import SCAN
 from rosetrainer.data.tokenizer import (
@@ -61,41 +61,23 @@ class CorpusMeta:
 
 def read_meta(folder: Path) -> CorpusMeta:
     """The corpus's meta.json. Raises ConfigError if it is not there or not as it should be."""
-    path = folder / "meta.json"
+    path, values = folder / "meta.json", None
     try:
         if not stat.S_ISREG(path.stat().st_mode):
-            raise ConfigError(f"{path} is not a file; {another_folder(folder)}")
+            raise ConfigError("it is not a file")
         values = json.loads(path.read_text(encoding="utf-8"))
+        meta = config_from_dict(CorpusMeta, values, "it")
+        _check_consistent(meta)
+        return meta
     except (FileNotFoundError, NotADirectoryError):
         raise ConfigError(no_corpus(folder)) from None
     except OSError as error:
-        raise ConfigError(
-            f"cannot read {path}: {error.strerror}; {another_folder(folder)}"
-        ) from None
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(
-            f"{path} is not JSON ({error}); was it cut off? {another_folder(folder)}"
-        ) from None
-    try:
-        _check_keys(values)
-        meta = config_from_dict(CorpusMeta, values, "it")
-        _check_consistent(meta)
+        problem = f"it cannot be read: {error.strerror}"
     except ConfigError as error:
-        raise ConfigError(f"{path}: {error}; {of_other_meta(folder, values)}") from None
-    return meta
-
-
-def _check_keys(values: Any) -> None:
-    """Raises ConfigError for a meta.json of another program."""
-    if not isinstance(values, dict):
-        return
-    required = [f.name for f in fields(CorpusMeta) if f.default is MISSING]
-    if lacking := [name for name in required if name not in values]:
-        raise ConfigError(f"it lacks the keys {', '.join(lacking)}")
-    if unknown := sorted(set(values) - {f.name for f in fields(CorpusMeta)}):
-        raise ConfigError(
-            f"it has unknown keys {', '.join(unknown)}, which a newer rosetrainer may have written"
-        )
+        problem = str(error)
+    except (ValueError, RecursionError) as error:
+        problem = f"it is not JSON, or was cut off ({error})"
+    raise ConfigError(f"{path}: {problem}; {of_other_meta(folder, values)}")
 
 
 def _check_consistent(meta: CorpusMeta) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rosetrainer.durable_files import sha256_of, sync_folder
-from rosetrainer.validation import ConfigError
+from rosetrainer.validation import ConfigError, one_line
 
 OURS = {"meta.json", "train.bin", "val.bin", "tokenizer.json"}
 
@@ -46,12 +46,8 @@ def _existing(out: Path) -> dict[str, Any] | None:
 
     Raises ConfigError if out holds anything else: only a corpus of ours is ever replaced.
     """
-    try:
-        names = set(os.listdir(out))
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise ConfigError(f"cannot use {out}: {error.strerror}; give another --out") from None
+    with one_line(f"cannot use {out}", "give another --out"):
+        names = set(os.listdir(out)) if out.exists() else set()
     if not names:
         return None
     try:
@@ -87,20 +83,17 @@ def new_folder(out: Path) -> Iterator[Path]:
     out = Path(os.path.realpath(out))  # a link to a folder stays a link
     new, old = (out.parent / f".{out.name}-{word}-{os.getpid()}" for word in ("new", "old"))
     try:
-        new.mkdir(parents=True)
-        yield new
-        for path in new.iterdir():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        sync_folder(new)
-        if out.exists():
-            out.rename(old)
-        new.rename(out)
-        sync_folder(out.parent)
-    except OSError as error:
-        raise ConfigError(
-            f"cannot write {out}: {error.strerror}; make room, or give another --out"
-        ) from None
+        with one_line(f"cannot write {out}", "make room, or give another --out"):
+            new.mkdir(parents=True)
+            yield new
+            for path in new.iterdir():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+            sync_folder(new)
+            if out.exists():
+                out.rename(old)
+            new.rename(out)
+            sync_folder(out.parent)
     finally:  # an interrupt passes here too
         if old.exists() and not out.exists():
             old.rename(out)

@@ -23,7 +23,7 @@ from rosetrainer.data.file_kinds import (
     refuse_markup,
 )
 from rosetrainer.durable_files import free
-from rosetrainer.validation import ConfigError
+from rosetrainer.validation import ConfigError, one_line
 
 LARGEST_UNPACKED = 1 << 30  # bytes: a packed file of 1 MB can hold a thousand times as much
 LONGEST_LINE = 1 << 28
@@ -163,10 +163,8 @@ def recognise(path: Path, as_text: bool = False) -> TextFile:
 
 def _check_regular(path: Path) -> None:
     """Raises ConfigError unless path is a file; reading a pipe, say, would wait for ever."""
-    try:
+    with one_line(f"cannot read {path}", "pass a text file"):
         mode = path.stat().st_mode
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}; pass a text file") from None
     if stat.S_ISDIR(mode):
         raise ConfigError(f"{path} is a directory; pass text files, for example {path}/*.txt")
     if not stat.S_ISREG(mode):

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from rosetrainer.validation import ConfigError
+from rosetrainer.validation import ConfigError, one_line
 
 Int64s = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -23,13 +23,11 @@ class TokenFile:
 
     def __init__(self, path: Path, remedy: str):
         """remedy: what a message advises. Raises ConfigError if path is not a readable file."""
-        try:
+        with one_line(f"cannot read {path}", remedy):
+            if not path.exists():
+                raise ConfigError(f"{path} is missing; {remedy}")
             # Without waiting: a pipe would be waited for until somebody writes to it.
             self._descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-        except FileNotFoundError:
-            raise ConfigError(f"{path} is missing; {remedy}") from None
-        except OSError as error:
-            raise ConfigError(f"cannot read {path}: {error.strerror}; {remedy}") from None
         weakref.finalize(self, os.close, self._descriptor)
         facts = os.fstat(self._descriptor)
         if not stat.S_ISREG(facts.st_mode):
@@ -41,10 +39,8 @@ class TokenFile:
         """Tokens start to start + count, (count,). Raises ConfigError if they are not there."""
         where, wanted, data = 2 * start, 2 * count, b""
         while len(data) < wanted:  # a pread gives at most 2 GiB
-            try:
+            with one_line(f"cannot read {self.path}", self.remedy):
                 more = os.pread(self._descriptor, wanted - len(data), where + len(data))
-            except OSError as error:
-                raise ConfigError(f"cannot read {self.path}: {error.strerror}") from None
             if not more:
                 raise ConfigError(
                     f"{self.path} ends before byte {where + wanted}; {self.size} bytes were there, "

@@ -18,8 +18,13 @@ from rosetrainer.data.file_kinds import compression
 from rosetrainer.data.token_file import SCAN
 from rosetrainer.data.tokenizer import LARGEST_VOCAB, BytesTokenizer, Ids, IdsTokenizer, Tokenizer
 from rosetrainer.durable_files import free
-from rosetrainer.validation import ConfigError
+from rosetrainer.validation import ConfigError, one_line
 
+IDS_WANTED = "pass token ids, as nanoGPT or llm.c has them"
+TOO_MANY = (
+    f"ids are stored as uint16, so a tokenizer can have {LARGEST_VOCAB} tokens at most; encode the "
+    "texts with one that has, for example --tokenizer bpe --vocab-size 32768"
+)
 HEADER = 256  # int32 numbers that llm.c's files begin with
 # By the first of them: the version that must follow, and how an id is stored.
 LLM_C = {20240520: (1, "<u2"), 20240801: (7, "<u4")}
@@ -39,10 +44,8 @@ class IdFile:
         for first in range(0, self.count, SCAN):
             wanted = min(SCAN, self.count - first)
             start = self.offset + first * np.dtype(self.dtype).itemsize
-            try:
+            with one_line(f"cannot read {self.path}", IDS_WANTED):
                 ids = np.fromfile(self.path, self.dtype, wanted, offset=start)
-            except OSError as error:
-                raise ConfigError(f"cannot read {self.path}: {error.strerror}") from None
             if len(ids) < wanted:
                 raise ConfigError(f"{self.path} became shorter while it was read")
             self._check(ids, first, tokenizer.vocab_size)
@@ -52,26 +55,20 @@ class IdFile:
         bare = self.dtype == "<u2" and not self.offset
         if bare and first == 0 and _are_uint32(ids):
             largest = int(ids[: len(ids) // 2 * 2].view("<u4").max())
+            way = (
+                f"write them as uint16, in Python `numpy.fromfile({str(self.path)!r}, 'uint32')"
+                f".astype('uint16').tofile({str(free(self.path))!r})`"
+            )
             raise ConfigError(
                 f"{self.path} holds uint32, not uint16, ids up to {largest}; "
-                + (
-                    f"write them as uint16, in Python `numpy.fromfile({str(self.path)!r}, 'uint32')"
-                    f".astype('uint16').tofile({str(free(self.path))!r})`"
-                    if largest < LARGEST_VOCAB
-                    else f"a tokenizer can have {LARGEST_VOCAB} at most: encode the texts with one "
-                    "that has, for example --tokenizer bpe --vocab-size 32768"
-                )
+                + (way if largest < LARGEST_VOCAB else TOO_MANY)
             )
         if ids.max(initial=0) >= vocab_size:
             where = int(np.argmax(ids >= vocab_size))
+            way = "name the tokenizer that these ids are of"
             raise ConfigError(
                 f"{self.path}: id {first + where} is {ids[where]}, not below vocab_size="
-                f"{vocab_size} of the tokenizer; name the tokenizer that these ids are of"
-                + (
-                    f" (one of {LARGEST_VOCAB} tokens at most, for ids are stored as uint16)"
-                    if ids[where] >= LARGEST_VOCAB
-                    else ""
-                )
+                f"{vocab_size} of the tokenizer; {TOO_MANY if ids[where] >= LARGEST_VOCAB else way}"
             )
 
 
@@ -146,14 +143,10 @@ def _find(paths: tuple[Path, ...]) -> dict[Side, list[Path]]:
 
 
 def _open(path: Path) -> IdFile:
-    try:
-        if not path.is_file():
-            raise ConfigError(f"{path} is not a file; pass token ids, as nanoGPT or llm.c has them")
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            head = file.read(4 * HEADER)
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+    if not path.is_file():
+        raise ConfigError(f"{path} is not a file; {IDS_WANTED}")
+    with one_line(f"cannot read {path}", IDS_WANTED), path.open("rb") as file:
+        size, head = path.stat().st_size, file.read(4 * HEADER)
     if packed := compression(head):
         raise ConfigError(f"{path} is {packed}; unpack it, and pass what comes out")
     if head.startswith(b"\x93NUMPY"):
@@ -211,9 +204,5 @@ def _tokenizer(name: str, vocab_size: int | None) -> Tokenizer:
         )
     tokenizer = BPETokenizer.load(path)
     if tokenizer.vocab_size > LARGEST_VOCAB:
-        raise ConfigError(
-            f"{path} has {tokenizer.vocab_size} tokens, and ids are stored as uint16: a tokenizer "
-            f"can have {LARGEST_VOCAB} at most; encode the texts with one that has, for example "
-            "--tokenizer bpe --vocab-size 32768"
-        )
+        raise ConfigError(f"{path} has {tokenizer.vocab_size} tokens, and {TOO_MANY}")
     return tokenizer

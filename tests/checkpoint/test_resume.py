@@ -152,7 +152,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "another version": (
         lambda run: change_config(run, lambda values: values["run"].update(flux=7)),
-        "unknown keys flux; choose another --out",
+        "unknown keys flux, which a newer rosetrainer may have written; choose another --out",
     ),
 }
 

@@ -225,10 +225,8 @@ COUNTS = {"train_tokens": 99, "val_tokens": 99, "sha256": {"train.bin": "", "val
 
 def test_meta_json_that_was_cut_off() -> None:
     text = broken(json.dumps(OURS | COUNTS)[:-9], "train.bin", "val.bin")
-    assert text.startswith("own/meta.json is not JSON (")
-    assert (
-        f"was it cut off? `{PREPARE} file PATH... --out data/own` makes a corpus in another" in text
-    )
+    assert text.startswith("own/meta.json: it is not JSON, or was cut off (")
+    assert f"; `{PREPARE} file PATH... --out data/own` makes a corpus in another" in text
 
 
 def test_meta_json_of_another_program() -> None:

@@ -318,7 +318,7 @@ def test_a_folder_that_cannot_be_read(small):
     small.chmod(0)
     try:
         assert message(lambda: open_corpus(small, 4)).startswith(
-            f"cannot read {small}/meta.json: Permission denied"
+            f"{small}/meta.json: it cannot be read: Permission denied"
         )
     finally:
         small.chmod(0o700)

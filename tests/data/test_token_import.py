@@ -126,7 +126,7 @@ def test_ids_of_another_tokenizer(tmp_path: Path, tokenizer: Path) -> None:
     wide = llm_c(tmp_path / "w" / "x_train.bin", [1, 2, 128_000], magic=20240801)
     message = refused(tmp_path, wide, wide, "--tokenizer", "ids", "--vocab-size", 65536)
     assert "id 2 is 128000, not below vocab_size=65536 of the tokenizer" in message
-    assert "65536 tokens at most, for ids are stored as uint16" in message
+    assert "ids are stored as uint16, so a tokenizer can have 65536 tokens at most" in message
 
 
 def test_files_that_are_not_ids(tmp_path: Path) -> None:
@@ -143,7 +143,7 @@ def test_files_that_are_not_ids(tmp_path: Path) -> None:
         (
             "wider",
             np.arange(0, 99_000, 1000, dtype="<u4").tobytes(),
-            "ids up to 98000; a tokenizer can have 65536 at most: encode the texts with one",
+            "ids up to 98000; ids are stored as uint16, so a tokenizer can have 65536 tokens at",
         ),
         ("gz", b"\x1f\x8b\x08\0abcd", "is gzip; unpack it, and pass what comes out"),
         ("npy", b"\x93NUMPY\1\0", "is a numpy array; write its ids alone"),

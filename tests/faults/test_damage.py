@@ -18,7 +18,7 @@ from rosetrainer.checkpoint.manifest import (
     read_manifest,
     with_own_hash,
 )
-from rosetrainer.training import open_run
+from rosetrainer.training import trained
 from rosetrainer.training.agreement import world_axis
 from rosetrainer.validation import ConfigError
 
@@ -58,7 +58,7 @@ def sound_one(run_folder: Path) -> str:
     """The checkpoint that a run would go on from; on one rank, where no launch is needed."""
     import torch
 
-    found = open_run.newest_sound(checkpoints(run_folder), False, world_axis(), torch.device("cpu"))
+    found = trained.newest_sound(checkpoints(run_folder), False, world_axis(), torch.device("cpu"))
     return found[0].name if found else "none"
 
 
@@ -100,7 +100,7 @@ def test_control_without_the_hashes_damage_goes_unseen(
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    monkeypatch.setattr(open_run, "check_files", lambda *_: None)
+    monkeypatch.setattr(trained, "check_files", lambda *_: None)
     assert sound_one(tmp_path / "copy") == "step_000008"
 
 
@@ -176,7 +176,7 @@ def test_a_file_that_is_a_link_is_refused(finished: Path, tmp_path: Path) -> Non
     file.rename(tmp_path / "elsewhere")
     file.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(CheckpointError, match=r"rank_00001\.safetensors is a link, and refused"):
-        open_run.check_files(folder, read_manifest(folder))
+        trained.check_files(folder, read_manifest(folder))
 
 
 LIES: dict[str, Callable[[dict], object]] = {

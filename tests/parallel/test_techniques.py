@@ -262,7 +262,7 @@ def train_watched(
             trainer, "check_replicas", lambda m, *_: seen.append(m.final_norm.weight.tolist())
         )
         try:
-            setup.train(config, open_corpus(config.run.data, 8), ResumePlan())
+            setup.train(config, open_corpus(config.run.data, 8), ResumePlan(), (False, ""))
         except ConfigError as error:
             return seen, str(error)
     return seen, ""
