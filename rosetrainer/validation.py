@@ -127,7 +127,7 @@ def _mismatch(hint: Any, value: Any) -> str:
         return "" if number and -math.inf < value < math.inf else "a finite number"
     if hint is type(None):
         return ""
-    ok = isinstance(value, hint) and (hint is not int or not isinstance(value, bool))
+    ok = isinstance(value, origin or hint) and (hint is not int or not isinstance(value, bool))
     named = {int: "an integer", bool: "true or false", Path: "a path", str: "a text"}
     return "" if ok else named.get(hint, f"a {hint.__name__}")
 

@@ -18,7 +18,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -61,42 +61,27 @@ class TextOptions:
 
 
 @dataclass(frozen=True)
-class PythonDocs:
+class PythonDocs(TextOptions, Target):
     """The documentation that this Python carries: reference topics and docstrings."""
-
-    target: Target = field(default_factory=Target)
-    text: TextOptions = field(default_factory=TextOptions)
 
 
 @dataclass(frozen=True)
-class Shakespeare:
+class Shakespeare(TextOptions, Target):
     """Tiny-shakespeare, 1.1 MB."""
 
     path: Positional[Path | None] = None
     """A file that holds it; downloaded unless given."""
-    target: Target = field(default_factory=Target)
-    text: TextOptions = field(default_factory=TextOptions)
 
 
 @dataclass(frozen=True)
-class ReadingOptions:
-    """How files are read."""
+class Files(TextOptions, Target):
+    """Your own texts: one file is one text; several, JSON lines and parquet are documents."""
 
+    paths: Positional[tuple[Path, ...]] = ()
     text_key: str = "text"
     """The key of JSON lines, or the column of parquet, that holds a document's text."""
     as_text: bool = False
     """Take JSON, HTML and RTF as the text that they are, markup and all."""
-
-
-@dataclass(frozen=True)
-class Files:
-    """Your own texts: one file is one text; several, JSON lines and parquet are documents."""
-
-    paths: Positional[tuple[Path, ...]] = ()
-    """The files."""
-    target: Target = field(default_factory=Target)
-    text: TextOptions = field(default_factory=TextOptions)
-    reading: ReadingOptions = field(default_factory=ReadingOptions)
 
 
 @dataclass(frozen=True)
@@ -116,32 +101,21 @@ class ChainOptions:
 
 
 @dataclass(frozen=True)
-class Markov:
+class Markov(ChainOptions, Target):
     """A random chain whose true loss is known."""
-
-    target: Target = field(default_factory=Target)
-    chain: ChainOptions = field(default_factory=ChainOptions)
 
 
 @dataclass(frozen=True)
-class ImportOptions:
-    """What the ids stand for."""
+class Import(Target):
+    """Token ids that nanoGPT or llm.c wrote; they are copied, and stay as they are."""
 
+    paths: Positional[tuple[Path, ...]] = ()
+    """A folder with files for training and for validation, or two files, in this order."""
     tokenizer: str = ""
     """The path of the tokenizer.json that the ids are of; bytes; or ids, of which nothing is known:
     then prompts and what `generate` writes are numbers."""
     vocab_size: Annotated[int, Bounds(1, 65536)] | None = None
     """How many ids there are; for ids."""
-
-
-@dataclass(frozen=True)
-class Import:
-    """Token ids that nanoGPT or llm.c wrote; they are copied, and stay as they are."""
-
-    paths: Positional[tuple[Path, ...]] = ()
-    """A folder with files for training and for validation, or two files, in this order."""
-    target: Target = field(default_factory=Target)
-    ids: ImportOptions = field(default_factory=ImportOptions)
 
 
 SOURCES = {
@@ -165,11 +139,11 @@ def main(argv: list[str]) -> None:
     if source not in SOURCES:
         raise ConfigError(f"no corpus {source!r}; it can be {', '.join(SOURCES)}")
     config: Any = parse_flags(SOURCES[source], flags, f"python -m rosetrainer prepare {source}")
-    check_fields(config.target)
-    out = config.target.out or Path("data") / source
+    check_fields(config)
+    out = config.out or Path("data") / source
     started = time.perf_counter()
     options, write = _open(source, config)
-    if not must_make(out, source, options, config.target.force):
+    if not must_make(out, source, options, config.force):
         return
     with new_folder(out) as folder:
         meta = {"source": source, "options": options, "dtype": "uint16", **write(folder)}
@@ -182,19 +156,17 @@ def _open(source: str, config: Any) -> tuple[dict[str, Any], Writer]:
     if source == "import":
         from rosetrainer.data.token_import import open_source
 
-        check_fields(config.ids)
-        ids = open_source(config.paths, config.ids.tokenizer, config.ids.vocab_size)
+        ids = open_source(config.paths, config.tokenizer, config.vocab_size)
         return ids.options, ids.write
     if source != "markov":
         return _open_texts(source, config)
-    check_fields(config.chain)
-    size = config.chain.alphabet ** (config.chain.order + 1)
+    size = config.alphabet ** (config.order + 1)
     if size > 2**16:
         raise ConfigError(
-            f"alphabet={config.chain.alphabet} and order={config.chain.order} make a table of "
-            f"{size} probabilities; alphabet^(order + 1) can be at most {2**16}"
+            f"alphabet={config.alphabet} and order={config.order} make a table of {size} "
+            f"probabilities; alphabet^(order + 1) can be at most {2**16}"
         )
-    options = asdict(config.chain)
+    options = _options(config, ChainOptions)
 
     def write(folder: Path) -> dict[str, Any]:
         from rosetrainer.data.markov import write_corpus
@@ -204,16 +176,20 @@ def _open(source: str, config: Any) -> tuple[dict[str, Any], Writer]:
     return options, write
 
 
+def _options(config: Any, part: type[Any]) -> dict[str, Any]:
+    """The fields that config has of a dataclass from which it inherits."""
+    return {f.name: getattr(config, f.name) for f in fields(part)}
+
+
 def _open_texts(source: str, config: Any) -> tuple[dict[str, Any], Writer]:
     """As _open; texts of the user's are read once, the others when they are written."""
-    check_fields(config.text)
-    options, fraction = asdict(config.text), config.text.val_fraction
-    if config.text.tokenizer == "bpe":
-        options["vocab_size"] = config.text.vocab_size or BPE_VOCAB
-    elif config.text.vocab_size is not None:
+    options, fraction = _options(config, TextOptions), config.val_fraction
+    if config.tokenizer == "bpe":
+        options["vocab_size"] = config.vocab_size or BPE_VOCAB
+    elif config.vocab_size is not None:
         raise ConfigError(
-            f"vocab_size={config.text.vocab_size} is for --tokenizer bpe; leave it out, the "
-            f"vocabulary of {config.text.tokenizer} follows from the text"
+            f"vocab_size={config.vocab_size} is for --tokenizer bpe; leave it out, the vocabulary "
+            f"of {config.tokenizer} follows from the text"
         )
     if source == "python-docs":
         python = {"python": f"{sys.implementation.name} {sys.version.split()[0]}"}
@@ -227,11 +203,9 @@ def _open_texts(source: str, config: Any) -> tuple[dict[str, Any], Writer]:
         texts = read_one(config.path, fraction)
     else:
         assert source == "file", f"_open_texts does not say where the text of {source} comes from"
-        check_fields(config.reading)
         if not config.paths:
             raise ConfigError(f"file needs a path: {prepare_command()} file PATH...")
-        reading = config.reading
-        texts = read_texts(config.paths, reading.text_key, fraction, reading.as_text)
+        texts = read_texts(config.paths, config.text_key, fraction, config.as_text)
     options["text_sha256"] = texts.sha256
     return options, lambda to: _write(to, texts, options)
 

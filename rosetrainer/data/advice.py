@@ -19,6 +19,10 @@ SOURCES = ("python-docs", "shakespeare", "file", "markov", "import")
 BINS = ("train.bin", "val.bin")
 TEXTS = (".txt", ".md", ".jsonl", ".ndjson", ".parquet", ".gz", ".bz2", ".xz")
 TOKENIZERS = "the tokenizer.json that they are of, bytes, or ids"
+FLAGS = (
+    *("tokenizer", "vocab_size", "val_fraction"),
+    *("order", "alphabet", "train_tokens", "val_tokens", "seed"),
+)
 OTHERS = {"file": " PATH...", "import": " PATH --tokenizer TOKENIZER"}
 
 
@@ -33,16 +37,9 @@ def make_command(
     if source not in SOURCES:
         source = folder.name if folder.name in SOURCES else "file"
     words = [prepare_command(), source + OTHERS.get(source, "")]
-    options = options or {}
-    flags = {"tokenizer": "bytes", "val_fraction": 0.1, "vocab_size": None}
-    if source == "import":
-        flags = {}
-    elif source == "markov":
-        flags = {"order": 2, "alphabet": 8, "train_tokens": 400_000, "val_tokens": 60_000}
-        flags["seed"] = 1337
-    for name, usual in flags.items():
-        if options.get(name, usual) != usual:
-            words.append(f"--{name.replace('_', '-')} {shlex.quote(str(options[name]))}")
+    for name in FLAGS if options and source != "import" else ():
+        if (value := (options or {}).get(name)) is not None:
+            words.append(f"--{name.replace('_', '-')} {shlex.quote(str(value))}")
     if folder != Path("data") / source:
         words.append(f"--out {shlex.quote(str(folder))}")
     return " ".join(words)

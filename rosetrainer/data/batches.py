@@ -63,33 +63,28 @@ class Corpus:
 
     def val_batches(
         self, tokens: int | None, batch_size: int, dp_rank: int = 0, dp_size: int = 1
-    ) -> Iterator[tuple[Int64s, Int64s]]:
-        """Inputs and labels (batch_size, T) of this rank: the first `tokens` labels of val.bin.
+    ) -> Iterator[tuple[Int64s, Int64s, Floats]]:
+        """Inputs, labels and floors (batch_size, T) of this rank: the first labels of val.bin.
 
-        None takes all of val.bin. The labels are cut to whole windows, at least one. Over the
+        tokens: so many of them, None for all; they are cut to whole windows, at least one. Over the
         ranks, each label comes once. Every rank gets the same number of batches; rows (or whole
-        batches) beyond the last window hold label IGNORED everywhere.
+        batches) beyond the last window hold label IGNORED everywhere. A floor is the true chain's
+        loss of a label in nats, 0 where there is no label or the corpus has no floor.
         """
-        for starts in self._val_starts(tokens, batch_size, dp_rank, dp_size):
-            inputs = np.zeros((batch_size, self.context_length), np.int64)
-            labels = np.full((batch_size, self.context_length), IGNORED, np.int64)
+        length, labels_in_all = self.context_length, self.meta.val_tokens - 1
+        wanted = min(tokens, labels_in_all) if tokens else labels_in_all
+        end = max(wanted // length, 1) * length
+        batches = -(-end // (length * batch_size * dp_size))
+        for rows in rows_of_rank(dp_rank, dp_size, batches, batch_size):
+            inputs = np.zeros((batch_size, length), np.int64)
+            labels, floors = np.full_like(inputs, IGNORED), np.zeros(inputs.shape)
+            starts = range(min(rows.start * length, end), min(rows.stop * length, end), length)
             for row, start in enumerate(starts):
-                window = self._val.read(start, self.context_length + 1, self.meta.vocab_size)
+                window = self._val.read(start, length + 1, self.meta.vocab_size)
                 inputs[row], labels[row] = window[:-1], window[1:]
-            yield inputs, labels
-
-    def floor_losses(
-        self, tokens: int | None, batch_size: int, dp_rank: int = 0, dp_size: int = 1
-    ) -> Iterator[Floats]:
-        """For each of val_batches' labels, the true chain's loss in nats, (batch_size, T).
-
-        0 where there is no label. Only for a corpus with a floor, see `has_floor`.
-        """
-        for starts in self._val_starts(tokens, batch_size, dp_rank, dp_size):
-            floor = np.zeros((batch_size, self.context_length))
-            for row, start in enumerate(starts):
-                floor[row] = self._floor[start : start + self.context_length]
-            yield floor
+                if self.has_floor:
+                    floors[row] = self._floor[start : start + length]
+            yield inputs, labels, floors
 
     @property
     def has_floor(self) -> bool:
@@ -100,17 +95,6 @@ class Corpus:
         assert self.meta.chain is not None, f"{self.folder} has no floor"
         chain = MarkovChain(self.meta.chain["order"], np.array(self.meta.chain["probabilities"]))
         return chain.label_losses(self._val.read(0, self.meta.val_tokens, self.meta.vocab_size))
-
-    def _val_starts(
-        self, tokens: int | None, batch_size: int, dp_rank: int, dp_size: int
-    ) -> Iterator[range]:
-        """Where this rank's windows begin, batch by batch."""
-        length = self.context_length
-        labels = self.meta.val_tokens - 1
-        end = max((min(tokens, labels) if tokens else labels) // length, 1) * length
-        batches = -(-end // (length * batch_size * dp_size))
-        for rows in rows_of_rank(dp_rank, dp_size, batches, batch_size):
-            yield range(min(rows.start * length, end), min(rows.stop * length, end), length)
 
 
 def rows_of_rank(rank: int, ranks: int, batches: int, size: int) -> Iterator[range]:

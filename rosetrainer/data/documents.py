@@ -161,13 +161,11 @@ def _value(line: str, key: str, where: str) -> Any:
     except RecursionError:
         raise ConfigError(f"{where} is JSON too deeply nested to be read") from None
     except ValueError as error:
-        place = (
-            error
-            if not isinstance(error, json.JSONDecodeError)
-            else (f"{error.msg} at character {error.pos}")
-        )
+        problem = str(error)
+        if isinstance(error, json.JSONDecodeError):
+            problem = f"{error.msg} at character {error.pos}"
         raise ConfigError(
-            f'{where} is not JSON: {place}; each line must be one object, {{"{key}": "..."}}'
+            f'{where} is not JSON: {problem}; each line must be one object, {{"{key}": "..."}}'
         ) from None
     if not isinstance(value, dict):
         raise ConfigError(

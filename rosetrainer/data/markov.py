@@ -70,25 +70,19 @@ def draw(
     table = np.maximum(table, 1e-6)  # no token is impossible, so no loss is infinite
     chain = MarkovChain(order, table / table.sum(axis=1, keepdims=True))
     cumulative = [list(accumulate(row))[:-1] for row in chain.probabilities.tolist()]
-    return chain, [_draw(generator, order, alphabet, cumulative, length) for length in lengths]
 
+    def sample(length: int) -> Ids:
+        tokens = generator.integers(alphabet, size=min(order, length)).tolist()
+        context = 0
+        for token in tokens:
+            context = context * alphabet + token
+        for uniform in generator.random(length - len(tokens)).tolist():
+            token = bisect(cumulative[context], uniform)
+            tokens.append(token)
+            context = (context * alphabet + token) % len(cumulative)
+        return np.array(tokens, np.uint16)
 
-def _draw(
-    generator: np.random.Generator,
-    order: int,
-    alphabet: int,
-    cumulative: list[list[float]],
-    length: int,
-) -> Ids:
-    tokens = generator.integers(alphabet, size=min(order, length)).tolist()
-    context = 0
-    for token in tokens:
-        context = context * alphabet + token
-    for uniform in generator.random(length - len(tokens)).tolist():
-        token = bisect(cumulative[context], uniform)
-        tokens.append(token)
-        context = (context * alphabet + token) % len(cumulative)
-    return np.array(tokens, np.uint16)
+    return chain, [sample(length) for length in lengths]
 
 
 def leak_report(mean: float, standard_error: float) -> str | None:

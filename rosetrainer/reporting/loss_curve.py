@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rosetrainer.durable_files import write_whole
+from rosetrainer.reporting.screen import encodes
 
 CURVE = "loss.svg"
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 720, 400, 64, 16, 40, 48
@@ -155,11 +156,3 @@ def thinned(points: Points, most: int) -> Points:
         (sum(step for step, _ in one) / len(one), sum(loss for _, loss in one) / len(one))
         for one in groups
     ]
-
-
-def encodes(text: str, encoding: str) -> bool:
-    try:
-        text.encode(encoding)
-    except (UnicodeEncodeError, LookupError):
-        return False
-    return True

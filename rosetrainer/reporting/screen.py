@@ -11,6 +11,7 @@ import os
 import sys
 import textwrap
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator
 from typing import TextIO
@@ -192,43 +193,40 @@ def own_screen() -> Iterator[None]:
 
 
 class ProgressBar:
-    """A tqdm bar on a Screen that can show one."""
+    """tqdm's bar below the lines of a Screen that can show one."""
 
     def __init__(self, steps: int, reached: int) -> None:
         screen = sys.stdout
         self._screen = screen if isinstance(screen, Screen) and screen.has_bar else None
         self.shows = self._screen is not None
-        self._bar = tqdm(
-            total=steps,
-            initial=reached,
-            unit="step",
-            disable=not self.shows,
-            leave=False,
-            dynamic_ncols=True,
-            # Without steps/s, which tokens/s tells: on 60 columns all of it is seen.
-            bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
-            file=self,
-        )
+        self._steps, self._reached, self._done = steps, reached, reached
+        self._began = time.monotonic()
 
     def update(self, text: str) -> None:
-        self._bar.set_postfix_str(text, refresh=False)
-        self._bar.update()
+        """One step more; text: what stands behind the bar."""
+        self._done += 1
+        if self._screen:
+            bar = tqdm.format_meter(
+                self._done,
+                self._steps,
+                time.monotonic() - self._began,
+                ncols=self._screen.columns() - 1,
+                ascii=not encodes("█", self._screen.encoding),
+                initial=self._reached,
+                # Without steps/s, which tokens/s tells: on 60 columns all of it is seen.
+                bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {postfix}]",
+                postfix=text,
+            )
+            self._screen.bar(bar)
 
     def close(self) -> None:
-        self._bar.close()
-
-    # What tqdm needs of a file.
-
-    @property
-    def encoding(self) -> str:
-        return sys.stdout.encoding
-
-    def fileno(self) -> int:
-        return sys.stdout.fileno()
-
-    def write(self, text: str) -> None:
         if self._screen:
-            self._screen.bar(text.strip("\r\n "))
+            self._screen.bar("")
 
-    def flush(self) -> None:
-        pass
+
+def encodes(text: str, encoding: str) -> bool:
+    try:
+        text.encode(encoding)
+    except (UnicodeEncodeError, LookupError):
+        return False
+    return True

@@ -32,9 +32,8 @@ def evaluate(
     """
     dp = context.dp
     split = (config.evaluation.eval_tokens, config.optim.micro_batch(dp.size), dp.rank, dp.size)
-    floors = corpus.floor_losses(*split) if corpus.has_floor else None
     sums = torch.zeros(4, dtype=torch.float64)  # labels, loss, loss - floor, its square
-    for inputs, labels in corpus.val_batches(*split):
+    for inputs, labels, floors in corpus.val_batches(*split):
         if should_stop():
             return None
         target = torch.from_numpy(labels)
@@ -44,7 +43,7 @@ def evaluate(
                 continue  # the last stage's ranks know the losses
             _, losses = model.output_head.loss(x, target.to(context.device))
         losses = losses.flatten().to("cpu", torch.float64)  # 0 where there is no label
-        above = losses - torch.from_numpy(next(floors)).flatten() if floors else losses
+        above = losses - torch.from_numpy(floors).flatten()
         count = (target != IGNORED).sum().double()
         sums += torch.stack([count, losses.sum(), above.sum(), above.square().sum()])
     sums = all_reduce(sums.to(context.device), dp, "evaluation")
@@ -52,7 +51,7 @@ def evaluate(
     figures = {"val/loss": loss / count}
     if corpus.meta.bytes_per_token:  # what texts cut by different tokenizers have in common
         figures["val/bits_per_byte"] = loss / count / math.log(2) / corpus.meta.bytes_per_token
-    if not floors:
+    if not corpus.has_floor:
         return figures, ""
     mean, error = mean_and_error(int(count), above, square)
     figures["val/above_floor"] = mean

@@ -166,7 +166,8 @@ def test_val_has_each_label_once_over_any_dp_size(
     for rank in range(dp_size):
         batches = list(corpus.val_batches(tokens, batch_size, rank, dp_size))
         counts.add(len(batches))
-        for inputs, labels in batches:
+        for inputs, labels, floors in batches:
+            assert not floors.any()
             assert inputs.shape == labels.shape == (batch_size, context_length)
             real = labels != IGNORED
             assert (labels[real] == inputs[real] + 1).all()
@@ -201,14 +202,12 @@ def test_floor_losses_are_aligned_with_the_labels(tmp_path, order, context_lengt
     assert corpus.has_floor
     seen = []
     for rank in range(2):
-        for (_, labels), floor in zip(
-            corpus.val_batches(200, 3, rank, 2), corpus.floor_losses(200, 3, rank, 2), strict=True
-        ):
+        for _, labels, floor in corpus.val_batches(200, 3, rank, 2):
             assert (floor[labels == IGNORED] == 0).all()
             seen += floor[labels != IGNORED].tolist()
     expected = losses[: 200 // context_length * context_length]
     np.testing.assert_allclose(sorted(seen), sorted(expected), rtol=1e-12)
-    first = next(corpus.floor_losses(200, 3))[0]
+    first = next(corpus.val_batches(200, 3))[2][0]
     np.testing.assert_allclose(first, losses[:context_length], rtol=1e-12)
 
 
