@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.side_by_side import Side, in_turn, introduce, keep, median
 from rosetrainer.commands.flags import parse_flags
-from rosetrainer.commands.presets import PRESETS
+from rosetrainer.commands.train import parse_command
 from rosetrainer.environment import prepare_command
 from rosetrainer.launch.rank import run_rank
 from rosetrainer.validation import ConfigError, Count, CountOrZero, check_fields
@@ -43,7 +43,7 @@ class Speedrun:
 
 def ours(corpus: Path, seed: int) -> dict[str, float]:
     """One run of the command: seconds from its start to its last update, and its loss then."""
-    steps = PRESETS["speedrun"].run.steps
+    steps = parse_command(["--preset", "speedrun"]).config.run.steps
     last = f"step {steps:5d}/{steps}  loss"
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from tyro.conf import Positional
+from tyro.conf import Positional, subcommand
 
 from rosetrainer.checkpoint.export import whole_layers, write_weights
 from rosetrainer.checkpoint.manifest import (
@@ -20,7 +19,6 @@ from rosetrainer.checkpoint.manifest import (
 )
 from rosetrainer.commands.flags import parse_flags
 from rosetrainer.durable_files import room, write_whole
-from rosetrainer.environment import trainer_command
 from rosetrainer.parallel.context import Axis
 from rosetrainer.training.trained import sound_one
 from rosetrainer.validation import ConfigError, one_line
@@ -52,25 +50,19 @@ class ExportCommand:
     """The file to write; it must not be there yet."""
 
 
+Command = (
+    Annotated[LsCommand, subcommand("ls")]
+    | Annotated[VerifyCommand, subcommand("verify")]
+    | Annotated[ExportCommand, subcommand("export")]
+)
+
+
 def main(argv: list[str]) -> int:
     """The command. Raises ConfigError for a user's mistake, CheckpointError for a damaged one."""
-    name, rest = (argv[0], argv[1:]) if argv else ("", [])
-    commands: dict[str, tuple[type[Any], Callable[[Any], int]]] = {
-        "ls": (LsCommand, list_them),
-        "verify": (VerifyCommand, verify),
-        "export": (ExportCommand, export),
-    }
-    if name in commands:
-        command, act = commands[name]
-        return act(parse_flags(command, rest, f"python -m rosetrainer checkpoint {name}"))
-    usage = f"usage: {trainer_command()} checkpoint {'|'.join(commands)} DIR"
-    if name not in ("-h", "--help"):
-        raise ConfigError(usage)
-    print(f"{usage}\n")
-    for name, (command, _) in commands.items():
-        print(f"  {name:7} {command.__doc__}")
-    print(f"\n{trainer_command()} checkpoint export --help shows the flags of export")
-    return 0
+    union: Any = Command
+    command = parse_flags(union, argv, "python -m rosetrainer checkpoint")
+    acts: dict[Any, Any] = {LsCommand: list_them, VerifyCommand: verify, ExportCommand: export}
+    return int(acts[type(command)](command))
 
 
 def list_them(command: LsCommand) -> int:

@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 def parse_flags(cls: type[T], argv: list[str], prog: str, default: T | None = None) -> T:
-    """An instance of cls out of argv; nested dataclasses give flat flags.
+    """An instance of cls out of argv; nested dataclasses give flat flags, a union subcommands.
 
     What argv leaves out is the default's, or each field's own.
 

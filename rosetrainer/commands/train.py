@@ -81,12 +81,11 @@ def parse_train_flags(cls: type[T], argv: list[str], name: str) -> T:
 
     prog = f"python -m rosetrainer {name}"
     command = parse_flags(cls, argv, prog)
-    folder = command.config.run.init_from
-    if command.preset == "default" and folder is None:
-        return command
-    config = PRESETS[command.preset]
-    if folder is not None:
-        from rosetrainer.checkpoint.huggingface.families import model_of
+    folder, flags = command.config.run.init_from, PRESETS[command.preset].split()
+    if folder is None:  # of two values of a flag the last one counts
+        return parse_flags(cls, [*flags, *argv], prog) if flags else command
+    from rosetrainer.checkpoint.huggingface.families import model_of
 
-        config = replace(config, model=model_of(folder))
-    return parse_flags(cls, argv, prog, cls(config, command.preset))
+    preset = parse_flags(cls, flags, prog)
+    config = replace(preset.config, model=model_of(folder))
+    return parse_flags(cls, argv, prog, replace(preset, config=config))

@@ -297,10 +297,11 @@ def test_the_command_lists_verifies_and_exports(
     with pytest.raises(ConfigError, match="holds no checkpoint"):
         checkpoint_command.main(["ls", str(tmp_path)])
     assert not capsys.readouterr().out
-    with pytest.raises(ConfigError, match=r"usage: .* checkpoint ls\|verify\|export DIR"):
+    with pytest.raises(ConfigError, match="Expected one of {ls, verify, export}"):
         checkpoint_command.main(["remove", str(run)])
-    assert checkpoint_command.main(["--help"]) == 0
-    assert re.search(r"^  export  Writes the weights", capsys.readouterr().out, re.MULTILINE)
+    with pytest.raises(SystemExit, match="^0$"):
+        checkpoint_command.main(["--help"])
+    assert re.search(r"export +Writes the weights", capsys.readouterr().out)
     file = run / "step_000006" / "rank_00001.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
     assert checkpoint_command.main(["verify", str(run)]) == 1
