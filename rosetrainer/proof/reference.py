@@ -54,22 +54,26 @@ class ReferenceDropout:
 class ReferenceAttention(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        width = config.n_heads * config.head_width
-        self.n_heads = config.n_heads
+        self.n_heads, self.head_width = config.n_heads, config.head_width
+        width = self.n_heads * self.head_width
         self.query_key_value = nn.Linear(config.d_model, 3 * width, bias=config.bias)
         self.dense = nn.Linear(width, config.d_model, bias=config.bias)
 
+    def positioned(self, head: Tensor) -> Tensor:
+        """(1, T, K) queries or keys: here the embeddings have their positions already."""
+        return head
+
     def forward(self, x: Tensor, drop: Drop) -> Tensor:
         T = x.shape[1]
-        q, k, v = self.query_key_value(x).chunk(3, dim=-1)
+        heads = [t.chunk(self.n_heads, dim=-1) for t in self.query_key_value(x).chunk(3, dim=-1)]
+        future = torch.triu(torch.ones(T, T, device=x.device), diagonal=1) > 0
         probabilities = []
-        for head_q, head_k in zip(*(t.chunk(self.n_heads, dim=-1) for t in (q, k)), strict=True):
-            scores = head_q @ head_k.transpose(1, 2) / math.sqrt(head_q.shape[-1])  # (B, T, T)
-            future = torch.triu(torch.ones(T, T, device=x.device), diagonal=1) > 0
-            probabilities.append(scores.masked_fill(future, -math.inf).softmax(-1))
+        for query, key in zip(heads[0], heads[1], strict=True):
+            scores = self.positioned(query) @ self.positioned(key).mT / math.sqrt(self.head_width)
+            probabilities.append(scores.masked_fill(future, -math.inf).softmax(-1))  # (1, T, T)
         dropped = drop("dropout", torch.stack(probabilities, dim=1)).unbind(1)
-        values = zip(dropped, v.chunk(self.n_heads, dim=-1), strict=True)
-        return self.dense(torch.cat([p @ head_v for p, head_v in values], dim=-1))
+        results = [p @ value for p, value in zip(dropped, heads[2], strict=True)]
+        return self.dense(torch.cat(results, dim=-1))
 
 
 class ReferenceFeedForward(nn.Module):
@@ -83,12 +87,18 @@ class ReferenceFeedForward(nn.Module):
 
 
 class ReferenceBlock(nn.Module):
+    attention_class, feed_forward_class = ReferenceAttention, ReferenceFeedForward
+
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.attention_norm = nn.LayerNorm(config.d_model, bias=config.bias)
-        self.attention = ReferenceAttention(config)
-        self.feed_forward_norm = nn.LayerNorm(config.d_model, bias=config.bias)
-        self.feed_forward = ReferenceFeedForward(config)
+        self.attention_norm = self.norm(config)
+        self.attention = self.attention_class(config)
+        self.feed_forward_norm = self.norm(config)
+        self.feed_forward = self.feed_forward_class(config)
+
+    @staticmethod
+    def norm(config: GPTConfig) -> nn.Module:
+        return nn.LayerNorm(config.d_model, bias=config.bias)
 
     def forward(self, x: Tensor, drop: Drop) -> Tensor:
         def drop_within(site: str, x: Tensor) -> Tensor:
@@ -102,20 +112,24 @@ class ReferenceBlock(nn.Module):
 class ReferenceGPT(nn.Module):
     """What GPTModel must compute in every layout."""
 
+    block_class, has_position_table = ReferenceBlock, True
+
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.token_embedding = nn.Embedding(config.vocab_size, config.d_model)
-        self.position_embedding = nn.Embedding(config.context_length, config.d_model)
-        self.blocks = nn.ModuleList(ReferenceBlock(config) for _ in range(config.n_layers))
-        self.final_norm = nn.LayerNorm(config.d_model, bias=config.bias)
+        if self.has_position_table:
+            self.position_embedding = nn.Embedding(config.context_length, config.d_model)
+        self.blocks = nn.ModuleList(self.block_class(config) for _ in range(config.n_layers))
+        self.final_norm = self.block_class.norm(config)
         if not config.tied:
             self.output_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.tied = config.tied
 
     def logits(self, input_ids: Tensor, dropout: ReferenceDropout, row: int) -> Tensor:
         """(1, T) without padding, the global batch's sample number `row` -> (1, T, V)"""
-        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
-        x = self.token_embedding(input_ids) + self.position_embedding(positions)
+        x = self.token_embedding(input_ids)
+        if self.has_position_table:
+            x = x + self.position_embedding(torch.arange(x.shape[1], device=x.device))
         x = dropout("embedding_dropout", x, row)
         for number, block in enumerate(self.blocks):
             x = block(x, lambda site, t, n=number: dropout(f"blocks.{n}.{site}", t, row))
