@@ -25,18 +25,12 @@ def cpu_quota(
             mounts = [root / controllers, root / "cpu"]
         else:
             continue
-        quotas += [_quota(folder) for mount in mounts for folder in _groups(mount, path)]
+        # Inside a container the root may be the group itself, and the path one of the host's: what
+        # is not there has no quota to be read.
+        names = [name for name in path.split("/") if name not in ("", "..")]
+        groups = [names[:depth] for depth in range(len(names) + 1)]
+        quotas += [_quota(mount.joinpath(*group)) for mount in mounts for group in groups]
     return min(quotas)
-
-
-def _groups(mount: Path, path: str) -> list[Path]:
-    """The folders of the group and of those that hold it, up to the hierarchy's root.
-
-    Inside a container the root may be the group itself, and the path one of the host's: what is
-    not there has no quota to be read.
-    """
-    names = [name for name in path.split("/") if name not in ("", "..")]
-    return [mount.joinpath(*names[:depth]) for depth in range(len(names) + 1)]
 
 
 def _quota(folder: Path) -> float:

@@ -12,6 +12,8 @@ import math
 import os
 import re
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -40,11 +42,15 @@ class OtherFormatError(ConfigError):
     """A checkpoint that is whole, but of another version of this program."""
 
 
-def unreadable(path: Path, error: OSError) -> ConfigError:
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
     """A file that is not there is damage; one that this machine cannot read now may be whole."""
-    text = f"{path}: {error.strerror}"
-    is_gone = isinstance(error, (FileNotFoundError, NotADirectoryError))
-    return CheckpointError(text) if is_gone else ConfigError(text)
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from None
 
 
 @dataclass(frozen=True)
@@ -136,16 +142,16 @@ def read_manifest(folder: Path) -> Manifest:
         raise ConfigError(
             f"{folder} leads to {folder.readlink()}, which is not there now; mount that disk"
         )
-    try:
+    with reading(path):
         _check_file(path)
         if path.stat().st_size > LARGEST_MANIFEST:
             raise CheckpointError(f"{path} has more than {LARGEST_MANIFEST} bytes")
-        return _parse_manifest(path.read_bytes(), folder)
-    except OSError as error:
-        raise unreadable(path, error) from None
+        content = path.read_bytes()
+    try:
+        return _parse_manifest(content, folder)
+    except OtherFormatError:
+        raise
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        if type(error) in (CheckpointError, OtherFormatError):
-            raise
         raise CheckpointError(f"{path} is damaged: {short(error)}") from None
 
 
@@ -216,15 +222,13 @@ def check_files(folder: Path, manifest: Manifest, first: int = 0, every: int = 1
         raise CheckpointError(f"{folder / min(extra)} does not belong there")
     for name, facts in sorted(manifest.files.items())[first::every]:
         path = folder / name
-        _check_file(path)
-        try:
+        with reading(path):
+            _check_file(path)
             size = path.stat().st_size
             if size != facts.size:
                 raise CheckpointError(f"{path} has {size} bytes instead of {facts.size}")
             if sha256_of(path) != facts.sha256:
                 raise CheckpointError(f"{path} is damaged: its SHA-256 is not the manifest's")
-        except OSError as error:
-            raise unreadable(path, error) from None
 
 
 def is_sound(folder: Path) -> bool:
@@ -236,11 +240,8 @@ def is_sound(folder: Path) -> bool:
 
 
 def _check_file(path: Path) -> None:
-    """Raises CheckpointError unless path is there, a file, and no link."""
-    try:
-        mode = path.lstat().st_mode
-    except OSError as error:
-        raise unreadable(path, error) from None
+    """Raises CheckpointError unless path is a file and no link, OSError if it is not there."""
+    mode = path.lstat().st_mode
     if not stat.S_ISREG(mode):
         kind = "a link" if stat.S_ISLNK(mode) else "of the wrong kind"
         raise CheckpointError(f"{path} is {kind}, and refused")

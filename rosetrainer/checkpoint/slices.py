@@ -58,10 +58,6 @@ class Written:
     folder: Path
     marks: Marks
 
-    def is_whole(self, folder: Path) -> bool:
-        """Whether `folder` is this one, and no file of it was touched since."""
-        return folder == self.folder and marks_of(folder) == self.marks
-
 
 @dataclass(frozen=True)
 class Draft:
@@ -173,8 +169,8 @@ def retain(run: Path, keep: int, written: Written | None = None) -> None:
     written: what this process has just written, which need not be read again.
     """
     kept, others = checkpoints(run)[:keep], checkpoints(run)[keep:]
-    known = [folder for folder in kept if written and written.is_whole(folder)]
-    if others and (known or any(map(is_sound, kept))):
+    untouched = written and written.folder in kept and marks_of(written.folder) == written.marks
+    if others and (untouched or any(map(is_sound, kept))):
         for folder in others:
             remove(folder)
 

@@ -47,6 +47,7 @@ def parse_flags(cls: type[T], argv: list[str], prog: str, default: T | None = No
         close = difflib.get_close_matches(unknown[0], known, n=1, cutoff=0.75)
         hint = f"did you mean {close[0]}?" if close else f"see {_shown(prog)} --help"
         raise ConfigError(f"unknown argument {unknown[0]}; {hint}")
+    check_fields(parsed)
     return parsed
 
 

@@ -23,7 +23,7 @@ from rosetrainer.model_size import check_memory
 from rosetrainer.models.generation import SamplingConfig, first_tokens, generate
 from rosetrainer.parallel.context import end_parallel, init_parallel
 from rosetrainer.training.trained import load_model
-from rosetrainer.validation import Count, LocalRanks, check_fields
+from rosetrainer.validation import Count, LocalRanks
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,6 @@ class GenerateCommand:
 def main(argv: list[str]) -> int:
     """The command. Raises ConfigError for a user's mistake, before any process group starts."""
     command = parse_flags(GenerateCommand, argv, "python -m rosetrainer generate")
-    check_fields(command)
     parallel = ParallelConfig(dp_size=1, pp_size=command.pp_size)
     world_size, starts = ranks_to_start("generate", argv, command.nproc, parallel)
     path = command.run or latest_run()
@@ -65,7 +64,6 @@ def main(argv: list[str]) -> int:
     set_threads(0)
     context = init_parallel(parallel, command.device)
     model = load_model(path, config.model, context)
-    decoder = tokenizer.stream_decoder()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal may not know every character
 
@@ -75,8 +73,9 @@ def main(argv: list[str]) -> int:
 
     write(command.prompt or "")
     ids = torch.tensor(prompt, device=context.device)
-    for token in generate(model, ids, command.sampling, context, tokenizer.end_of_text):
-        write(decoder.feed(token))
-    write(decoder.finish() + "\n")
+    tokens = generate(model, ids, command.sampling, context, tokenizer.end_of_text)
+    for text in tokenizer.stream(tokens):
+        write(text)
+    write("\n")
     end_parallel()
     return 0

@@ -18,7 +18,7 @@ from rosetrainer.parallel.context import end_parallel, init_parallel
 from rosetrainer.proof.batches import micro_batches_of
 from rosetrainer.proof.oracles import check_oracle
 from rosetrainer.proof.report import show_proof
-from rosetrainer.validation import LocalRanks, check_fields
+from rosetrainer.validation import LocalRanks
 
 PROG = "python -m rosetrainer parity"
 
@@ -47,7 +47,6 @@ def main(argv: list[str]) -> int:
     if command.init_from is not None:
         model = ParityCommand(model_of(command.init_from))
         command = parse_flags(ParityCommand, argv, PROG, model)
-    check_fields(command)
     world_size, starts = ranks_to_start("parity", argv, command.nproc, command.parallel)
     tp_size, _ = command.parallel.resolve(world_size)
     command.model.check(tp_size, command.parallel.sequence_parallel)

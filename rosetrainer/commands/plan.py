@@ -11,7 +11,7 @@ from rosetrainer.config import TrainConfig
 from rosetrainer.data.batches import open_corpus
 from rosetrainer.hardware.performance import choose_dtype
 from rosetrainer.planner.report import describe
-from rosetrainer.validation import ConfigError, Count, check_fields
+from rosetrainer.validation import ConfigError, Count
 
 MOST_LOGITS = 2**42  # of a micro-batch: they are counted chunk by chunk
 
@@ -27,7 +27,6 @@ class PlanCommand(TrainCommand):
 def main(argv: list[str]) -> int:
     """The command. Raises ConfigError for a user's mistake."""
     command = parse_train_flags(PlanCommand, argv, "plan")
-    check_fields(command)
     config, parallel = command.config, command.config.parallel
     tp_size, dp_size, pp_size = parallel.tp_size or 1, parallel.dp_size or 1, parallel.pp_size
     if command.nproc:

@@ -29,7 +29,7 @@ from rosetrainer.data import python_docs, shakespeare
 from rosetrainer.data.corpus_folder import must_make, new_folder, summary
 from rosetrainer.data.documents import Texts, one_text, read_one, read_texts
 from rosetrainer.environment import prepare_command, trainer_command
-from rosetrainer.validation import Bounds, ConfigError, check_fields
+from rosetrainer.validation import Bounds, ConfigError
 
 # What needs numpy is imported late: a second call, which finds all made, answers at once.
 Writer = Callable[[Path], dict[str, Any]]
@@ -139,7 +139,6 @@ def main(argv: list[str]) -> None:
     if source not in SOURCES:
         raise ConfigError(f"no corpus {source!r}; it can be {', '.join(SOURCES)}")
     config: Any = parse_flags(SOURCES[source], flags, f"python -m rosetrainer prepare {source}")
-    check_fields(config)
     out = config.out or Path("data") / source
     started = time.perf_counter()
     options, write = _open(source, config)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rosetrainer.commands.flags import parse_flags
 from rosetrainer.environment import python_command, trainer_command
-from rosetrainer.validation import Count, check_fields
+from rosetrainer.validation import Count
 
 STAGES = ["data", "proof", "training", "sample"]  # the first of the five is the installation
 # Wide rather than deep: there are few all-reduces, and the ranks of a CPU wait in each.
@@ -29,7 +29,6 @@ class TourCommand:
 def main(argv: list[str]) -> int:
     """The command. Stops with the exit status of the first stage that fails."""
     command = parse_flags(TourCommand, argv, "python -m rosetrainer tour")
-    check_fields(command)
     layout = ["--nproc", "2", "--tp-size", "2"]
     schedule = ["--steps", str(command.steps), "--eval-every", str(max(command.steps // 5, 1))]
     stages = [

@@ -15,7 +15,7 @@ from rosetrainer.config import TrainConfig
 from rosetrainer.environment import LAUNCHED, world_from_environment
 from rosetrainer.hardware.memory import keep_freed_memory, no_garbage_collection
 from rosetrainer.launch.stop import GRACE, STOP, stop_status
-from rosetrainer.validation import Count, LocalRanks, check_fields, config_from_dict
+from rosetrainer.validation import Count, LocalRanks, config_from_dict
 
 READ = "ROSETRAINER_COMMAND"
 """Environment variable: the command as JSON, for ranks, which then need not read flags again."""
@@ -46,7 +46,6 @@ def main(argv: list[str]) -> int:
     from rosetrainer.launch.launcher import launch
 
     command = parse_command(argv)
-    check_fields(command)
     config = command.config
     world_size, starts = ranks_to_start("train", argv, command.nproc, config.parallel)
     config.check(world_size)

@@ -59,13 +59,8 @@ def no_corpus(folder: Path) -> str:
     return f"{folder} holds no corpus: {_of_a_folder(folder, names)}"
 
 
-def another_folder(folder: Path, source: Any = None) -> str:
-    """Where meta.json cannot be used: what is there stays, and a corpus is made beside it."""
-    return f"`{make_command(_target(folder), source)}` makes a corpus in another folder"
-
-
 def of_other_meta(folder: Path, values: Any) -> str:
-    """For a meta.json that is JSON, but not one of ours."""
+    """For a meta.json that cannot be used: what is there stays, and a corpus is made beside it."""
     values = values if isinstance(values, dict) else {}
     size, source = values.get("vocab_size"), values.get("source")
     too_large = isinstance(size, int) and size > LARGEST_VOCAB
@@ -77,7 +72,7 @@ def of_other_meta(folder: Path, values: Any) -> str:
         )
     if values and source not in SOURCES and all((folder / name).is_file() for name in BINS):
         return f"another program wrote it; {_of_bins(folder, os.listdir(folder), list(BINS))}"
-    return another_folder(folder, source)
+    return f"`{make_command(_target(folder), source)}` makes a corpus in another folder"
 
 
 def damaged(folder: Path, source: str, options: Mapping[str, Any]) -> str:

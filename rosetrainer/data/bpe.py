@@ -50,7 +50,8 @@ class BPETokenizer(Tokenizer):
 
         end_of_text: the last of them ends a document.
         """
-        library = _tokenizers_library()
+        import tokenizers as library  # late: only bpe needs it
+
         backend = library.Tokenizer(library.models.BPE())
         backend.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
         backend.decoder = library.decoders.ByteLevel()
@@ -67,7 +68,8 @@ class BPETokenizer(Tokenizer):
 
     @classmethod
     def load(cls, path: Path) -> BPETokenizer:
-        library = _tokenizers_library()
+        import tokenizers as library
+
         try:
             return cls(library.Tokenizer.from_file(str(path)))
         except Exception as error:  # the library raises plain Exception
@@ -106,11 +108,3 @@ def _gpt2_alphabet() -> str:
     visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(256, 512))
     return "".join(chr(b) if b in visible else chr(next(others)) for b in range(256))
-
-
-def _tokenizers_library() -> Any:
-    try:
-        import tokenizers  # lazily: only bpe needs it
-    except ImportError:
-        raise ConfigError("the bpe tokenizer needs a library: pip install tokenizers") from None
-    return tokenizers

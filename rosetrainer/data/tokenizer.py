@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import codecs
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -50,32 +50,20 @@ class Tokenizer(ABC):
         """The text of ids; bytes that are not UTF-8 become U+FFFD."""
         return b"".join(self.piece(i) for i in ids).decode("utf-8", "replace")
 
-    def stream_decoder(self) -> StreamDecoder:
-        return StreamDecoder(self)
+    def stream(self, ids: Iterable[int]) -> Iterator[str]:
+        """Decodes a text while it is being generated: what each id completes, maybe nothing.
+
+        A character may be split over several tokens: its bytes are held back until it is whole. At
+        the end comes U+FFFD if the text stopped inside a character.
+        """
+        utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        yield from (utf8.decode(self.piece(int(token))) for token in ids)
+        yield utf8.decode(b"", final=True)
 
     def piece(self, token_id: int) -> bytes:
         if not 0 <= token_id < self.vocab_size:
             raise ConfigError(f"token id {token_id} is not from 0 to {self.vocab_size - 1}")
         return self.pieces[token_id]
-
-
-class StreamDecoder:
-    """Decodes a text while it is being generated.
-
-    A character may be split over several tokens: its bytes are held back until it is whole.
-    """
-
-    def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer = tokenizer
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def feed(self, token_id: int) -> str:
-        """The text that this token completes; may be empty."""
-        return self._utf8.decode(self._tokenizer.piece(int(token_id)))
-
-    def finish(self) -> str:
-        """U+FFFD if the text stopped inside a character, else nothing."""
-        return self._utf8.decode(b"", final=True)
 
 
 class BytesTokenizer(Tokenizer):

@@ -1,9 +1,9 @@
-"""What output head and loss move, and hold at their peak, in chunks and with all logits.
+"""What output head and loss move, and hold at their peak, in chunks.
 
 Letters: N tokens, D d_model, V a rank's rows of the table, C tokens of a chunk; e bytes of a number
 in a product, w of one in the loss. Bytes of what is made from the head's input, table and labels
 until both gradients are there. They hold where the logits are what is large: N > D, and C x V as
-much as N x D. Under sequence parallelism the gathered input is N x D x e more, in both.
+much as N x D. Under sequence parallelism the gathered input is N x D x e more.
 """
 
 from __future__ import annotations
@@ -19,11 +19,6 @@ def bytes_of_sums(N: int, V: int, e: int) -> list[int]:
     return [size * w for chunk in chunks for size in (chunk, 2 * chunk)]
 
 
-def bytes_saved(N: int, D: int, V: int, e: int = 4) -> int:
-    """By how much chunks lower the peak."""
-    return bytes_of_all_logits(N, D, V, e) - bytes_in_chunks(N, D, V, e)
-
-
 def bytes_in_chunks(N: int, D: int, V: int, e: int = 4) -> int:
     """Both gradients, one chunk, and labels, probabilities and losses of all tokens."""
     w = max(e, 4)
@@ -33,12 +28,3 @@ def bytes_in_chunks(N: int, D: int, V: int, e: int = 4) -> int:
         return held + C * V * w + C * (2 + 8 + 4 * w)  # while the label's logit gets its gradient
     # Copies of input and table in the product's dtype; a chunk's gradient is cast to it.
     return held + (N + V) * D * e + C * V * (w + e)
-
-
-def bytes_of_all_logits(N: int, D: int, V: int, e: int = 4) -> int:
-    """Logits, and softmax from which their gradient is made; then the products."""
-    w = max(e, 4)
-    if e == w:
-        return 2 * N * V * w + 4 * N * w  # forward, while both are there
-    # Backward: softmax, its gradient, and that in the product's dtype; the copies for products.
-    return N * V * (2 * w + e) + (N + V) * D * e + N * w + 2 * w

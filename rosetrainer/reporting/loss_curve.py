@@ -87,13 +87,20 @@ class LossCurves:
     def svg(self) -> str:
         """Readable on a light and on a dark page."""
         steps, losses = zip(*(self.train + self.val), strict=True)
-        x = Scale(min(steps), max(steps), LEFT, WIDTH - RIGHT)
-        y = Scale(min(losses), max(losses), HEIGHT - BOTTOM, TOP)
+        right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
+        x = Scale(min(steps), max(steps), LEFT, right)
+        y = Scale(min(losses), max(losses), bottom, TOP)
         parts = [
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}">',
             f"<style>{STYLE}</style>",
-            *(x_tick(x.at(tick), f"{tick:,.9g}") for tick in x.ticks()),
-            *(y_tick(y.at(tick), f"{tick:g}") for tick in y.ticks()),
+            *(
+                tick(f"M{x.at(n):.1f} {TOP}V{bottom}", x.at(n), bottom + 18, "middle", f"{n:,.9g}")
+                for n in x.ticks()
+            ),
+            *(
+                tick(f"M{LEFT} {y.at(n):.1f}H{right}", LEFT - 8, y.at(n) + 4, "end", f"{n:g}")
+                for n in y.ticks()
+            ),
             f'<text x="{(LEFT + WIDTH) / 2}" y="{HEIGHT - 8}" text-anchor="middle">step</text>',
             f'<text transform="rotate(-90)" x="{-HEIGHT / 2}" y="16" text-anchor="middle">'
             "loss (nats per token)</text>",
@@ -133,19 +140,10 @@ class Scale:
         return [round(number * unit, 12) for number in range(first, last + 1)]
 
 
-def x_tick(place: float, label: str) -> str:
-    bottom = HEIGHT - BOTTOM
-    return (
-        f'<path class="grid" d="M{place:.1f} {TOP}V{bottom}"/>'
-        f'<text x="{place:.1f}" y="{bottom + 18}" text-anchor="middle">{label}</text>'
-    )
-
-
-def y_tick(place: float, label: str) -> str:
-    return (
-        f'<path class="grid" d="M{LEFT} {place:.1f}H{WIDTH - RIGHT}"/>'
-        f'<text x="{LEFT - 8}" y="{place + 4:.1f}" text-anchor="end">{label}</text>'
-    )
+def tick(line: str, x: float, y: float, anchor: str, label: str) -> str:
+    """A line across the picture, and the number beside it."""
+    place = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"'
+    return f'<path class="grid" d="{line}"/><text {place}>{label}</text>'
 
 
 def thinned(points: Points, most: int) -> Points:
