@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from benchmarks.side_by_side import Side, in_turn, introduce, keep, median
 from rosetrainer.commands.flags import parse_flags
 from rosetrainer.launch.rank import run_rank
-from rosetrainer.validation import Count, check_fields
+from rosetrainer.validation import Count
 
 WANTED = 3.0  # times fewer bytes, in both dtypes
 
@@ -83,7 +83,6 @@ def main(argv: list[str]) -> None:
     way = argv[1] if argv[:1] == ["--round"] else ""
     flags = argv[2:] if way else argv
     bench = parse_flags(Bench, flags, "python benchmarks/loss_memory.py")
-    check_fields(bench)
     if way:
         measure(way, bench)
         return

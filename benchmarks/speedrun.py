@@ -24,7 +24,7 @@ from rosetrainer.commands.flags import parse_flags
 from rosetrainer.commands.train import parse_command
 from rosetrainer.environment import prepare_command
 from rosetrainer.launch.rank import run_rank
-from rosetrainer.validation import ConfigError, Count, CountOrZero, check_fields
+from rosetrainer.validation import ConfigError, Count, CountOrZero
 
 PLAIN, OURS = "nanoGPT's recipe", "speedrun"
 TIMES, LOSS = 12.0, 1.88
@@ -67,7 +67,6 @@ def main(argv: list[str]) -> int:
         print(json.dumps(ours(Path(argv[1]), int(argv[2]))))
         return 0
     bench = parse_flags(Speedrun, argv, "python benchmarks/speedrun.py")
-    check_fields(bench)
     if not (bench.corpus / "meta.json").exists():
         raise ConfigError(
             f"{bench.corpus} holds no corpus; make it: {prepare_command()} shakespeare "

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.side_by_side import ROOT, Rounds, Side, in_turn, introduce, keep, median
 from rosetrainer.commands.flags import parse_flags
 from rosetrainer.launch.rank import run_rank
-from rosetrainer.validation import Count, check_fields
+from rosetrainer.validation import Count
 
 WANTED = 1.5
 MODEL = ["--n-layers", "1", "--d-model", "32", "--n-heads", "2", "--context-length", "16"]
@@ -158,7 +158,6 @@ def main(argv: list[str]) -> None:
         print(json.dumps(SIDES[argv[1]](Path(argv[2]))))
         return
     flags = parse_flags(StartUp, argv, "python benchmarks/start_up.py")
-    check_fields(flags)
     introduce(f"{flags}, model {' '.join(MODEL)}")
     with tempfile.TemporaryDirectory(prefix="rosetrainer_") as name:
         folder = Path(name)

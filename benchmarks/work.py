@@ -18,7 +18,7 @@ from benchmarks.side_by_side import Rounds, Side, median
 from rosetrainer.commands.flags import parse_flags
 from rosetrainer.config import GPTConfig
 from rosetrainer.hardware.performance import flops_per_token
-from rosetrainer.validation import ConfigError, Count, check_fields
+from rosetrainer.validation import ConfigError, Count
 
 Step = Callable[[], tuple[float, float]]
 """One update of a model: gives its loss before the update, and the gradients' norm."""
@@ -59,7 +59,6 @@ def parse_work(
 ) -> Work:
     """Raises ConfigError for what a user can get wrong."""
     work = parse_flags(Work, argv, f"python benchmarks/{benchmark}.py", default)
-    check_fields(work)
     model = work.model
     model.check(tp_size)
     for name in ("d_head", "d_ff", "tied", "dropout", "architecture"):
