@@ -198,10 +198,8 @@ def usable_cores() -> int:
     A quota is rounded down, to 1 at least: once it is used up all threads stand still until the
     next period, and so do the ranks that wait for them.
     """
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
-    else:
-        cores = os.cpu_count() or 1
+    has_affinity = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
     return max(1, int(min(cpu_quota(), cores)))
 
 

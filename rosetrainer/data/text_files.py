@@ -15,13 +15,7 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from rosetrainer.data.encoding import byte_order_mark, decode
-from rosetrainer.data.file_kinds import (
-    HEAD,
-    compression,
-    is_parquet,
-    refuse_binary,
-    refuse_markup,
-)
+from rosetrainer.data.file_kinds import BINARY, HEAD, MARKUP, compression, is_parquet, refuse
 from rosetrainer.durable_files import free
 from rosetrainer.validation import ConfigError, one_line
 
@@ -152,12 +146,12 @@ def recognise(path: Path, as_text: bool = False) -> TextFile:
             raise ConfigError(f"{path} is parquet inside {packed}; {file.unpacking()}")
         return TextFile(path, "parquet", None)
     with file.inside_packed():
-        refuse_binary(path, head)
+        refuse(path, head, BINARY)
         if as_text:
             return file
         if file.holds_json_lines(head):
             return TextFile(path, "lines", packed)
-        refuse_markup(path, _as_utf8(head))
+        refuse(path, _as_utf8(head), MARKUP, ", or take it as it is: --as-text")
     return file
 
 
