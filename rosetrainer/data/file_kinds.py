@@ -25,8 +25,8 @@ ONE_JSON = "one JSON value, not JSON lines"
 AS_LINES = "write each text as a line of its own, for example "
 IMPORT = "`{prepare} import FOLDER --tokenizer TOKENIZER`"
 Kinds = list[tuple[str, bytes, str]]
-# What it is, how it begins, and the way to a text; {path} is quoted for a shell. {text} and {lines}
-# are files that are not there yet: a command that we print must not write over one.
+# What it is, how it begins, and how to get a text out of it; {path} is quoted for a shell. {text}
+# and {lines} are files that are not there yet: a command that we print must not write over one.
 BINARY: Kinds = [
     ("compressed by zstd", rb"\x28\xb5\x2f\xfd", "unpack it: `unzstd -k {path}`"),
     ("compressed by lz4", rb"\x04\x22\x4d\x18", "unpack it: `unlz4 -k {path}`"),
@@ -125,8 +125,8 @@ def refuse(path: Path, head: bytes, kinds: Kinds, otherwise: str = "") -> None:
 
     otherwise: another way out.
     """
-    for what, magic, way in kinds:
+    for what, magic, remedy in kinds:
         if re.match(magic, head, re.DOTALL):
             files = {"text": free("text.txt"), "lines": free("texts.jsonl")}
-            way = way.format(path=shlex.quote(str(path)), prepare=prepare_command(), **files)
-            raise ConfigError(f"{path} is {what}; {way}{otherwise}")
+            remedy = remedy.format(path=shlex.quote(str(path)), prepare=prepare_command(), **files)
+            raise ConfigError(f"{path} is {what}; {remedy}{otherwise}")

@@ -55,20 +55,21 @@ class IdFile:
         bare = self.dtype == "<u2" and not self.offset
         if bare and first == 0 and _are_uint32(ids):
             largest = int(ids[: len(ids) // 2 * 2].view("<u4").max())
-            way = (
+            remedy = (
                 f"write them as uint16, in Python `numpy.fromfile({str(self.path)!r}, 'uint32')"
                 f".astype('uint16').tofile({str(free(self.path))!r})`"
             )
             raise ConfigError(
                 f"{self.path} holds uint32, not uint16, ids up to {largest}; "
-                + (way if largest < LARGEST_VOCAB else TOO_MANY)
+                + (remedy if largest < LARGEST_VOCAB else TOO_MANY)
             )
         if ids.max(initial=0) >= vocab_size:
             where = int(np.argmax(ids >= vocab_size))
-            way = "name the tokenizer that these ids are of"
+            fits = ids[where] < LARGEST_VOCAB
             raise ConfigError(
                 f"{self.path}: id {first + where} is {ids[where]}, not below vocab_size="
-                f"{vocab_size} of the tokenizer; {TOO_MANY if ids[where] >= LARGEST_VOCAB else way}"
+                f"{vocab_size} of the tokenizer; "
+                + ("name the tokenizer that these ids are of" if fits else TOO_MANY)
             )
 
 

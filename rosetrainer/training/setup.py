@@ -159,7 +159,9 @@ def train_in_layout(
     model, optimizer, state = build(config, location, context, dtype)
     if compiled[0]:
         compile_blocks(model.blocks)
-    evaluated = log_has_evaluation(folder, state.step, world, context.device)
+    # Whether rank 0's log has the evaluation of the step that is resumed; the same on all ranks.
+    found = is_first and state.step > 0 and has_evaluation(folder / LOG, state.step)
+    evaluated = bool(gather_texts("yes" if found else "", world, context.device)[0])
     finished = evaluated and state.step == config.run.steps
     if is_first and not finished:
         describe_run(folder, config, corpus.folder)
@@ -212,12 +214,6 @@ def build(
     load_checkpoint(folder, manifest, model, optimizer, dtype)
     reached = manifest.progress
     return model, optimizer, TrainingState(reached.step, reached.skipped, reached.step)
-
-
-def log_has_evaluation(folder: Path, step: int, world: Axis, device: torch.device) -> bool:
-    """Whether rank 0's log has the evaluation of the step that is resumed; same on all ranks."""
-    found = world.rank == 0 and step > 0 and has_evaluation(folder / LOG, step)
-    return bool(gather_texts("yes" if found else "", world, device)[0])
 
 
 def sum_over_ranks(value: float, context: ParallelContext) -> float:
