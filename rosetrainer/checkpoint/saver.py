@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import torch
@@ -40,8 +40,8 @@ class Saver:
     ) -> None:
         self._run, self._attempt, self._config = run, attempt, config
         self._model, self._optimizer, self._context = model, optimizer, context
-        self._thread: threading.Thread | None = None
-        self._error: Exception | None = None
+        self._executor = ThreadPoolExecutor(1, "checkpoint")
+        self._saving: Future[None] | None = None
         self.saved: list[tuple[int, float, float]] = []
         """(step, seconds that training was blocked, seconds until on the disk), not yet reported"""
 
@@ -67,29 +67,20 @@ class Saver:
             seconds = time.perf_counter() - started
             self.saved.append((progress.step, blocked if behind else seconds, seconds))
 
-        if not behind:
+        if behind:
+            self._saving = self._executor.submit(write)
+        else:
             write()
-            return
-
-        def write_behind() -> None:
-            try:
-                write()
-            except Exception as error:
-                self._error = error
-
-        self._thread = threading.Thread(target=write_behind, name="checkpoint")
-        self._thread.start()
 
     def join(self) -> None:
         """Waits until what is being saved is on the disk."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        if self._saving is not None:
+            wait([self._saving])
 
     def check(self) -> None:
         """Raises the error of a save in the thread."""
-        if self._error is not None:
-            raise self._error
+        if self._saving is not None and self._saving.done():
+            self._saving.result()
 
 
 def load_checkpoint(
