@@ -24,8 +24,8 @@ from rosetrainer.commands.flags import parse_flags
 from rosetrainer.durable_files import room, short, whole_folder
 from rosetrainer.environment import trainer_command
 from rosetrainer.parallel.context import Axis
-from rosetrainer.training.open_run import sound_one
-from rosetrainer.validation import Bounds, ConfigError, check_fields
+from rosetrainer.training.trained import sound_one
+from rosetrainer.validation import Bounds, ConfigError
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,6 @@ def main(argv: list[str]) -> int:
     if name in commands:
         command, act = commands[name]
         parsed = parse_flags(command, rest, f"python -m rosetrainer convert {name}")
-        check_fields(parsed)
         return act(parsed)
     usage = f"usage: {trainer_command()} convert {'|'.join(commands)} FOLDER OUT"
     if name not in ("-h", "--help"):

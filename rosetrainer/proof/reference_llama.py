@@ -161,7 +161,7 @@ class ReferenceLlama(ReferenceGPT):
         nn.Module.__init__(self)
         self.token_embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(ReferenceLlamaBlock(config) for _ in range(config.n_layers))
-        self.final_norm = norm(config)  # type: ignore[assignment]
+        self.final_norm = norm(config)
         self.tied = config.tied
         if not config.tied:
             self.output_head = nn.Linear(config.d_model, config.vocab_size, bias=False)

@@ -39,7 +39,7 @@ def kept(layout: Layout) -> tuple[dict[int, int], int]:
     for number, stage in stages_of_rank(model, context).items():
         x = None if stage.is_first else torch.ones_like(stage.input_buffer(ids)).requires_grad_()
 
-        def forward(stage=stage, x=x) -> object:  # type: ignore[no-untyped-def]
+        def forward(stage=stage, x=x) -> object:
             y = stage.hidden(x, ids, DropoutSeed(1, 0))
             return stage.model.output_head.loss(y, labels) if stage.is_last else y
 

@@ -13,11 +13,11 @@ from ranks import run_ranks
 from runs import STEPS, config_for, state, train_here
 
 from rosetrainer.checkpoint.run_folder import read_run
-from rosetrainer.commands.generate import load_model
 from rosetrainer.config import GPTConfig, OptimConfig, ParallelConfig, TrainConfig
 from rosetrainer.models.generation import SamplingConfig, generate
 from rosetrainer.parallel.context import init_parallel
 from rosetrainer.training.setup import check_config
+from rosetrainer.training.trained import load_model
 from rosetrainer.validation import ConfigError
 
 
