@@ -14,6 +14,7 @@ from chinese import check_chinese
 from ladder import STEPS, StepError, added_code, find, folders, python_files
 from pages import SECTIONS, heading, headings, pages, predictions, says, written_anew
 from pictures.album import check_pictures
+from runs import PAIRS
 from upkeep import (
     ADDED_TO,
     CORE,
@@ -127,7 +128,10 @@ def check_sections(page: Path) -> None:
             f"`{expected['Answers']}`, folded in <details>, each gets an answer in a numbered line"
         )
     text = page.read_text()
-    for mark, section in (("mine", "Write it yourself"), ("built", "What you have built")):
+    marks = {"mine": "Write it yourself", "built": "What you have built"}
+    if page.parent.name[:2] in PAIRS:
+        marks["pair"] = "Exercises"
+    for mark, section in marks.items():
         if f"<!-- {mark} -->\n" not in text or f"<!-- /{mark} -->" not in text:
             raise StepError(
                 f"{name} has no lines <!-- {mark} --> and <!-- /{mark} -->; write them under "

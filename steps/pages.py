@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ladder import STEPS, StepError, read
 from pictures.album import write_pictures
-from written import ending, shown_diff, write_it
+from written import ending, pair, shown_diff, write_it
 
 SECTIONS = {  # the headings of a page, in their order, and those of the Chinese one
     "Predict first": "先猜一猜",
@@ -66,6 +66,8 @@ def written_anew(page: Path) -> str:
     text = block.sub(lambda match: match[1] + write_it(page) + match[2], text)
     block = re.compile(r"(<!-- built -->\n).*?(<!-- /built -->)", re.DOTALL)
     text = block.sub(lambda match: match[1] + ending(page) + match[2], text)
+    block = re.compile(r"(<!-- pair -->\n).*?(<!-- /pair -->)", re.DOTALL)
+    text = block.sub(lambda match: match[1] + pair(page.parent) + match[2], text)
     marked = r"(<!-- code: (\S+) (\S+) -->\n).*?<!-- /code -->"
     return re.sub(marked, excerpt_block, text, flags=re.DOTALL)
 

@@ -1,7 +1,8 @@
 """Measures the curves of the pages: python steps/plots.py [NN ...]
 
-It trains with a step's own code and keeps the losses in NN_name/plot.json; `steps.py readme` draws
-plot.svg from them. The last decimals depend on the machine, so runs are made when asked for.
+It trains with a step's own code and keeps the losses in NN_name/plot.json and pair.json; `steps.py
+readme` draws plot.svg and pair.svg from them. The last decimals depend on the machine, so runs are
+made when asked for.
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ import json
 import shutil
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 from ladder import StepError, find, python_files
 from pictures.album import write_pictures
+from runs import PAIRS, PLOTS, Run
 from tries import capture, command
 
 STEPS_OF_A_RUN = 200
@@ -26,11 +28,12 @@ from data import MarkovCorpus
 
 out, steps, dtype, ranks = sys.argv[1], int(sys.argv[2]), getattr(torch, sys.argv[3]), sys.argv[4]
 corpus = MarkovCorpus()
-given, first = [GPTConfig(vocab_size=corpus.alphabet), corpus, steps], True
+given, first = [GPTConfig(vocab_size=corpus.alphabetCONFIG), corpus, steps], True
 if ranks != "0":
     import parallel_context
-    context = parallel_context.init_tensor_parallel(device="cpu")
-    given, first = [*given, context, dtype], context.rank == 0
+    from environment import world_from_environment
+    context = parallel_context.START
+    given, first = [*given, context, dtype], world_from_environment()[0] == 0
 losses = train.train(*given)[:-1]
 if first:
     with open(out, "w") as file:
@@ -38,38 +41,6 @@ if first:
 if ranks != "0":
     parallel_context.end_parallel()
 """
-
-
-@dataclass(frozen=True)
-class Run:
-    """A training of a step's code on some ranks (0: it has none), with a line replaced."""
-
-    name: str
-    step: str
-    ranks: int = 0
-    dtype: str = "float32"
-    file: str = ""
-    old: str = ""
-    new: str = ""
-
-
-F = "        x = copy_to_tensor_parallel_region(x, self.tp)"
-PLOTS = {
-    "02": (
-        Run("y = w[1:]", "02"),
-        Run("y = w[:-1]", "02", 0, "float32", "data.py", "window[:, 1:]", "window[:, :-1]"),
-    ),
-    "04": (
-        Run("1", "05", 1),
-        Run("f on", "05", 2),
-        Run("f off", "05", 2, "float32", "tensor_parallel.py", F, "        x = x"),
-    ),
-    "09": tuple(
-        Run(f"{dtype} {ranks}", "09", ranks, dtype)
-        for dtype in ("float32", "float64")
-        for ranks in (1, 2)
-    ),
-}
 
 
 def losses_of(run: Run) -> dict:
@@ -84,7 +55,8 @@ def losses_of(run: Run) -> dict:
             if source.count(run.old) != 1:
                 raise StepError(f"{step.name}/{run.file} has {source.count(run.old)} x {run.old!r}")
             (folder / run.file).write_text(source.replace(run.old, run.new))
-        (folder / "measured.py").write_text(SCRIPT)
+        script = SCRIPT.replace("CONFIG", run.config).replace("START", run.start)
+        (folder / "measured.py").write_text(script)
         start = command("measured.py", step, run.ranks)
         done = capture([*start, "out.json", str(STEPS_OF_A_RUN), run.dtype, str(run.ranks)], folder)
         if done.returncode:
@@ -94,17 +66,30 @@ def losses_of(run: Run) -> dict:
 
 def measure(numbers: list[str]) -> None:
     """Runs what the plots of these steps (all of them if none is named) show, and draws them."""
-    for number in numbers or list(PLOTS):
-        if number not in PLOTS:
-            raise StepError(f"step {number} has no plot; it can be {', '.join(PLOTS)}")
-        measured = {run.name: losses_of(run) for run in PLOTS[number]}
+    known = sorted(PLOTS.keys() | PAIRS.keys())
+    for number in numbers or known:
+        if number not in known:
+            raise StepError(f"step {number} has no plot; it can be {', '.join(known)}")
         step = find(number)
-        digits = {run.name: 16 if run.dtype == "float64" else 9 for run in PLOTS[number]}
-        kept = {n: [round(x, digits[n]) for x in run["losses"]] for n, run in measured.items()}
-        floor = next(iter(measured.values()))["floor"]
-        (step / "plot.json").write_text(json.dumps({"floor": round(floor, 6), "losses": kept}))
+        for name, runs in (("plot.json", PLOTS.get(number)), ("pair.json", both(number))):
+            if runs:
+                keep(step / name, runs)
         write_pictures([step])
-        print(f"{step.name}/plot.svg: {', '.join(kept)}")
+
+
+def both(number: str) -> tuple[Run, ...]:
+    """Of a pair: A is the step as it is, B with the line that looks right."""
+    pair = PAIRS.get(number)
+    return (replace(pair, name="A", file=""), pair) if pair else ()
+
+
+def keep(path: Path, runs: tuple[Run, ...]) -> None:
+    measured = {run.name: losses_of(run) for run in runs}
+    digits = {run.name: 16 if run.dtype == "float64" else 9 for run in runs}
+    kept = {n: [round(x, digits[n]) for x in run["losses"]] for n, run in measured.items()}
+    floor = next(iter(measured.values()))["floor"]
+    path.write_text(json.dumps({"floor": round(floor, 6), "losses": kept}))
+    print(f"{path.parent.name}/{path.stem}.svg: {', '.join(kept)}")
 
 
 if __name__ == "__main__":

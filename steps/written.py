@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from itertools import pairwise
 from pathlib import Path
+from textwrap import dedent
 
 from ladder import (
     StepError,
@@ -18,6 +19,7 @@ from ladder import (
     python_files,
     read,
 )
+from runs import PAIRS
 
 WORDS = {  # of the page in each language
     "README.md": {
@@ -111,6 +113,18 @@ def write_it(page: Path) -> str:
     left = words["write"].format(added_code(step, tests), files)
     gap = " " if page.name == "README.md" else ""
     return f"{begin}{gap}{left}\n\n{START.format(number)}\n\n{words['until'].format(number)}\n"
+
+
+def pair(step: Path) -> str:
+    """Code that looks right in the place of the step's, and the curves of both."""
+    run = PAIRS[step.name[:2]]
+    if (step / run.file).read_text().count(run.old) != 1:
+        raise StepError(
+            f"{step.name}/{run.file} has no longer what the pair of the step replaces (PAIRS in "
+            "steps/runs.py); change it there, then measure it by steps/plots.py: the page shows it"
+        )
+    code = dedent(run.new)
+    return f"```python\n# {run.file}\n{code}```\n\n![A, B](pair.svg)\n"
 
 
 def ending(page: Path) -> str:

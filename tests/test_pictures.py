@@ -42,10 +42,22 @@ def test_a_page_shows_its_picture_in_both_languages(step: Path, page: str) -> No
     assert "```mermaid" not in text
 
 
-@pytest.mark.parametrize("plot", sorted((ROOT / "steps").glob("*/plot.svg")), ids=str)
+@pytest.mark.parametrize("plot", sorted((ROOT / "steps").glob("*/p[la][oi][tr].svg")), ids=str)
 def test_a_plot_stands_on_its_page_in_both_languages(plot: Path) -> None:
     for page in ("README.md", "README.zh.md"):
-        assert (plot.parent / page).read_text().count("](plot.svg)\n") == 1
+        assert (plot.parent / page).read_text().count(f"]({plot.name})\n") == 1
+
+
+@pytest.mark.parametrize("kept", sorted((ROOT / "steps").glob("*/pair.json")), ids=str)
+def test_a_pair_tells_the_losses_that_its_runs_kept(kept: Path) -> None:
+    """First and last of each, in both languages; the two codes train two curves."""
+    losses = json.loads(kept.read_text())["losses"]
+    assert losses["A"] != losses["B"]
+    for page in ("README.md", "README.zh.md"):
+        told = (kept.parent / page).read_text().split("<!-- /pair -->")[1]
+        for curve in losses.values():
+            assert f"{curve[0]:.4f}" in told
+            assert f"{curve[-1]:.4f}" in told
 
 
 def test_the_plot_of_step_02_shows_the_runs_that_its_page_prints() -> None:
@@ -108,13 +120,16 @@ def test_the_runs_of_the_plots_still_fit_their_steps(copy: Path) -> None:
     """A line that a run replaces stands in its step's file, once."""
     code = (
         "import sys; sys.path.insert(0, 'steps')\n"
-        "from plots import PLOTS; from ladder import find\n"
-        "for run in (run for runs in PLOTS.values() for run in runs if run.file):\n"
+        "from runs import PAIRS, PLOTS; from ladder import find\n"
+        "runs = [*(run for runs in PLOTS.values() for run in runs if run.file), *PAIRS.values()]\n"
+        "for run in runs:\n"
         "    print((find(run.step) / run.file).read_text().count(run.old))\n"
     )
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=copy, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["1", "1"]
+    counts = done.stdout.split()
+    assert len(counts) > 2
+    assert set(counts) == {"1"}
 
 
 def test_measure_refuses_a_step_without_a_plot(copy: Path) -> None:
@@ -122,7 +137,7 @@ def test_measure_refuses_a_step_without_a_plot(copy: Path) -> None:
     done = subprocess.run(command, cwd=copy, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (
         1,
-        "error: step 77 has no plot; it can be 02, 04, 09\n",
+        "error: step 77 has no plot; it can be 02, 03, 04, 05, 07, 09, 11, 12, 14, 15, 20\n",
     )
 
 

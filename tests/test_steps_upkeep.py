@@ -264,6 +264,21 @@ def test_check_fails_on_chinese_that_breaks_a_rule(root: Path, line: str, what: 
     )
 
 
+def test_check_fails_where_a_pair_replaces_what_is_no_longer_there(root: Path) -> None:
+    page = root / "steps/14_dropout_by_coordinates/README.md"
+    assert 'text = f"{seed.seed}:{self.site}"\n```' in page.read_text().split("<!-- pair -->")[1]
+    edit(
+        root / "steps/14_dropout_by_coordinates/dropout.py",
+        'text = f"{seed.seed}:{seed.step}:{self.site}"',
+        'text = f"{seed.step}:{seed.seed}:{self.site}"',
+    )
+    assert refused(root) == (
+        "14_dropout_by_coordinates/dropout.py has no longer what the pair of the step replaces "
+        "(PAIRS in steps/runs.py); change it there, then measure it by steps/plots.py: the page "
+        "shows it"
+    )
+
+
 def test_check_fails_on_a_missing_page(root: Path) -> None:
     (root / "steps/01_minimal_gpt/README.zh.md").unlink()
     assert refused(root) == (

@@ -46,6 +46,8 @@ def drawn(steps: list[Path]) -> Iterator[tuple[Path, str]]:
             yield step / "picture.svg", draw()
         if plot := STEP_PLOTS.get(step.name[:2]):
             yield step / "plot.svg", plot(step)
+        if (step / "pair.json").exists():
+            yield step / "pair.svg", plots.two_codes(step)
     if steps == folders():
         yield STEPS / "ladder.svg", road.the_ladder()
 

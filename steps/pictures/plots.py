@@ -65,8 +65,8 @@ def legend(canvas: Canvas, x: float, y: float, names: Sequence[str]) -> None:
         canvas.text(x + 28, here, name, "small", "start")
 
 
-def kept(step: Path) -> tuple[float, dict[str, list[float]]]:
-    numbers = json.loads((step / "plot.json").read_text())
+def kept(step: Path, name: str = "plot.json") -> tuple[float, dict[str, list[float]]]:
+    numbers = json.loads((step / name).read_text())
     return numbers["floor"], numbers["losses"]
 
 
@@ -118,3 +118,20 @@ def two_ranks_and_one(step: Path) -> str:
     """Step 09: two ranks against one, in two dtypes."""
     pairs = {dtype: (f"{dtype} 1", f"{dtype} 2") for dtype in ("float32", "float64")}
     return parted(step, pairs, -17)
+
+
+def two_codes(step: Path) -> str:
+    """A pair: the losses of the step's code (A) and of code that looks right (B), and the floor."""
+    floor, losses = kept(step, "pair.json")
+    steps = len(losses["A"])
+    canvas = Canvas(214)
+    low = 0.5 if min(losses["B"]) < 1 else 1.0
+    panel = Panel(canvas, Box(LEFT, 14, WIDTH - LEFT - RIGHT, 170), steps, low, 2.2)
+    for value in (low, 1.5, 2.0):
+        panel.tick(value, str(value))
+    panel.level(floor, f"floor {floor:.4f}", above=False)
+    for n, values in enumerate(losses.values()):
+        panel.curve(values, f"c{n}")
+    legend(canvas, 330, 34, list(losses))
+    panel.axis()
+    return canvas.svg()
