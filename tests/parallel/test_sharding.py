@@ -34,7 +34,7 @@ from rosetrainer.parallel.sharding import (
 class Parameters(nn.Module):
     def __init__(self, context: ParallelContext) -> None:
         super().__init__()
-        shard, tp = context.axes
+        shard, tp = context.dp, context.tp
         both = Cut(tp, 1), Cut(shard, 1)
         specs = {
             "fused": ShardSpec((3, 5, 8), (Cut(tp, 2), Cut(shard, 1)), 3, pad=(0, 1, 0)),
@@ -52,7 +52,7 @@ class Parameters(nn.Module):
 def check_two_axes(run: Path) -> None:
     made = init_parallel(ParallelConfig(dp_size=2))
     context = replace(made, dp=replace(made.dp, name="shard"))
-    shard, tp = context.axes
+    shard, tp = context.dp, context.tp
     model = Parameters(context)
     init_weights(model, 3)
     specs = {name: shard_spec(parameter) for name, parameter in model.named_parameters()}
