@@ -279,10 +279,10 @@ MODES: dict[str, Callable[[list[str]], None]] = {
 
 if __name__ == "__main__":
     if sys.argv[1] == "launch":
-        # A shell that runs the tests in the background has SIGINT ignored, and we inherit that.
+        # Tests that a shell runs in the background, or under nohup, inherit that these are ignored.
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        if "PROBE_NOHUP" in os.environ:
-            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        nohup = "PROBE_NOHUP" in os.environ
+        signal.signal(signal.SIGHUP, signal.SIG_IGN if nohup else signal.SIG_DFL)
         for name in ("POLL_SECONDS", "TERMINATE_SECONDS", "STOP_SECONDS", "SECOND_SIGNAL_SECONDS"):
             module = stop if name == "SECOND_SIGNAL_SECONDS" else launcher
             setattr(module, name, float(os.environ.get(name, getattr(module, name))))

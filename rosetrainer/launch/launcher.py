@@ -125,7 +125,8 @@ def _fail(ranks: Ranks, folder: Path) -> int:
         return PIPE_CLOSED
     text = f"error: rank {rank} ended with exit status {status}"
     if status < 0:
-        text = f"error: rank {rank} was killed by signal {-status} ({signal.Signals(-status).name})"
+        name = next((known.name for known in signal.Signals if known == -status), "real-time")
+        text = f"error: rank {rank} was killed by signal {-status} ({name})"
     if status == -signal.SIGKILL:
         text += f"; if the machine ran out of memory: {memory_advice()}"
     _say(errors[rank].get("message", text))

@@ -90,8 +90,9 @@ class HangWatch:
         clock = IdleClock(self._seconds, time.monotonic())
         while not self._ended.wait(POLL_SECONDS):
             now, count = time.monotonic(), self._collectives_started() + HEARTBEAT.count()
-            # A thread that waits for a GPU takes all of a core.
-            self._idle = clock.look(now, count, None if self._on_cuda else processor_seconds())
+            # A thread that waits for a GPU takes all of a core; one that compiles is at work.
+            tells = not self._on_cuda or compiles()
+            self._idle = clock.look(now, count, processor_seconds() if tells else None)
             if self._idle < self._seconds + self._patience / 4:  # what others wrote is that old
                 continue
             if now > self._exchanged + self._patience:
@@ -169,6 +170,13 @@ def processor_seconds() -> float | None:
     if not hasattr(time, "pthread_getcpuclockid"):
         return None
     return time.clock_gettime(time.pthread_getcpuclockid(main.ident or 0))
+
+
+def compiles() -> bool:
+    """Whether the main thread is in torch.compile, where nothing is counted."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    files = [one.f_code.co_filename for one, _ in traceback.walk_stack(frame)]
+    return any("/_dynamo/" in file or "/_inductor/" in file for file in files)
 
 
 def location_of(frame: FrameType) -> str:
