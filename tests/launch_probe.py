@@ -226,6 +226,10 @@ def killed(words: list[str]) -> None:
     stay()
 
 
+def killed_by(words: list[str]) -> None:
+    os.kill(os.getpid(), int(words[0]))
+
+
 def status(words: list[str]) -> None:
     sys.exit(int(words[0]) if RANK == 1 else 0)
 
@@ -260,7 +264,7 @@ def interrupt(words: list[str]) -> None:
 MODES: dict[str, Callable[[list[str]], None]] = {
     mode.__name__: mode
     for mode in [
-        *(show, crash, stubborn, mistake, killed, status, sleep, collective, interrupt),
+        *(show, crash, stubborn, mistake, killed, killed_by, status, sleep, collective, interrupt),
         *(
             deaf,
             one_deaf,

@@ -8,9 +8,11 @@ import mmap
 import os
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pytest
 from ranks import run_ranks
@@ -18,7 +20,7 @@ from ranks import run_ranks
 from rosetrainer import durable_files
 from rosetrainer.durable_files import sha256_of, sync_file, write_whole
 from rosetrainer.heartbeat import HEARTBEAT, Heartbeat, IdleClock
-from rosetrainer.launch.watch import processor_seconds
+from rosetrainer.launch.watch import compiles, processor_seconds
 
 
 def idle(*looks: tuple[float, int, float | None], seconds: float = 10.0) -> list[float]:
@@ -129,3 +131,28 @@ def test_syncing_says_so_block_by_block(tmp_path: Path, monkeypatch: pytest.Monk
     assert path.read_bytes() == content
     path.write_bytes(b"")
     sync_file(path)
+
+
+def compiling() -> list[bool]:
+    """Whether that is seen before, within and after a compilation, by another thread."""
+    import torch
+
+    seen: list[bool] = []
+
+    def look() -> None:
+        thread = threading.Thread(target=lambda: seen.append(compiles()))
+        thread.start()
+        thread.join()
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
+        look()
+        return graph.forward
+
+    look()
+    torch.compile(lambda x: x + 1, backend=backend)(torch.ones(2))
+    look()
+    return seen
+
+
+def test_a_compilation_is_seen_from_another_thread() -> None:
+    assert run_ranks(1, compiling) == [[False, True, False]]

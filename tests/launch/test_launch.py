@@ -178,6 +178,13 @@ def test_killed_rank_is_named(start: Start) -> None:
         assert LESS_MEMORY <= set(errors.split())
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="real-time signals are Linux's")
+def test_a_signal_without_a_name_is_told_by_its_number(start: Start) -> None:
+    probe = start("launch", "1", "killed_by", str(signal.SIGRTMIN + 6))
+    said = f"error: rank 0 was killed by signal {signal.SIGRTMIN + 6} (real-time)\n"
+    assert probe.ended() == (1, "", said)
+
+
 def test_a_rank_without_memory_is_told_what_needs_less(start: Start) -> None:
     launched, alone = start("launch", "2", "starved"), start("starved", WORLD_SIZE="1", RANK="0")
     for probe, rank in ((launched, "1 of 2"), (alone, "0 of 1")):
