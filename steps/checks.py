@@ -56,6 +56,9 @@ def check() -> None:
         check_step(step)
     check_chinese()
     check_pictures()
+    for step in folders():
+        for page in pages(step):
+            check_sections(page)
     for name, path in CORE.items():
         check_core(name, PACKAGE / path)
     for since, command in (("HEAD", "propagate"), ("HEAD~1", "propagate HEAD~1")):
@@ -106,8 +109,6 @@ def check_step(step: Path) -> None:
             "one sitting: leave out what is not its idea, or make two steps"
         )
     with_mistake(step)
-    for page in pages(step):
-        check_sections(page)
 
 
 def check_sections(page: Path) -> None:
