@@ -50,8 +50,11 @@ def write_safetensors(
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for entry, tensor in zip(entries, tensors, strict=True):
+        source = iter(tensors)
+        for entry in entries:
+            tensor = next(source)
             if (tuple(tensor.shape), tensor.dtype) != (entry.shape, entry.dtype):
                 was = f"{tensor.dtype} {tuple(tensor.shape)}"
                 raise ConfigError(f"{entry.name} is {was}, not {entry.dtype} {entry.shape}")
             file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+            del tensor  # before the next one is made
