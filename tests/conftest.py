@@ -8,6 +8,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import huggingface
 import pytest
 from once import Once, make_once
 from progress import Progress
@@ -42,3 +43,8 @@ def markov(once: Once) -> Path:
         return folder / "markov"
 
     return Path(once("markov", make))
+
+
+@pytest.fixture(scope="session")
+def made(once: Once) -> huggingface.Made:
+    return lambda case: Path(once(f"huggingface_{case}", functools.partial(huggingface.make, case)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -145,17 +146,20 @@ def computed(model: Any) -> dict[str, Any]:
     return {"logits": logits.detach(), "loss": loss.detach(), "gradients": gradients}
 
 
-def make(folder: Path) -> Path:
-    """For each case its folder, and in float32.pt and float64.pt what it computes; greedy.pt has 20
-    ids that follow three."""
-    for case in CASES:
-        model = build(case)
-        model.save_pretrained(folder / case)
-        torch.save(computed(model), folder / case / "float32.pt")
-        prompt = batch()[0][:1, :3]
-        found = model.generate(
-            prompt, max_new_tokens=20, do_sample=False, attention_mask=torch.ones_like(prompt)
-        )
-        torch.save(found, folder / case / "greedy.pt")
-        torch.save(computed(exact(model)), folder / case / "float64.pt")
+def make(case: str, folder: Path) -> Path:
+    """Its model, and in float32.pt and float64.pt what that computes; greedy.pt has 20 ids that
+    follow three."""
+    model = build(case)
+    model.save_pretrained(folder)
+    torch.save(computed(model), folder / "float32.pt")
+    prompt = batch()[0][:1, :3]
+    found = model.generate(
+        prompt, max_new_tokens=20, do_sample=False, attention_mask=torch.ones_like(prompt)
+    )
+    torch.save(found, folder / "greedy.pt")
+    torch.save(computed(exact(model)), folder / "float64.pt")
     return folder
+
+
+Made = Callable[[str], Path]
+"""The folder of a case, which the first to ask for it makes; the type of the fixture `made`."""

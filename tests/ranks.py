@@ -20,7 +20,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-# Modules of other people's only: the mutant tests put a changed rosetrainer on the path of ranks.
+# Ours too, which the mutants' tests forget again: they put a changed rosetrainer on the path.
 PRELOAD = [
     "torch",
     "torch._dynamo",
@@ -32,6 +32,8 @@ PRELOAD = [
     "safetensors.torch",
     "tyro",
     "pytest",
+    "rosetrainer.commands.train",
+    "rosetrainer.commands.parity",
 ]
 FORKSERVER = multiprocessing.get_context("forkserver")
 FORKSERVER.set_forkserver_preload(PRELOAD)

@@ -51,6 +51,8 @@ def run_pytest_in(sender: Any, tree: str, test: str) -> None:
     for name in ("CI", "BUILD_NUMBER"):  # with one, pytest takes minutes over long lists
         os.environ.pop(name, None)
     own = {str(ROOT), str(ROOT / "tests"), str(ROOT / "data")}
+    for name in [name for name in sys.modules if name.partition(".")[0] == "rosetrainer"]:
+        del sys.modules[name]
     sys.path[:] = [tree, f"{tree}/tests", f"{tree}/data", *(p for p in sys.path if p not in own)]
     failures = Failures()
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):

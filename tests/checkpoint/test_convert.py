@@ -11,8 +11,7 @@ from typing import Any
 import huggingface
 import pytest
 import torch
-from huggingface import CASES
-from once import Once
+from huggingface import CASES, Made
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -25,11 +24,6 @@ from rosetrainer.checkpoint.manifest import check_files, read_manifest
 from rosetrainer.commands.convert import main
 from rosetrainer.config import ConfigError, GPTConfig
 from rosetrainer.data.bpe import BPETokenizer
-
-
-@pytest.fixture(scope="session")
-def folders(once: Once) -> Path:
-    return Path(once("huggingface", huggingface.make))
 
 
 def there_and_back(folder: Path, work: Path, *flags: str) -> Path:
@@ -58,18 +52,18 @@ def read_by_the_library(folder: Path) -> Any:
 
 @pytest.mark.parametrize("case", CASES)
 def test_every_tensor_comes_back_and_the_library_reads_it(
-    case: str, folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    case: str, made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    back = there_and_back(folders / case, tmp_path)
-    theirs = load_file(folders / case / "model.safetensors")
+    back = there_and_back(made(case), tmp_path)
+    theirs = load_file(made(case) / "model.safetensors")
     assert_same(load_file(back / "model.safetensors"), theirs)
     found = huggingface.computed(read_by_the_library(back))
-    expected = torch.load(folders / case / "float32.pt", weights_only=True)
+    expected = torch.load(made(case) / "float32.pt", weights_only=True)
     assert torch.equal(found["logits"], expected["logits"])
     said = capsys.readouterr().out.splitlines()
-    assert said[0].startswith(f"{tmp_path / 'run'}: {len(theirs)} tensors of {folders / case}, ")
+    assert said[0].startswith(f"{tmp_path / 'run'}: {len(theirs)} tensors of {made(case)}, ")
     assert said[1] == (
-        f"{folders / case} has no tokenizer.json: prompts and texts of this run are numbers"
+        f"{made(case)} has no tokenizer.json: prompts and texts of this run are numbers"
     )
     assert len(said) == 3
     step = tmp_path / "run" / "step_000000"
@@ -89,7 +83,7 @@ def test_a_short_dtype_is_read_into_fp32_and_comes_back(dtype: str, tmp_path: Pa
     assert {tensor.dtype for tensor in held.values()} == {torch.float32}
 
 
-def test_shards_with_an_index_are_read_and_written(folders: Path, tmp_path: Path) -> None:
+def test_shards_with_an_index_are_read_and_written(made: Made, tmp_path: Path) -> None:
     huggingface.build("glm").save_pretrained(tmp_path / "theirs", max_shard_size="20KB")
     shards = sorted((tmp_path / "theirs").glob("model-*.safetensors"))
     assert len(shards) > 2 and not (tmp_path / "theirs" / "model.safetensors").exists()
@@ -129,19 +123,19 @@ def with_config(folder: Path, **values: Any) -> None:
     (folder / "config.json").write_text(json.dumps(kept))
 
 
-def test_what_version_4_wrote_is_read_alike(folders: Path, tmp_path: Path) -> None:
+def test_what_version_4_wrote_is_read_alike(made: Made, tmp_path: Path) -> None:
     """The rotary base beside the other keys, and `torch_dtype`."""
     for case, fraction in (("llama-attention-bias", {}), ("glm", {"partial_rotary_factor": 0.5})):
-        old = shutil.copytree(folders / case, tmp_path / case)
+        old = shutil.copytree(made(case), tmp_path / case)
         base = json.loads((old / "config.json").read_text())["rope_parameters"]["rope_theta"]
         new = {"rope_parameters": ..., "dtype": ..., "torch_dtype": "float32"}
         with_config(old, rope_theta=base, rope_scaling=None, **new, **fraction)
-        assert model_of(old) == model_of(folders / case)
+        assert model_of(old) == model_of(made(case))
         assert model_of(old).rotary_base in (50.0, 300.0)
 
 
 def test_an_old_gpt2_has_masks_and_no_prefix_and_a_copy_of_the_head(
-    folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def age(tensors: dict[str, Tensor]) -> None:
         for name in list(tensors):
@@ -150,9 +144,9 @@ def test_an_old_gpt2_has_masks_and_no_prefix_and_a_copy_of_the_head(
         tensors["h.1.attn.masked_bias"] = torch.tensor(-1e4)
         tensors["lm_head.weight"] = tensors["wte.weight"].clone()
 
-    old = changed(folders / "gpt2", tmp_path / "old", age)
+    old = changed(made("gpt2"), tmp_path / "old", age)
     back = there_and_back(old, tmp_path)
-    theirs = load_file(folders / "gpt2" / "model.safetensors")
+    theirs = load_file(made("gpt2") / "model.safetensors")
     assert_same(load_file(back / "model.safetensors"), theirs)
     said = capsys.readouterr().out
     assert "not read, as they follow from others: h.0.attn.bias and 2 more" in said
@@ -175,8 +169,8 @@ def test_the_tokenizer_comes_along(tmp_path: Path, capsys: pytest.CaptureFixture
     assert meta == {"tokenizer": "bpe", "end_of_text": tokenizer.end_of_text, **size}
 
 
-def test_a_tokenizer_that_is_not_the_model_s_is_left_out(folders: Path, tmp_path: Path) -> None:
-    copy = shutil.copytree(folders / "gpt2", tmp_path / "copy")
+def test_a_tokenizer_that_is_not_the_model_s_is_left_out(made: Made, tmp_path: Path) -> None:
+    copy = shutil.copytree(made("gpt2"), tmp_path / "copy")
     BPETokenizer.train("to be or not to be " * 40, 262).save(copy)
     back = there_and_back(copy, tmp_path)
     assert not (back / "tokenizer.json").exists()
@@ -277,16 +271,16 @@ BAD_TENSORS: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
 
 @pytest.mark.parametrize("name", [*BAD, *BAD_TENSORS])
 def test_a_folder_that_is_no_such_checkpoint_is_one_line(
-    name: str, folders: Path, tmp_path: Path
+    name: str, made: Made, tmp_path: Path
 ) -> None:
     folder = tmp_path / "theirs"
     if name in BAD:
-        shutil.copytree(folders / "llama", folder)
+        shutil.copytree(made("llama"), folder)
         bad(name, folder)
         message = BAD[name]
     else:
         change, message = BAD_TENSORS[name]
-        changed(folders / "llama", folder, change)
+        changed(made("llama"), folder, change)
     with pytest.raises(ConfigError) as caught:
         main(["from-hf", str(folder), str(tmp_path / "run")])
     assert message in str(caught.value)
@@ -294,30 +288,30 @@ def test_a_folder_that_is_no_such_checkpoint_is_one_line(
     assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
 
 
-def test_a_folder_in_use_is_left_as_it_is(folders: Path, tmp_path: Path) -> None:
+def test_a_folder_in_use_is_left_as_it_is(made: Made, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "mine.txt").write_text("mine")
     with pytest.raises(ConfigError, match="run is there and not empty; name a new folder"):
-        main(["from-hf", str(folders / "llama"), str(tmp_path / "run")])
+        main(["from-hf", str(made("llama")), str(tmp_path / "run")])
     with pytest.raises(ConfigError, match="convert from-hf|to-hf FOLDER OUT"):
         main(["from", "here"])
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["mine.txt"]
 
 
 def test_a_write_that_fails_leaves_nothing(
-    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("rosetrainer.checkpoint.huggingface.run_from.write_safetensors", full)
     with pytest.raises(ConfigError, match="No space left on device"):
-        main(["from-hf", str(folders / "llama"), str(tmp_path / "run")])
+        main(["from-hf", str(made("llama")), str(tmp_path / "run")])
     assert not list(tmp_path.iterdir())
 
 
-def test_the_files_hold_no_more_than_weights(folders: Path, tmp_path: Path) -> None:
-    back = there_and_back(folders / "qwen3", tmp_path)
+def test_the_files_hold_no_more_than_weights(made: Made, tmp_path: Path) -> None:
+    back = there_and_back(made("qwen3"), tmp_path)
     assert {path.name for path in back.iterdir()} == {"config.json", "model.safetensors"}
     with safe_open(back / "model.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}

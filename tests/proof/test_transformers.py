@@ -9,7 +9,7 @@ from typing import Any
 import huggingface
 import pytest
 import torch
-from huggingface import CASES
+from huggingface import CASES, Made
 from once import Once
 from ranks import run_ranks
 from torch import Tensor
@@ -33,7 +33,7 @@ LAYOUTS: dict[str, ParallelConfig] = {
     "tp4": ParallelConfig(4, 1, recompute="attention"),
     "tp4-sequence-parallel": ParallelConfig(4, 1, True),
 }
-Found = dict[str, dict[str, Any]]  # by case, dtype and layout: what differs by how much
+Found = dict[str, dict[str, Any]]  # by dtype and layout: what differs by how much
 
 
 def loaded(
@@ -77,18 +77,17 @@ def differences(folder: Path, context: ParallelContext, dtype: str) -> dict[str,
     return found | {"loss": off(loss, expected["loss"])}
 
 
-def on_ranks(size: int, folders: Path) -> Found:
-    """Everything that ranks of this number compute, in one launch."""
+def on_ranks(size: int, case: str, folder: Path) -> Found:
+    """Everything that ranks of this number compute of a case, in one launch."""
     found: Found = {}
     for layout, parallel in LAYOUTS.items():
         if parallel.tp_size != size:
             continue
         context = init_parallel(parallel)
-        for case in CASES:
-            for dtype in TOLERANCE:
-                found[f"{case} {dtype} {layout}"] = differences(folders / case, context, dtype)
-            if not parallel.sequence_parallel:  # generation has lengths that tp does not divide
-                found[f"{case} written"] = {"ids": write(folders / case, context)}
+        for dtype in TOLERANCE:
+            found[f"{dtype} {layout}"] = differences(folder, context, dtype)
+        if not parallel.sequence_parallel:  # generation has lengths that tp does not divide
+            found["written"] = {"ids": write(folder, context)}
         moved = sum(traffic.payload_bytes for traffic in context.tp.ledger.entries.values())
         assert (moved > 0) == (size > 1)
     return found
@@ -101,19 +100,15 @@ def write(folder: Path, context: ParallelContext) -> list[int]:
     return [*prompt.tolist(), *generate(model, prompt, greedy, context)]
 
 
-@pytest.fixture(scope="session")
-def folders(once: Once) -> Path:
-    return Path(once("huggingface", huggingface.make))
-
-
-@pytest.fixture(scope="session")
-def results(once: Once, folders: Path) -> list[Found]:
+@pytest.fixture
+def results(case: str, once: Once, made: Made) -> list[Found]:
     """What each rank found, of 1, 2 and 4 ranks one after the other."""
 
     def compute(_: Path) -> list[Found]:
-        return [found for size in (1, 2, 4) for found in run_ranks(size, on_ranks, size, folders)]
+        launches = [run_ranks(size, on_ranks, size, case, made(case)) for size in (1, 2, 4)]
+        return [found for ranks in launches for found in ranks]
 
-    found: list[Found] = once("transformers", compute)
+    found: list[Found] = once(f"transformers_{case}", compute)
     return found
 
 
@@ -124,7 +119,7 @@ def test_a_layout_equals_the_library(
     case: str, dtype: str, layout: str, results: list[Found]
 ) -> None:
     """float64: where the library computes in fp32 inside, it is made not to; float32: as it is."""
-    of_ranks = [found[key] for found in results if (key := f"{case} {dtype} {layout}") in found]
+    of_ranks = [found[key] for found in results if (key := f"{dtype} {layout}") in found]
     assert len(of_ranks) == LAYOUTS[layout].tp_size
     for found in of_ranks:
         assert {"logits", "loss"} < found.keys() and len(found) > 15
@@ -133,8 +128,8 @@ def test_a_layout_equals_the_library(
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_both_sides_are_alive(case: str, folders: Path) -> None:
-    expected = torch.load(folders / case / "float64.pt", weights_only=True)
+def test_both_sides_are_alive(case: str, made: Made) -> None:
+    expected = torch.load(made(case) / "float64.pt", weights_only=True)
     gradients = expected["gradients"].values()
     assert min(float(gradient.norm()) for gradient in gradients) > 1e-4
     assert abs(float(expected["loss"]) - torch.tensor(huggingface.V).log()) > 0.1
@@ -142,16 +137,16 @@ def test_both_sides_are_alive(case: str, folders: Path) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_greedy_generation_takes_the_library_s_tokens(
-    case: str, folders: Path, results: list[Found]
+    case: str, made: Made, results: list[Found]
 ) -> None:
-    expected = torch.load(folders / case / "greedy.pt", weights_only=True)[0].tolist()
+    expected = torch.load(made(case) / "greedy.pt", weights_only=True)[0].tolist()
     assert len(expected) == 23 and len(set(expected[3:])) > 1
-    assert [found[f"{case} written"]["ids"] for found in results] == [expected] * 7
+    assert [found["written"]["ids"] for found in results] == [expected] * 7
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_config_goes_there_and_back(case: str, folders: Path) -> None:
-    config = model_of(folders / case)
+def test_a_config_goes_there_and_back(case: str, made: Made) -> None:
+    config = model_of(made(case))
     model_type, theirs = written_as(config)
     assert model_type == {"mistral": "llama"}.get(case, case.partition("-")[0])
     assert theirs["vocab_size"] == huggingface.V

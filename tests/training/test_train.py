@@ -165,7 +165,7 @@ def test_a_model_that_sees_its_labels_is_reported_as_a_leak(markov: Path, tmp_pa
     class Cheat(GPTModel):
         """Sees the label: almost all the probability on the right token."""
 
-        def hidden(self, input_ids: torch.Tensor, *_: object) -> torch.Tensor:
+        def hidden(self, input_ids: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
             following = torch.roll(input_ids, -1, dims=1)
             return torch.nn.functional.one_hot(following, MODEL.d_model).float() * 5
 
