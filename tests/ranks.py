@@ -7,6 +7,7 @@ torch's shared memory: numbers and lists, no tensors.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import multiprocessing
 import multiprocessing.connection
@@ -46,11 +47,26 @@ class RankFailure(AssertionError):
     """A rank raised or died. The text holds the traceback of each rank that failed."""
 
 
+class NoMeeting(RankFailure):
+    """gloo could not connect the ranks, which no code of ours had come to by then."""
+
+
+TRIES = 3
+"""On a crowded machine gloo's first connection has been closed, once in thousands of launches."""
+
+
 def run_ranks(n_ranks: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
     """[function(*arguments) on rank 0, on rank 1, ...], each rank a process in one gloo group.
 
     Raises RankFailure with each failed rank's own traceback; the others are ended.
     """
+    for _ in range(TRIES - 1):
+        with contextlib.suppress(NoMeeting):
+            return _run_once(n_ranks, function, *arguments)
+    return _run_once(n_ranks, function, *arguments)
+
+
+def _run_once(n_ranks: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
     ranks: list[Any] = []
     results: list[Any] = [None] * n_ranks
     failures: dict[int, str] = {}
@@ -76,7 +92,8 @@ def run_ranks(n_ranks: int, function: Callable[..., Any], *arguments: Any) -> li
                     failures[rank] = "answered, and did not end"
     if failures:
         told = (f"--- rank {rank} of {n_ranks}:\n{text}" for rank, text in sorted(failures.items()))
-        raise RankFailure("\n".join(told))
+        before = any(f"{NoMeeting.__name__}: " in text for text in failures.values())
+        raise (NoMeeting if before else RankFailure)("\n".join(told))
     return results
 
 
@@ -105,6 +122,16 @@ def _collect(
                 deadline = min(deadline, time.monotonic() + 1.0)
 
 
+def _meet(meeting_point: str, rank: int, n_ranks: int) -> None:
+    import torch.distributed as dist
+
+    store, limit = dist.FileStore(meeting_point, n_ranks), timedelta(seconds=LONGEST_SECONDS)
+    try:
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=n_ranks, timeout=limit)
+    except RuntimeError as error:
+        raise NoMeeting(str(error)) from error
+
+
 def _rank_main(
     sender: Any,
     meeting_point: str,
@@ -124,14 +151,7 @@ def _rank_main(
     warnings.simplefilter("error")  # pytest's own setting does not reach this process
     try:
         if n_ranks > 1:
-            store = dist.FileStore(meeting_point, n_ranks)
-            dist.init_process_group(
-                "gloo",
-                store=store,
-                rank=rank,
-                world_size=n_ranks,
-                timeout=timedelta(seconds=LONGEST_SECONDS),
-            )
+            _meet(meeting_point, rank, n_ranks)
         sender.send((True, function(*arguments)))
     except BaseException:
         sender.send((False, traceback.format_exc()))
