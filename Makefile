@@ -39,9 +39,9 @@ plan:
 WORKERS := 6
 
 # Compiled before: hundreds of processes import them, and none of those writes what it compiled.
-test: .venv/.installed-dev  ## Run all tests: under ten minutes on two cores
+test: .venv/.installed-dev  ## Run all tests: about 20 minutes on two cores
 	@$(VENV_PYTHON) -m compileall -q benchmarks data rosetrainer steps tests
-	@echo "All tests: under ten minutes on two idle cores, more beside other work. Ends with the slowest."
+	@echo "All tests: about 20 minutes on two cores, more beside other work. Ends with the slowest."
 	$(VENV_PYTHON) -m pytest -q -n $(WORKERS) --dist worksteal --durations=15
 
 test-steps: .venv/.installed-dev  ## Run each step's tests and a short training by torchrun
