@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import mmap
 import os
 import resource
@@ -11,6 +12,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from rosetrainer.heartbeat import HEARTBEAT
 
@@ -19,6 +21,12 @@ BLOCK_BYTES = 2**20
 
 SYNC_BYTES = 2**26
 """Written to the disk at a time; a multiple of any system's page."""
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """As write_whole; what JSON has no form for, a Path say, as its text."""
+    text = json.dumps(values, indent=2, default=str) + "\n"
+    write_whole(path, lambda part: part.write_text(text))
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:

@@ -136,6 +136,14 @@ def batch(layout: Layout, step: int) -> tuple[Tensor, ...]:
     return source, target, source_mask, target_mask, labels.masked_fill(target_mask == 0, IGNORED)
 
 
+def oracle_optimizer(dense: nn.Module) -> torch.optim.AdamW:
+    """torch's own, for what OPTIM says."""
+    decayed = [p for n, p in dense.named_parameters() if p.dim() == 2 and "position" not in n]
+    others = [p for n, p in dense.named_parameters() if p.dim() != 2 or "position" in n]
+    groups = [{"params": decayed, "weight_decay": 0.3}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=1e-3, betas=(OPTIM.beta1, OPTIM.beta2))
+
+
 def one_process(layout: Layout) -> dict[str, Any]:
     """Logits, losses, norms, first gradients, and weights and moments at the end."""
     if layout.encoder_decoder:
@@ -143,10 +151,7 @@ def one_process(layout: Layout) -> dict[str, Any]:
     whole = gather_whole(build(layout, ParallelContext()))
     dense = build_reference(layout.model).double()
     dense.load_state_dict(whole)
-    decayed = [p for n, p in dense.named_parameters() if p.dim() == 2 and "position" not in n]
-    others = [p for n, p in dense.named_parameters() if p.dim() != 2 or "position" in n]
-    groups = [{"params": decayed, "weight_decay": 0.3}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(OPTIM.beta1, OPTIM.beta2))
+    optimizer = oracle_optimizer(dense)
     found: dict[str, Any] = {"losses": [], "norms": []}
     for step in range(STEPS):
         optimizer.zero_grad()

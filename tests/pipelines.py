@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from lattice import worst
+from lattice import oracle_optimizer, worst
 from ranks import run_ranks
 from torch import Tensor, nn
 
@@ -130,10 +130,7 @@ def one_process(layout: Layout) -> dict[str, Any]:
     """Logits, losses, norms, gradients of two steps, and weights and moments at the end."""
     dense = build_reference(layout.model).double()
     dense.load_state_dict(whole_weights(layout.model))
-    decayed = [p for n, p in dense.named_parameters() if p.dim() == 2 and "position" not in n]
-    others = [p for n, p in dense.named_parameters() if p.dim() != 2 or "position" in n]
-    groups = [{"params": decayed, "weight_decay": 0.3}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(OPTIM.beta1, OPTIM.beta2))
+    optimizer = oracle_optimizer(dense)
     found: dict[str, Any] = {"losses": [], "norms": []}
     for step in range(STEPS):
         optimizer.zero_grad()

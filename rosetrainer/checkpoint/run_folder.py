@@ -17,7 +17,7 @@ from rosetrainer.checkpoint.manifest import MANIFEST, STEP, found_in
 from rosetrainer.config import TrainConfig
 from rosetrainer.data.corpus import load_tokenizer
 from rosetrainer.data.tokenizer import Tokenizer
-from rosetrainer.durable_files import write_whole
+from rosetrainer.durable_files import write_json, write_whole
 from rosetrainer.validation import ConfigError, config_from_dict, one_line
 
 CONFIG, META, TOKENIZER = "config.json", "meta.json", "tokenizer.json"
@@ -133,12 +133,10 @@ def describe_run(folder: Path, config: TrainConfig, corpus: Path) -> None:
 
     Before the first step, so that no other run takes the folder for its own.
     """
-    if (
-        folder / CONFIG
-    ).exists():  # what was first asked of the dtype tells one command from another
+    if (folder / CONFIG).exists():
+        # What was first asked of the dtype tells one command from another.
         config = config.with_settings(dtype=read_config(folder).precision.dtype)
-    text = json.dumps(asdict(config), indent=2, default=str) + "\n"
-    write_whole(folder / CONFIG, lambda part: part.write_text(text))
+    write_json(folder / CONFIG, asdict(config))
     for name in (META, TOKENIZER):
         if (corpus / name).exists():
             write_whole(folder / name, partial(shutil.copyfile, corpus / name))

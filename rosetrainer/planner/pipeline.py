@@ -8,16 +8,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from rosetrainer.config import GPTConfig, ParallelConfig
-from rosetrainer.parallel.pipeline.schedule import ranks_of_stages
 from rosetrainer.parallel.pipeline.simulation import checked_schedule
-from rosetrainer.parallel.pipeline.stage import layers_of_stages
+from rosetrainer.parallel.pipeline.stage import layers_of_stages, owners_of_stages
 from rosetrainer.planner.shares import Parameter, Share, Work
 
 
 def shares_of_rank(model: GPTConfig, parallel: ParallelConfig, pp_rank: int) -> dict[int, Share]:
     """What each stage of a rank has, by its number."""
     every = layers_of_stages(model, parallel)
-    owners = ranks_of_stages(parallel.pp_schedule, parallel.pp_size, len(every))
+    owners = owners_of_stages(parallel)
     return {
         stage: Share(len(layers), stage == 0, stage == len(every) - 1)
         for stage, layers in enumerate(every)

@@ -12,8 +12,7 @@ from rosetrainer.config import GPTConfig, OptimConfig
 from rosetrainer.models.build import build_model
 from rosetrainer.models.gpt import GPTModel
 from rosetrainer.parallel.context import Axis, ParallelContext
-from rosetrainer.parallel.pipeline.schedule import ranks_of_stages
-from rosetrainer.parallel.pipeline.stage import layers_of_stages
+from rosetrainer.parallel.pipeline.stage import layers_of_stages, owners_of_stages
 from rosetrainer.parallel.sharding import ShardSpec, shard_spec
 from rosetrainer.proof.batches import ROWS, UPDATES, micro_batches_of
 from rosetrainer.proof.pretrained import PretrainedProof
@@ -71,7 +70,7 @@ def stages_of_ranks(config: GPTConfig, context: ParallelContext) -> Iterator[str
     if context.pp.size == 1:
         return
     every = layers_of_stages(config, context.parallel)
-    owners = ranks_of_stages(context.parallel.pp_schedule, context.pp.size, len(every))
+    owners = owners_of_stages(context.parallel)
     yield f"\nof the stages of a pipeline, {context.parallel.pp_schedule}\n"
     for stage, (layers, owner) in enumerate(zip(every, owners, strict=True)):
         blocks = f"blocks {layers[0]}-{layers[-1]}" if len(layers) > 1 else f"block {layers[0]}"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rosetrainer.validation import ConfigError
+from rosetrainer.validation import ConfigError, one_line
 
 CONFIG, ONE_FILE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -18,9 +18,8 @@ ADAPTER = "adapter_config.json"
 def read_json(path: Path) -> dict[str, Any]:
     """Raises ConfigError if it cannot be read, or holds no object."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}; {wanted(path)}") from None
+        with one_line(f"{path} cannot be read", wanted(path)):
+            values = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not JSON: {error}; was it copied whole?") from None
     if not isinstance(values, dict):

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 
 from rosetrainer.checkpoint.huggingface.load import Weights
-from rosetrainer.checkpoint.huggingface.write import write_json
 from rosetrainer.checkpoint.manifest import Progress
 from rosetrainer.checkpoint.run_folder import CONFIG, META, TOKENIZER
 from rosetrainer.checkpoint.safetensors_file import Entry, write_safetensors
 from rosetrainer.checkpoint.slices import Draft
 from rosetrainer.config import GPTConfig, RunConfig, TrainConfig
 from rosetrainer.data.bpe import BPETokenizer
+from rosetrainer.durable_files import write_json
 from rosetrainer.validation import ConfigError
 
 

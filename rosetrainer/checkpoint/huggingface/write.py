@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +15,7 @@ from rosetrainer.checkpoint.huggingface.folder import CONFIG, INDEX, ONE_FILE
 from rosetrainer.checkpoint.huggingface.source import Source
 from rosetrainer.checkpoint.safetensors_file import Entry, write_safetensors
 from rosetrainer.config import GPTConfig
-from rosetrainer.durable_files import write_whole
+from rosetrainer.durable_files import write_json, write_whole
 from rosetrainer.parallel.sharding import ShardSpec
 
 
@@ -88,8 +87,3 @@ def tensors_of(
 ) -> Iterator[Tensor]:
     for piece in pieces:
         yield from (part.to(dtype) for part in piece.source.split(whole(piece.name)))
-
-
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    text = json.dumps(values, indent=2, default=str) + "\n"
-    write_whole(path, lambda part: part.write_text(text))

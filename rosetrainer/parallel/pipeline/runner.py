@@ -24,9 +24,9 @@ from rosetrainer.parallel.comm import (
 from rosetrainer.parallel.context import ParallelContext
 from rosetrainer.parallel.data_parallel import count_tokens, sum_over_dp
 from rosetrainer.parallel.dropout import Seed
-from rosetrainer.parallel.pipeline.schedule import Action, Schedule, ranks_of_stages
+from rosetrainer.parallel.pipeline.schedule import Action, Schedule
 from rosetrainer.parallel.pipeline.simulation import checked_schedule
-from rosetrainer.parallel.pipeline.stage import Stage, stages_of_rank
+from rosetrainer.parallel.pipeline.stage import Stage, owners_of_stages, stages_of_rank
 from rosetrainer.parallel.sharding import shard_spec
 
 PHASES = {"F": "forward", "B": "backward", "I": "backward"}
@@ -193,9 +193,9 @@ def last_hidden(model: Any, ids: Tensor, context: ParallelContext, seed: Seed = 
     """What the output head reads, on the last stage's ranks; None on others. No gradient."""
     if context.pp.size == 1:
         return model.hidden(ids, seed=seed)
-    pp, parallel = context.pp, context.parallel
+    pp = context.pp
     stages: dict[int, Stage] = stages_of_rank(model, context)
-    owners = ranks_of_stages(parallel.pp_schedule, pp.size, pp.size * parallel.stages_of_rank)
+    owners = owners_of_stages(context.parallel)
     x, sending = None, []
     for number, stage in sorted(stages.items()):
         if number and owners[number - 1] != pp.rank:

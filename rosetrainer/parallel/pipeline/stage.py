@@ -81,10 +81,16 @@ def spread_layers(config: GPTConfig, stages: int) -> tuple[int, ...]:
     return tuple(counts)
 
 
+def owners_of_stages(parallel: ParallelConfig) -> tuple[int, ...]:
+    """The pp rank of each stage."""
+    stages = parallel.pp_size * parallel.stages_of_rank
+    return ranks_of_stages(parallel.pp_schedule, parallel.pp_size, stages)
+
+
 def stages_of_rank(model: Any, context: ParallelContext) -> dict[int, Stage]:
     """This rank's stages of a model, by number."""
     every = layers_of_stages(model.config, context.parallel)
-    owners = ranks_of_stages(context.parallel.pp_schedule, context.pp.size, len(every))
+    owners = owners_of_stages(context.parallel)
     return {
         number: Stage(model, layers, number == 0, number == len(every) - 1)
         for number, layers in enumerate(every)
@@ -99,7 +105,7 @@ def cut_model(model: Any, context: ParallelContext) -> None:
     """
     config, pp = model.config, context.pp
     every = layers_of_stages(config, context.parallel)
-    owners = ranks_of_stages(context.parallel.pp_schedule, pp.size, len(every))
+    owners = owners_of_stages(context.parallel)
     first, last = owners[0], owners[-1]
     table = {first, last} if config.tied else {first}
     holders = {"token_embedding": table, "position_embedding": {first}, "final_norm": {last}}
