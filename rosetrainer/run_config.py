@@ -99,3 +99,6 @@ class MonitorConfig:
     """Steps between two comparisons of what several ranks hold alike; 0 never compares."""
     profile: CountOrZero = 0
     """Steps that torch.profiler records, after five that are not: a trace and a table."""
+    timeline: Path | None = None
+    """Where a pipeline's sixth step is shown, such as out/t.json: a trace, and out/t.svg beside
+    it, with what its schedule would have taken."""

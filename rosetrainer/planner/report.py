@@ -6,7 +6,7 @@ import torch
 
 from rosetrainer.config import TrainConfig
 from rosetrainer.parallel.pipeline.simulation import (
-    BACKWARD_TAKES_TWICE,
+    backward_takes_twice,
     checked_schedule,
     live_activations,
     simulate,
@@ -74,7 +74,7 @@ def bubble(config: TrainConfig) -> str:
     """A line: how much of a step the ranks of a pipeline wait."""
     micro_batches = config.optim.accumulation(config.parallel.dp_size or 1)
     schedule, name = checked_schedule(config.parallel, micro_batches), config.parallel.pp_schedule
-    run = simulate(schedule, BACKWARD_TAKES_TWICE)
+    run = simulate(schedule, backward_takes_twice)
     return (
         f"{name}, {micro_batches} micro-batches: where all stages cost alike, "
         f"and backward twice as much as forward, a rank waits for {run.bubble_share:.1%} of the "

@@ -32,6 +32,8 @@ def check_profile(recorded: int, steps: int) -> None:
 class StepProfile:
     """Records steps on this rank, beginning with the sixth."""
 
+    name = "profile"
+
     def __init__(self, recorded: int, folder: Path, rank: int, device: torch.device) -> None:
         """recorded: how many steps. folder: where each rank writes its trace."""
         self.path = folder / f"trace_rank_{rank:05}.json"

@@ -3,14 +3,29 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from typing import Protocol
 
 from rosetrainer.config import TrainConfig
 from rosetrainer.hardware.performance import flops_per_token
 from rosetrainer.launch.stop import STOP
 from rosetrainer.parallel.context import Axis, ParallelContext
-from rosetrainer.reporting.profiler import StepProfile
 from rosetrainer.reporting.run_log import RunLog, traffic
 from rosetrainer.reporting.slow_ranks import SlowRanks
+
+
+class Recorder(Protocol):
+    """What records some steps of a run, for their own sake: all ranks call it alike."""
+
+    name: str
+
+    def after_step(self) -> str:
+        """A text for the user, or ""."""
+        ...
+
+    def close(self) -> bool:
+        """Ends it; whether it was not complete."""
+        ...
 
 
 class Reporter:
@@ -23,10 +38,10 @@ class Reporter:
         world: Axis,
         log: RunLog | None,
         peak: float,
-        profile: StepProfile | None,
+        recorders: Sequence[Recorder],
     ) -> None:
         """peak: FLOP/s of all ranks together."""
-        self._context, self._log, self._profile = context, log, profile
+        self._context, self._log, self._recorders = context, log, recorders
         self._tokens = config.optim.global_batch_size * config.model.context_length
         self._utilization = flops_per_token(config.model) / peak
         self._slow_ranks = SlowRanks(world, (*context.axes, world), context.device)
@@ -51,8 +66,8 @@ class Reporter:
     def end_step(self) -> None:
         self.say(STOP.time.end_step(time.monotonic()))
         self.say(self._slow_ranks.end_step())
-        if self._profile:
-            self.say(self._profile.after_step())
+        for recorder in self._recorders:
+            self.say(recorder.after_step())
 
     def evaluation(self, step: int, figures: dict[str, float], remark: str) -> None:
         if self._log:
@@ -68,8 +83,11 @@ class Reporter:
 
     def close(self) -> str:
         """Ends what goes on beside training, however that has ended; gives a line to say, or ""."""
-        unfinished = self._profile is not None and self._profile.close()
-        return "no profile: training ended before its steps were recorded" if unfinished else ""
+        return "\n".join(
+            f"no {recorder.name}: training ended before its steps were recorded"
+            for recorder in self._recorders
+            if recorder.close()
+        )
 
     def say(self, line: str) -> None:
         if line and self._log:

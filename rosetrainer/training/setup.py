@@ -49,9 +49,10 @@ from rosetrainer.reporting.messages import (
     start_notes,
 )
 from rosetrainer.reporting.profiler import StepProfile, check_profile
-from rosetrainer.reporting.reporter import Reporter
+from rosetrainer.reporting.reporter import Recorder, Reporter
 from rosetrainer.reporting.run_log import LOG, RunLog, has_evaluation
 from rosetrainer.reporting.screen import own_screen
+from rosetrainer.reporting.timeline import Timeline, check_timeline
 from rosetrainer.training.agreement import check_same_settings, gather_texts, world_axis
 from rosetrainer.training.open_run import RunLocation, open_run
 from rosetrainer.training.resume_plan import ResumePlan, find_resume_plan
@@ -75,6 +76,7 @@ def check_config(
     config.parallel.check_device(device.type)
     compiled = compiles(config, tp_size, device)
     check_profile(config.monitor.profile, config.run.steps)
+    check_timeline(config)
     corpus = open_corpus(config.run.data, config.model.context_length, read_all=local_rank == 0)
     corpus.tokenizer()  # better found broken now than by whoever wants text of the trained model
     if config.run.init_from:
@@ -169,10 +171,12 @@ def train_in_layout(
         for note in filter(None, [compiled[1], *start_notes(config, location.checkpoint)]):
             print(note)
     peak = sum_over_ranks(matmul_peak(context.device, dtype), context)
-    profile = None
+    recorders: list[Recorder] = []
     if config.monitor.profile:
         own = (Path(shown(folder)), context.rank, context.device)
-        profile = StepProfile(config.monitor.profile, *own)
+        recorders.append(StepProfile(config.monitor.profile, *own))
+    if config.monitor.timeline:
+        recorders.append(Timeline(config, model, context, world))
     with RunLog(folder, config.run.steps, state.step) if is_first else nullcontext() as log:
         trainer = Trainer(
             config,
@@ -183,7 +187,7 @@ def train_in_layout(
             world,
             autocast_for(dtype, context.device),
             Saver(folder, location.attempt, model, optimizer, context, config.checkpoint),
-            Reporter(config, context, world, log, peak, profile),
+            Reporter(config, context, world, log, peak, recorders),
             state,
         )
         with fast_kernels(dtype, context.device):

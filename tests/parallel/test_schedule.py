@@ -12,8 +12,8 @@ from torch.distributed import pipelining
 
 from rosetrainer.parallel.pipeline.schedule import Action, Schedule, make_schedule
 from rosetrainer.parallel.pipeline.simulation import (
-    BACKWARD_TAKES_TWICE,
     ScheduleError,
+    backward_takes_twice,
     check_schedule,
     simulate,
 )
@@ -61,7 +61,7 @@ def test_a_schedule_can_run_and_holds_what_its_paper_says(name: str, p: int, v: 
 def test_a_step_takes_what_its_paper_says(name: str, p: int, v: int) -> None:
     """Where F, I and W take equally long: bubbles of 3(p-1), 3(p-1)/v, (p-1) and none."""
     for schedule in schedules(name, p, v):
-        m, run = schedule.micro_batches, simulate(schedule, BACKWARD_TAKES_TWICE)
+        m, run = schedule.micro_batches, simulate(schedule, backward_takes_twice)
         assert run.busy == 3 * v * m
         if name in ("afab", "1f1b"):
             assert run.length == 3 * (m + p - 1)

@@ -3,30 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from ranks import run_ranks
-from runs import config_for
+from runs import config_for, listened
 
-from rosetrainer.config import ParallelConfig, TrainConfig
+from rosetrainer.config import ParallelConfig
 from rosetrainer.reporting.profiler import ROWS, WARM_UP, check_profile
-from rosetrainer.training.setup import check_config, train
 from rosetrainer.validation import ConfigError
-
-
-def train_and_listen(config: TrainConfig, said: Path) -> None:
-    checked = check_config(config, int(os.environ["WORLD_SIZE"]))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rosetrainer.reporting.run_log.RunLog.say", lambda _, line: write(said, line))
-        train(*checked)
-
-
-def write(said: Path, line: str) -> None:
-    with said.open("a") as file:
-        file.write(line + "\n")
 
 
 def test_each_rank_writes_its_trace_and_rank_0_prints_the_table(
@@ -35,7 +21,7 @@ def test_each_rank_writes_its_trace_and_rank_0_prints_the_table(
     out, said = tmp_path / "run", tmp_path / "said"
     config = config_for(markov, out, steps=WARM_UP + 3, profile=2, eval_every=0)
     config = replace(config, parallel=ParallelConfig(dp_size=2))
-    run_ranks(2, train_and_listen, config, said)
+    run_ranks(2, listened, config, said)
     for rank in range(2):
         trace = json.loads((out / f"trace_rank_{rank:05}.json").read_text())
         names = {event.get("name", "") for event in trace["traceEvents"]}
@@ -58,9 +44,9 @@ def test_each_rank_writes_its_trace_and_rank_0_prints_the_table(
 def test_a_profile_that_does_not_come_to_its_end_is_said(markov: Path, tmp_path: Path) -> None:
     out, said = tmp_path / "run", tmp_path / "said"
     config = config_for(markov, out, steps=WARM_UP + 2, eval_every=0, checkpoint_every=2)
-    run_ranks(1, train_and_listen, config.with_settings(steps=4), said)
+    run_ranks(1, listened, config.with_settings(steps=4), said)
     profiled = config.with_settings(profile=2)  # goes on from step 4: three are left
-    run_ranks(1, train_and_listen, profiled, said)
+    run_ranks(1, listened, profiled, said)
     assert said.read_text().count("no profile: training ended before its steps were recorded") == 1
     assert not list(out.glob("trace*"))
 

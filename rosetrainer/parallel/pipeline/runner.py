@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from time import perf_counter
 from typing import Any, NamedTuple
 
 import torch
@@ -55,6 +56,14 @@ def accumulate_in_stages(
     return float(sum_over_dp(total, context))
 
 
+class ActionTime(NamedTuple):
+    """When an action began and ended, by perf_counter, and how long it waited for other stages."""
+
+    began: float
+    ended: float
+    waited: float
+
+
 class _MicroBatch(NamedTuple):
     ids: Tensor
     labels: Tensor
@@ -87,16 +96,28 @@ class _Run:
 
     def run(self) -> None:
         self.inbox = _Inbox(self)
+        notes = self.model.action_times
         for action in self.schedule.actions[self.pp.rank]:
-            if action.kind == "F":
-                self.forward(action)
-            elif action.kind == "W":
-                self.make_weight_gradients(action)
+            if notes is None:
+                self.make(action)
             else:
-                self.backward(action)
+                notes.append(self.timed(action))
         for pending in self.sending:
             pending.wait()
         assert not (self.kept or self.put_off or self.handed or self.inbox.posted)
+
+    def make(self, action: Action) -> None:
+        if action.kind == "F":
+            self.forward(action)
+        elif action.kind == "W":
+            self.make_weight_gradients(action)
+        else:
+            self.backward(action)
+
+    def timed(self, action: Action) -> ActionTime:
+        began, waited = perf_counter(), self.pp.ledger.wait_seconds
+        self.make(action)
+        return ActionTime(began, perf_counter(), self.pp.ledger.wait_seconds - waited)
 
     def forward(self, action: Action) -> None:
         stage, batch = self.stages[action.stage], self.batches[action.micro_batch]

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
 from rosetrainer.parallel.pipeline.schedule import Action, Schedule, make_schedule
 from rosetrainer.parallel_config import ParallelConfig
-
-BACKWARD_TAKES_TWICE = {"F": 1.0, "B": 2.0, "I": 1.0, "W": 1.0}
-"""Durations for a picture: the backward pass has two products for each of the forward pass."""
 
 
 class ScheduleError(ValueError):
@@ -64,7 +61,7 @@ def check_schedule(schedule: Schedule) -> list[int]:
     """
     for rank, actions in enumerate(schedule.actions):
         _check_rank(schedule, rank, actions)
-    simulate(schedule, BACKWARD_TAKES_TWICE)
+    simulate(schedule, backward_takes_twice)
     return [live_activations(actions) for actions in schedule.actions]
 
 
@@ -96,10 +93,15 @@ def live_activations(actions: tuple[Action, ...]) -> int:
     return peak
 
 
-def simulate(schedule: Schedule, seconds: Mapping[str, float], travel: float = 0.0) -> Run:
+def backward_takes_twice(action: Action) -> float:
+    """Durations for a picture: the backward pass has two products for each of the forward pass."""
+    return 2.0 if action.kind == "B" else 1.0
+
+
+def simulate(schedule: Schedule, seconds: Callable[[Action], float], travel: float = 0.0) -> Run:
     """Each rank begins its next action when it is free and what it needs has come.
 
-    seconds: of an action, by kind. travel: seconds of a message from rank to rank.
+    seconds: of an action. travel: seconds of a message from rank to rank.
     Raises ScheduleError if ranks wait for each other.
     """
     ends: dict[Action, float] = {}
@@ -116,7 +118,7 @@ def simulate(schedule: Schedule, seconds: Mapping[str, float], travel: float = 0
                 if source:
                     away = schedule.rank_of[source.stage] != rank
                     begin = max(begin, ends[source] + travel * away)
-                ends[action] = begin + seconds[action.kind]
+                ends[action] = begin + seconds(action)
                 times[rank].append((begin, ends[action]))
                 moving = True
     stuck = [a[len(t)] for a, t in zip(schedule.actions, times, strict=True) if len(t) < len(a)]

@@ -101,7 +101,8 @@ def stages_of_rank(model: Any, context: ParallelContext) -> dict[int, Stage]:
 def cut_model(model: Any, context: ParallelContext) -> None:
     """Leaves of a model on the meta device what this rank runs, with empty parameters.
 
-    Names and the sites of dropout stay as they are. A tied table lies at both ends.
+    Names and the sites of dropout stay as they are. A tied table lies at both ends. Into
+    action_times, where it is a list, the runner notes each action.
     """
     config, pp = model.config, context.pp
     every = layers_of_stages(config, context.parallel)
@@ -117,6 +118,7 @@ def cut_model(model: Any, context: ParallelContext) -> None:
             for name, parameter in module.named_parameters(recurse=False):
                 if pp.name not in [cut.axis.name for cut in shard_spec(parameter).cuts]:
                     _place(module, name, tuple(sorted(ranks)), context)
+    model.action_times = None
     model.whole_specs = {name: shard_spec(p) for name, p in model.named_parameters()}
     for part, ranks in holders.items():
         if pp.rank not in ranks:
