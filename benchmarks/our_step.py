@@ -35,10 +35,17 @@ class OurStep:
     """What `train` sets up, and its train_step."""
 
     def __init__(
-        self, work: Work, dtype: torch.dtype, context: ParallelContext | None = None
+        self,
+        work: Work,
+        dtype: torch.dtype,
+        context: ParallelContext | None = None,
+        micro_batches: int = 1,
     ) -> None:
         self.context = context or ParallelContext()
-        self.config = TrainConfig(work.model, optim=OptimConfig(global_batch_size=work.batch_size))
+        batch = OptimConfig(
+            global_batch_size=work.batch_size, micro_batch_size=work.batch_size // micro_batches
+        )
+        self.config = TrainConfig(work.model, self.context.parallel, batch)
         self.corpus = SameBatch(work)
         self.model = build_model(work.model, self.context)
         if dtype == torch.float64:

@@ -61,11 +61,12 @@ def parse_work(
     work = parse_flags(Work, argv, f"python benchmarks/{benchmark}.py", default)
     model = work.model
     model.check(tp_size)
+    usual = (default or Work()).model
     for name in ("d_head", "d_ff", "tied", "dropout", "architecture"):
-        value, default = getattr(model, name), getattr(GPTConfig(), name)
-        if value != default:
+        value, theirs = getattr(model, name), getattr(usual, name)
+        if value != theirs:
             raise ConfigError(
-                f"{name}={value}, and the other sides have {default}: leave --{name} out"
+                f"{name}={value}, and the other sides have {theirs}: leave --{name} out"
             )
     return work
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -14,14 +17,25 @@ from ranks import run_ranks
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from benchmarks import dtensor_step, side_by_side, start_up, tensor_parallel, tokens_per_second
+from benchmarks import (
+    bubbles,
+    dtensor_step,
+    pipeline,
+    pipelining_step,
+    side_by_side,
+    start_up,
+    tensor_parallel,
+    tokens_per_second,
+)
 from benchmarks.breakdown import Sum
 from benchmarks.our_step import OurStep
 from benchmarks.plain_step import HuggingFaceGPT2, PlainStep, plain_model
 from benchmarks.side_by_side import Rounds, Side
 from benchmarks.work import Work, parse_work
-from rosetrainer.config import GPTConfig
-from rosetrainer.parallel.context import init_tensor_parallel
+from rosetrainer.config import GPTConfig, ParallelConfig
+from rosetrainer.parallel.context import end_parallel, init_parallel, init_tensor_parallel
+from rosetrainer.parallel.pipeline.schedule import make_schedule
+from rosetrainer.parallel.pipeline.simulation import backward_takes_twice, simulate
 from rosetrainer.parallel.sharding import load_whole
 from rosetrainer.validation import ConfigError
 
@@ -46,6 +60,8 @@ BLOCK_NAMES = {
 def our_names(plain: nn.Module) -> dict[str, Tensor]:
     """A PlainGPT's parameters by our names."""
     outer = {"tokens": "token_embedding", "positions": "position_embedding", "norm": "final_norm"}
+    if "head.weight" in dict(plain.named_parameters()):  # untied
+        outer["head"] = "output_head"
     ours = {}
     for name, parameter in plain.named_parameters():
         module, leaf = name.rsplit(".", 1)
@@ -112,6 +128,66 @@ def check_dtensor(fused: bool) -> None:
 @pytest.mark.parametrize("fused", [False, True])
 def test_dtensors_side_computes_what_ours_does(fused: bool) -> None:
     run_ranks(2, check_dtensor, fused)
+
+
+def check_pipelining(folder: Path) -> None:
+    """torch's schedules and ours compute alike; then both benchmarks, to their end."""
+    model = replace(WORK.model, n_layers=4, tied=False, context_length=8)
+    work = Work(model, batch_size=pipeline.MICRO_BATCHES, steps=1, rounds=1)
+    context = init_parallel(ParallelConfig(pp_size=2), "cpu")
+    ours = OurStep(work, torch.float64, context, pipeline.MICRO_BATCHES)
+    plain = pipelining_step.untied(plain_model(model))
+    disturb(plain)
+    names = our_names(plain)
+    load_whole(ours.model, {name: names[name] for name, _ in ours.model.named_parameters()})
+    whole = PlainStep(work, torch.float64, deepcopy(plain))
+    first, second = whole(), whole()
+    expect(ours(), first, 1e-10)
+    assert context.pp.group
+    for schedule in pipelining_step.STAGES_OF_RANK:
+        theirs = pipelining_step.PipeliningStep(
+            work, torch.float64, deepcopy(plain), context.pp.group, schedule
+        )
+        expect(theirs(), first, 1e-10)
+        expect(theirs(), second, 1e-10)  # of updated weights
+    side_by_side.RESULTS = folder
+    pipeline.compare(work, context)
+    bubbles.compare(replace(work, batch_size=1), context)
+    end_parallel()
+
+
+def test_torch_s_pipelines_compute_what_ours_do_and_are_compared(tmp_path: Path) -> None:
+    run_ranks(2, check_pipelining, tmp_path)
+    kept = [json.loads(path.read_text()) for path in tmp_path.iterdir()]
+    runs = {run["benchmark"]: run for run in kept}
+    names = {f"pipeline-p2-{what}" for what in ("time", "memory", "overhead")} | {"bubbles-p2"}
+    assert set(runs) == names
+    figures = runs["pipeline-p2-time"]["figures"]
+    assert all(one["seconds"] > 0 for side in figures.values() for one in side)
+    assert set(pipeline.OURS) | set(pipeline.TORCH) < set(figures)
+    assert all(size > 0 for size in runs["pipeline-p2-memory"]["bytes"].values())
+    found = runs["bubbles-p2"]["figures"]
+    for m in bubbles.MICRO_BATCHES:
+        (ways,) = found[f"m {m}"]
+        assert ways["theory"] == pytest.approx(1 / (m + 1))
+        assert all(0 < ways[way] < 1 for way in bubbles.WAYS)
+
+
+def test_the_time_of_a_message_is_that_of_those_that_were_waited_for() -> None:
+    """The second rank waits for each result, and begins a quarter after its end."""
+    schedule = make_schedule("1f1b", 2, 1, 2)
+    run = simulate(schedule, backward_takes_twice, travel=0.25)
+    waits = [[0.0] + [b - a for (_, a), (b, _) in pairwise(times)] for times in run.times]
+    waits[1][0] = run.times[1][0][0]
+    times = [
+        [(begin - wait, end, wait) for (begin, end), wait in zip(own, waited, strict=True)]
+        for own, waited in zip(run.times, waits, strict=True)
+    ]
+    assert bubbles.message_seconds(schedule, times) == 0.25
+    shares = bubbles.shares(schedule, times)
+    assert [shares[way] for way in bubbles.WAYS] == pytest.approx(
+        [1 / 3, 1 / 3, 1 / 3, run.bubble_share, run.bubble_share]
+    )
 
 
 def check_control() -> None:

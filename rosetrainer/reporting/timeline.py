@@ -13,6 +13,7 @@ from rosetrainer.config import TrainConfig
 from rosetrainer.durable_files import write_json, write_whole
 from rosetrainer.parallel.comm import all_gather
 from rosetrainer.parallel.context import Axis, ParallelContext
+from rosetrainer.parallel.pipeline.runner import ActionTime
 from rosetrainer.parallel.pipeline.schedule import Schedule
 from rosetrainer.parallel.pipeline.simulation import (
     Run,
@@ -72,7 +73,7 @@ class Timeline:
             self.model.action_times = []
         if self.steps != WARM_UP + 1:
             return ""
-        times = self.gathered()
+        times = gather_times(self.model.action_times, self.world, self.context.device)
         self.close()
         if self.world.rank:
             return ""
@@ -85,17 +86,6 @@ class Timeline:
         """Ends recording; whether it was not complete, in which case nothing is written."""
         self.model.action_times = None
         return self.steps <= WARM_UP
-
-    def gathered(self) -> Times:
-        """What each rank of the world has noted, by the clock, which all of a machine share."""
-        to_clock = time.time() - time.perf_counter()
-        own = [
-            [note.began + to_clock, note.ended + to_clock, note.waited]
-            for note in self.model.action_times
-        ]
-        table = torch.tensor([own], dtype=torch.float64, device=self.context.device)
-        every = all_gather(table, self.world, "timeline", dim=0)  # (ranks, actions, 3)
-        return [[tuple(one) for one in rank] for rank in every.tolist()]
 
     def write(self, times: Times) -> str:
         """Writes trace and picture; a text for the user."""
@@ -117,6 +107,15 @@ class Timeline:
             f"https://ui.perfetto.dev and chrome://tracing open, and {image}"
         )
         return "\n".join([line, *bubbles(runs)])
+
+
+def gather_times(notes: list[ActionTime], world: Axis, device: torch.device) -> Times:
+    """What each rank of the world has noted, by the clock, which all of a machine share."""
+    to_clock = time.time() - time.perf_counter()
+    own = [[note.began + to_clock, note.ended + to_clock, note.waited] for note in notes]
+    table = torch.tensor([own], dtype=torch.float64, device=device)
+    every = all_gather(table, world, "timeline", dim=0)  # (ranks, actions, 3)
+    return [[tuple(one) for one in rank] for rank in every.tolist()]
 
 
 def theory(schedule: Schedule, busy: float) -> Run:
