@@ -130,7 +130,7 @@ class TrainConfig:
         check_fields(self)
         tp_size, dp_size = self.parallel.resolve(world_size)
         self.model.check(tp_size, self.parallel.sequence_parallel)
-        self.parallel.check_pipeline(self.model.n_layers, self.optim.accumulation(dp_size))
+        self.parallel.check_pipeline(self.model, self.optim.accumulation(dp_size))
         if self.model.tied and self.optim.head_learning_rate is not None:
             raise ConfigError(
                 f"head_learning_rate={self.optim.head_learning_rate:g}, but the output head is the "

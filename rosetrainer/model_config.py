@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from tyro.conf import Suppress
 
@@ -14,17 +14,20 @@ from rosetrainer.validation import (
     Bounds,
     ConfigError,
     Count,
+    CountOrZero,
     Positive,
     check_fields,
     divisors,
     one_of,
 )
 
-LLAMA_CHOICES = (
-    *("n_kv_heads", "norm", "norm_eps", "activation", "qkv_bias", "dense_bias", "qk_norm"),
-    *("rotary_fraction", "rotary_pairs"),
-)
-"""Fields that architecture=llama reads; the others have these things fixed."""
+CHOICES: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("n_kv_heads", "norm", "qkv_bias", "dense_bias", "qk_norm"), ("llama",)),
+    **dict.fromkeys(("rotary_fraction", "rotary_pairs"), ("llama",)),
+    **dict.fromkeys(("norm_eps", "activation"), ("llama", "bert")),
+    **dict.fromkeys(("token_types", "mask_token"), ("bert",)),
+}
+"""Fields that some architectures read, and which; the others have these things fixed."""
 GATED = ("swiglu", "geglu", "geglu_tanh", "reglu")
 Activation = Literal[
     "swiglu", "geglu", "geglu_tanh", "reglu", "silu", "gelu", "gelu_tanh", "relu", "relu2"
@@ -55,9 +58,10 @@ class GPTConfig:
     """The output head shares the token embedding's weights."""
     dropout: BelowOne = 0.0
     """Share of activations that training drops: embeddings, attention, and what blocks add."""
-    architecture: Literal["gpt2", "rotary", "llama"] = "gpt2"
+    architecture: Literal["gpt2", "rotary", "llama", "bert"] = "gpt2"
     """rotary: rotary positions, squared ReLU, norms without weights, outputs that begin at zero.
-    llama: rotary positions and the choices below, by default those of Llama."""
+    llama: rotary positions and the choices below, by default those of Llama.
+    bert: an encoder, trained to fill in hidden tokens."""
     rotary_base: Positive = 10000.0
     """Rotary positions: the slowest pair of a head turns once in about 6 times as many tokens."""
     rotary_fraction: Annotated[float, Bounds(1e-3, 1)] = 1.0
@@ -70,15 +74,20 @@ class GPTConfig:
     norm: Literal["rmsnorm", "layernorm", "none"] | None = None
     """llama: rmsnorm unless given; none is layernorm without weights."""
     norm_eps: Positive | None = None
-    """llama: what rmsnorm adds to the mean square; 1e-5 unless given."""
+    """What a norm adds to the mean square; unless given, 1e-5 in llama's rmsnorm, 1e-12 in bert."""
     activation: Activation | None = None
-    """llama: swiglu unless given; the first four multiply by a gate of as many features."""
+    """llama: swiglu unless given; the first four multiply by a gate of as many features.
+    bert: gelu unless given, and none of those four."""
     qkv_bias: bool = False
     """llama: biases of queries, keys and values where --no-bias leaves out the others."""
     dense_bias: bool = False
     """llama: the bias of attention's output where --no-bias leaves out the others."""
     qk_norm: bool = False
     """llama: a norm of each query and key head before it turns."""
+    token_types: Count | None = None
+    """bert: kinds of tokens, each with an embedding; 2 unless given, the first and second text."""
+    mask_token: CountOrZero | None = None
+    """bert: the id that stands where a token is hidden; one behind the corpus's unless given."""
 
     @property
     def head_width(self) -> int:
@@ -101,6 +110,11 @@ class GPTConfig:
     def is_gated(self) -> bool:
         """Whether the feed-forward layer of architecture=llama has a gate."""
         return self.activation is None or self.activation in GATED
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether a token sees only those before it."""
+        return self.architecture != "bert"
 
     def check(self, tp_size: int = 1, sequence_parallel: bool = False) -> None:
         """Raises ConfigError if no such model exists, or tp_size ranks cannot share it."""
@@ -145,15 +159,20 @@ class GPTConfig:
     def _check_choices(self) -> None:
         """Raises ConfigError for choices that the architecture does not have, or that mean nothing
         together."""
-        if self.architecture != "llama":
-            defaults = {f.name: f.default for f in fields(self)}
-            for name in LLAMA_CHOICES:
-                if (value := getattr(self, name)) != defaults[name]:
-                    raise ConfigError(
-                        f"{name}={value} is a choice of architecture=llama, and this is "
-                        f"{self.architecture}; add --architecture llama, or leave it out"
-                    )
-            return
+        defaults = {f.name: f.default for f in fields(self)}
+        for name, readers in CHOICES.items():
+            value = getattr(self, name)
+            if self.architecture not in readers and value != defaults[name]:
+                raise ConfigError(
+                    f"{name}={value} is a choice of architecture={one_of(readers)}, and this is "
+                    f"{self.architecture}; add --architecture {readers[0]}, or leave it out"
+                )
+        if self.architecture == "llama":
+            self._check_llama()
+        elif self.architecture == "bert":
+            self._check_bert()
+
+    def _check_llama(self) -> None:
         if self.n_heads % self.kv_heads:
             raise ConfigError(
                 f"n_heads={self.n_heads} is not divisible by n_kv_heads={self.kv_heads}; "
@@ -170,3 +189,13 @@ class GPTConfig:
             raise ConfigError(f"{which} is for models without the other biases; add --no-bias")
         if self.norm_eps is not None and self.norm not in (None, "rmsnorm"):
             raise ConfigError(f"norm_eps is rmsnorm's, and norm={self.norm}; leave it out")
+
+    def _check_bert(self) -> None:
+        for name, there in (("bias", self.bias), ("tied", self.tied)):
+            if not there:
+                raise ConfigError(f"architecture=bert is {name}=True; leave out --no-{name}")
+        if self.activation in GATED:
+            raise ConfigError(
+                f"activation={self.activation} has a gate, and architecture=bert has none; it can "
+                f"be {one_of(name for name in get_args(Activation) if name not in GATED)}"
+            )

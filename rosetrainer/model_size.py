@@ -19,10 +19,12 @@ def parameter_count(config: Any) -> int:
     if config.architecture == "llama":
         return _parameters_of_llama(config)
     D, F, width = config.d_model, config.ff_width, config.n_heads * config.head_width
-    plain = config.architecture == "gpt2"  # the other has no position table, and norms no weights
+    plain = config.architecture != "rotary"  # which has no position table, and norms no weights
     norm = plain * D * (1 + config.bias)
     block = 4 * D * width + 2 * D * F + 2 * norm + config.bias * (3 * width + F + 2 * D)
     tables = config.vocab_size * D * (1 + (not config.tied)) + plain * config.context_length * D
+    if config.architecture == "bert":  # its transform before the output head, and its bias
+        tables += (config.token_types or 2) * D + D * (D + 1) + norm + config.vocab_size
     return tables + config.n_layers * block + norm
 
 

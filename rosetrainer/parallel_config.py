@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from rosetrainer.validation import ConfigError, Count, check_fields, one_of
 
@@ -65,8 +65,9 @@ class ParallelConfig:
     def stages_of_rank(self) -> int:
         return self.stages_per_rank or STAGES_PER_RANK[self.pp_schedule][0]
 
-    def check_pipeline(self, n_layers: int, micro_batches: int) -> None:
-        """Raises ConfigError if a pipeline cannot divide the layers, or its schedule not run."""
+    def check_pipeline(self, model: Any, micro_batches: int) -> None:
+        """Raises ConfigError if a pipeline cannot divide the model (a GPTConfig, which is not
+        imported here), or its schedule not run."""
         if self.pp_size == 1:
             for name in ("pp_schedule", "stages_per_rank", "stage_layers"):
                 if getattr(self, name) != getattr(ParallelConfig(), name):
@@ -75,6 +76,11 @@ class ParallelConfig:
                         f"pp_size can be 2 or more, or leave it out"
                     )
             return
+        if model.architecture == "bert":
+            raise ConfigError(
+                f"architecture=bert runs in no pipeline, and pp_size={self.pp_size}; it can be 1"
+            )
+        n_layers = model.n_layers
         check_schedule_sizes(self.pp_schedule, self.pp_size, self.stages_of_rank, micro_batches)
         stages = self.pp_size * self.stages_of_rank
         if stages > n_layers:

@@ -36,6 +36,12 @@ GPT2: dict[str, Any] = {
     **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
     **dict.fromkeys(("bos_token_id", "eos_token_id"), None),
 }
+BERT: dict[str, Any] = {
+    **{key: value for key, value in SHAPE.items() if "token" not in key and "key" not in key},
+    "type_vocab_size": 3,
+    "pad_token_id": None,
+    **dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), 0.0),
+}
 # The library's class, and what differs: head sizes that are no power of two, one head of keys and
 # values for four ranks, biases, norms of heads, other bases and activations, tied and untied.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -82,7 +88,15 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             },
         },
     ),
+    "bert": ("Bert", BERT),
+    "bert-relu": (
+        "Bert",
+        {**BERT, "hidden_size": 20, "hidden_act": "relu", "layer_norm_eps": 0.01},
+    ),
 }
+FILLS = [case for case in CASES if case.startswith("bert")]
+"""Fill in tokens, and do not write."""
+WRITES = [case for case in CASES if case not in FILLS]
 
 
 def build(case: str, seed: int = 0) -> Any:
@@ -91,7 +105,8 @@ def build(case: str, seed: int = 0) -> Any:
 
     name, settings = CASES[case]
     config = getattr(transformers, f"{name}Config")(**settings)
-    kind = {"GPT2": "GPT2LMHeadModel"}.get(name, f"{name}ForCausalLM")
+    kinds = {"GPT2": "GPT2LMHeadModel", "Bert": "BertForMaskedLM"}
+    kind = kinds.get(name, f"{name}ForCausalLM")
     torch.manual_seed(seed)
     model = getattr(transformers, kind)(config).eval()
     with torch.no_grad():
@@ -124,22 +139,32 @@ def exact(model: nn.Module) -> nn.Module:
     return model
 
 
-def batch(seed: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-    """(input_ids, mask, labels), (ROWS, T) each: padded left in row 1 and right in row 2."""
-    generator = torch.Generator().manual_seed(seed)
+def batch(fills: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """(input_ids, mask, labels), (ROWS, T) each: padded left in row 1 and right in row 2.
+
+    Where a model fills in tokens, the last one before padding has a label too.
+    """
+    generator = torch.Generator().manual_seed(1)
     input_ids, labels = torch.randint(V, (2, ROWS, T), generator=generator)
     mask = torch.ones_like(input_ids)
     mask[1, :5] = mask[2, 8:] = 0
-    labels[mask == 0] = labels[2, 7:] = labels[3, 2:6] = -100
+    labels[mask == 0] = labels[2, 7 + fills :] = labels[3, 2:6] = -100
     return input_ids, mask, labels
+
+
+def token_types() -> Tensor:
+    """(ROWS, T): the kinds of a BERT's tokens."""
+    return torch.randint(3, (ROWS, T), generator=torch.Generator().manual_seed(2))
 
 
 def computed(model: Any) -> dict[str, Any]:
     """Its logits, loss and gradients by its names; the loss is computed in the logits' dtype."""
-    input_ids, mask, labels = batch()
+    fills = "MaskedLM" in type(model).__name__
+    input_ids, mask, labels = batch(fills)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    more = {"token_type_ids": token_types()} if fills else {}
     model.zero_grad()
-    logits = model(input_ids, attention_mask=mask, position_ids=positions).logits
+    logits = model(input_ids, attention_mask=mask, position_ids=positions, **more).logits
     loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
     loss.backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
@@ -152,11 +177,12 @@ def make(case: str, folder: Path) -> Path:
     model = build(case)
     model.save_pretrained(folder)
     torch.save(computed(model), folder / "float32.pt")
-    prompt = batch()[0][:1, :3]
-    found = model.generate(
-        prompt, max_new_tokens=20, do_sample=False, attention_mask=torch.ones_like(prompt)
-    )
-    torch.save(found, folder / "greedy.pt")
+    if case in WRITES:
+        prompt = batch()[0][:1, :3]
+        found = model.generate(
+            prompt, max_new_tokens=20, do_sample=False, attention_mask=torch.ones_like(prompt)
+        )
+        torch.save(found, folder / "greedy.pt")
     torch.save(computed(exact(model)), folder / "float64.pt")
     return folder
 

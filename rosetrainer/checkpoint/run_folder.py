@@ -163,6 +163,11 @@ def read_run(folder: Path) -> tuple[TrainConfig, Tokenizer]:
     """
     config = read_config(folder)
     config.model.check()
+    if config.model.architecture == "bert":
+        raise ConfigError(
+            f"{folder} is a bert, which fills in tokens and writes no text; `convert to-hf` makes "
+            f"a folder of it for Hugging Face's BertForMaskedLM"
+        )
     tokenizer = load_tokenizer(folder, _read_json(folder / META))
     if tokenizer.vocab_size != config.model.vocab_size:
         raise ConfigError(

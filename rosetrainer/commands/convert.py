@@ -78,18 +78,18 @@ def from_hf(command: FromCommand) -> int:
     weights = find_weights(command.folder, model)
     with new_folder(command.out) as part:
         remark = write_run(part, weights, model)
-    tensors = len(weights.stored) - len(weights.unused)
+    tensors = len(weights.stored) - len(weights.derived) - len(weights.no_place)
     print(f"{command.out}: {tensors} tensors of {command.folder}, {model.architecture}, as fp32")
-    for line in filter(None, [unused_tensors(weights.unused), remark]):
-        print(line)
+    for told, names in (
+        ("not read, as they follow from others", weights.derived),
+        ("not read, as our model has no place for them", weights.no_place),
+        ("not in the folder, so random", weights.new),
+    ):
+        if names:
+            print(f"{told}: {names[0]}{f' and {len(names) - 1} more' * (len(names) > 1)}")
+    if remark:
+        print(remark)
     return 0
-
-
-def unused_tensors(names: tuple[str, ...]) -> str:
-    if not names:
-        return ""
-    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-    return f"not read, as they follow from others: {names[0]}{more}"
 
 
 def to_hf(command: ToCommand) -> int:

@@ -52,7 +52,7 @@ def main(argv: list[str]) -> int:
     path = command.run or latest_run()
     config, tokenizer = read_run(run_of(path))
     config.model.check(parallel.resolve(world_size)[0])
-    parallel.check_pipeline(config.model.n_layers, 1)
+    parallel.check_pipeline(config.model, 1)
     prompt = first_tokens(command.prompt, tokenizer)
     if starts:
         return launch(world_size, ["generate", *argv])

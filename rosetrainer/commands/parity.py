@@ -51,7 +51,7 @@ def main(argv: list[str]) -> int:
     tp_size, _ = command.parallel.resolve(world_size)
     command.model.check(tp_size, command.parallel.sequence_parallel)
     micro_batches = micro_batches_of(command.parallel)
-    command.parallel.check_pipeline(command.model.n_layers, micro_batches)
+    command.parallel.check_pipeline(command.model, micro_batches)
     check_oracle(command.model)
     given = None if command.init_from is None else find_weights(command.init_from, command.model)
     if starts:

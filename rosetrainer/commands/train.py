@@ -8,14 +8,14 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import asdict, dataclass, field, replace
-from typing import Literal, TypeVar
+from typing import TypeVar
 
-from rosetrainer.commands.presets import PRESETS
+from rosetrainer.commands.presets import PRESETS, PresetName
 from rosetrainer.config import TrainConfig
 from rosetrainer.environment import LAUNCHED, world_from_environment
 from rosetrainer.hardware.memory import keep_freed_memory, no_garbage_collection
 from rosetrainer.launch.stop import GRACE, STOP, stop_status
-from rosetrainer.validation import Count, LocalRanks, config_from_dict
+from rosetrainer.validation import ConfigError, Count, LocalRanks, config_from_dict
 
 READ = "ROSETRAINER_COMMAND"
 """Environment variable: the command as JSON, for ranks, which then need not read flags again."""
@@ -26,8 +26,8 @@ class TrainCommand:
     """Trains a GPT on a corpus that `prepare` wrote."""
 
     config: TrainConfig = field(default_factory=TrainConfig)
-    preset: Literal["default", "speedrun"] = "default"
-    """Settings that belong together; further flags change single ones."""
+    preset: PresetName = "default"
+    """Settings that belong together, or a model by its name; further flags change single ones."""
     nproc: LocalRanks | None = None
     """Start this many ranks on this machine; leave it out under torchrun."""
     grace: Count = GRACE
@@ -83,8 +83,12 @@ def parse_train_flags(cls: type[T], argv: list[str], name: str) -> T:
     folder, flags = command.config.run.init_from, PRESETS[command.preset].split()
     if folder is None:  # of two values of a flag the last one counts
         return parse_flags(cls, [*flags, *argv], prog) if flags else command
+    if flags:
+        raise ConfigError(
+            f"preset={command.preset} brings a model, and so does init_from={folder}; give one of "
+            f"the two"
+        )
     from rosetrainer.checkpoint.huggingface.families import model_of
 
-    preset = parse_flags(cls, flags, prog)
-    config = replace(preset.config, model=model_of(folder))
-    return parse_flags(cls, argv, prog, replace(preset, config=config))
+    config = replace(TrainConfig(), model=model_of(folder))
+    return parse_flags(cls, argv, prog, cls(config))

@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 
 from rosetrainer.config import GPTConfig
+from rosetrainer.models.bert import Bert
 from rosetrainer.models.gpt import GPTModel
 from rosetrainer.models.llama import Llama
 from rosetrainer.models.rotary import RotaryGPT
@@ -15,7 +16,12 @@ from rosetrainer.parallel.pipeline.split_backward import split_backward
 from rosetrainer.parallel.pipeline.stage import cut_model
 from rosetrainer.parallel_config import SPLIT_BACKWARD
 
-ARCHITECTURES: dict[str, type[GPTModel]] = {"gpt2": GPTModel, "rotary": RotaryGPT, "llama": Llama}
+ARCHITECTURES: dict[str, type[GPTModel]] = {
+    "gpt2": GPTModel,
+    "rotary": RotaryGPT,
+    "llama": Llama,
+    "bert": Bert,
+}
 
 
 def build_model(config: GPTConfig, context: ParallelContext | None = None) -> GPTModel:

@@ -142,11 +142,11 @@ def attend_in_groups(query: Tensor, key: Tensor, value: Tensor, *others: Any) ->
 
 
 class PlainFeedForward(FeedForward):
-    """GPT-2's with another activation. (B, T, D) -> (B, T, D)"""
+    """GPT-2's with another activation, GELU unless given. (B, T, D) -> (B, T, D)"""
 
     def __init__(self, config: GPTConfig, tp: Axis) -> None:
         super().__init__(config, tp)
-        self.function = ACTIVATIONS[str(config.activation)]
+        self.function = ACTIVATIONS[config.activation or "gelu"]
 
     def activation(self, x: Tensor) -> Tensor:
         return self.function(x)

@@ -32,7 +32,7 @@ COUNTED: dict[type, dict[str, tuple[Any, ...] | None]] = {
 }
 # Fields that change neither.
 WITHOUT_EFFECT: dict[type, tuple[str, ...]] = {
-    GPTConfig: ("rotary_base", "rotary_pairs", "norm_eps"),
+    GPTConfig: ("rotary_base", "rotary_pairs", "norm_eps", "token_types", "mask_token"),
     ParallelConfig: (),
     OptimConfig: (
         *("learning_rate", "min_lr_ratio", "warmup_steps", "schedule", "head_learning_rate"),

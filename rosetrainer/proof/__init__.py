@@ -1,7 +1,7 @@
 """Whether a layout computes what one process does, and what it is held against.
 
-reference, reference_rotary and reference_llama are the dense oracles, plain nn.Linear and no layer
-of ours, and oracles says which computes a model; batches are uneven and random; trajectory makes
-the same few updates in a layout and by the oracle, tolerances says how far the results may differ,
-report shows it; pretrained is a proof on a checkpoint's weights.
+reference, reference_rotary, reference_llama and reference_bert are the dense oracles, plain
+nn.Linear and no layer of ours, and oracles says which computes a model; batches are uneven and
+random; trajectory makes the same few updates in a layout and by the oracle, tolerances says how far
+the results may differ, report shows it; pretrained is a proof on a checkpoint's weights.
 """

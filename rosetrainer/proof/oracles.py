@@ -8,6 +8,7 @@ from torch import Tensor
 
 from rosetrainer.config import GPTConfig
 from rosetrainer.proof.reference import ReferenceGPT
+from rosetrainer.proof.reference_bert import ReferenceBert
 from rosetrainer.proof.reference_llama import GATED, NORMS, PLAIN, ReferenceLlama
 from rosetrainer.proof.reference_rotary import ReferenceRotaryGPT
 from rosetrainer.validation import ConfigError, unknown_setting
@@ -16,11 +17,13 @@ ORACLES: dict[str, type[ReferenceGPT]] = {
     "gpt2": ReferenceGPT,
     "rotary": ReferenceRotaryGPT,
     "llama": ReferenceLlama,
+    "bert": ReferenceBert,
 }
 KNOWN: dict[str, tuple[str | None, ...] | None] = {  # the settings that the oracles compute
     **dict.fromkeys(("vocab_size", "context_length", "n_layers", "n_heads", "d_model", "d_head")),
     **dict.fromkeys(("d_ff", "bias", "tied", "dropout", "rotary_base", "rotary_fraction")),
     **dict.fromkeys(("n_kv_heads", "norm_eps", "qkv_bias", "dense_bias", "qk_norm")),
+    **dict.fromkeys(("token_types", "mask_token")),
     "norm": (None, *NORMS),
     "activation": (None, *GATED, *PLAIN),
     "rotary_pairs": (None, "halves", "neighbours"),

@@ -140,7 +140,7 @@ def table(columns: list[Column], optim: OptimConfig) -> Iterator[str]:
         heads[0] += str(dtype).removeprefix("torch.").ljust(width)
         heads[1] += "".join(f"{c.against:11}" for c in group) + f"{'allowed':11}"
     yield from (f"  {'':27}{head}".rstrip() for head in heads)
-    for stage in STAGES:
+    for stage in [stage for stage in STAGES if by_stage(columns[0].differences)[stage]]:
         line = ""
         for group in groups.values():
             found = [max(d.worst for d in by_stage(c.differences)[stage]) for c in group]

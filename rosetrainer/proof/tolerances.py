@@ -152,7 +152,7 @@ def differences(ours: Results, expected: Results, proof: Proof) -> list[Differen
 
     A rank of a pipeline has those of its own stages.
     """
-    keys, ratios = [*proof.oracle, CHANGE], []
+    keys, ratios = [*proof.oracle, *[CHANGE] * proof.config.is_causal], []
     for stage, what in keys:
         tensor = ours.get((stage, what))
         if tensor is None:

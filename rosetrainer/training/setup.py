@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from contextlib import nullcontext
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from rosetrainer.checkpoint.run_folder import check_unlocked, describe_run
 from rosetrainer.checkpoint.saver import Saver, load_checkpoint
 from rosetrainer.config import TrainConfig
 from rosetrainer.data.batches import Corpus, open_corpus
+from rosetrainer.data.masked_tokens import hide_tokens
 from rosetrainer.environment import choose_device, world_from_environment
 from rosetrainer.hardware.block_compile import compile_blocks, compiles
 from rosetrainer.hardware.kernels import fast_kernels
@@ -81,7 +83,11 @@ def check_config(
     corpus.tokenizer()  # better found broken now than by whoever wants text of the trained model
     if config.run.init_from:
         check_init_from(config.run.init_from, config, corpus)
-    config = config.with_settings(vocab_size=corpus.meta.vocab_size)
+    if config.model.architecture == "bert":
+        model, corpus = hide_tokens(corpus, config.model, config.run.init_from is not None)
+        config = replace(config, model=model)
+    else:
+        config = config.with_settings(vocab_size=corpus.meta.vocab_size)
     if device.type == "cpu":
         each = 12 if config.optim.optimizer == "muon" else 16  # moments: one, or two
         each *= 2 if config.precision.dtype == "float64" else 1
@@ -210,7 +216,7 @@ def build(
     optimizer = build_optimizer(model, config.optim)
     if location.checkpoint is None:
         if config.run.init_from:
-            load_weights(model, find_weights(config.run.init_from, config.model))
+            load_weights(model, find_weights(config.run.init_from, config.model, config.run.seed))
         else:
             init_weights(model, config.run.seed)
         return model, optimizer, TrainingState()

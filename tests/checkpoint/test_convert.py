@@ -43,8 +43,9 @@ def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
 def read_by_the_library(folder: Path) -> Any:
     import transformers
 
-    read: Any = transformers.AutoModelForCausalLM.from_pretrained
-    model, found = read(folder, output_loading_info=True)
+    is_bert = json.loads((folder / "config.json").read_text())["model_type"] == "bert"
+    kind: Any = transformers.AutoModelForMaskedLM if is_bert else transformers.AutoModelForCausalLM
+    model, found = kind.from_pretrained(folder, output_loading_info=True)
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         assert not found[problem], f"{problem}: {found[problem]}"
     return model.eval()
@@ -152,6 +153,51 @@ def test_an_old_gpt2_has_masks_and_no_prefix_and_a_copy_of_the_head(
     assert "not read, as they follow from others: h.0.attn.bias and 2 more" in said
 
 
+def test_an_old_bert_has_other_names_and_tensors_without_a_place(
+    made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def age(tensors: dict[str, Tensor]) -> None:
+        for name in list(tensors):
+            old = name.replace("Norm.weight", "Norm.gamma").replace("Norm.bias", "Norm.beta")
+            tensors[old] = tensors.pop(name)
+        tensors["bert.embeddings.position_ids"] = torch.arange(32)[None]
+        tensors["bert.pooler.dense.weight"] = torch.ones(40, 40)
+        tensors["cls.seq_relationship.bias"] = torch.ones(2)
+        tensors["cls.predictions.decoder.weight"] = torch.ones(61, 40)
+        tensors["cls.predictions.decoder.bias"] = torch.ones(61)
+
+    old = changed(made("bert"), tmp_path / "old", age)
+    back = there_and_back(old, tmp_path)
+    theirs = load_file(made("bert") / "model.safetensors")
+    assert_same(load_file(back / "model.safetensors"), theirs)
+    said = capsys.readouterr().out.splitlines()
+    assert said[1:3] == [
+        "not read, as they follow from others: bert.embeddings.position_ids and 2 more",
+        "not read, as our model has no place for them: bert.pooler.dense.weight and 1 more",
+    ]
+
+
+def test_a_part_of_a_head_is_no_head(
+    made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without all of it, it begins with random numbers; a part of it is a mistake."""
+
+    def behead(tensors: dict[str, Tensor]) -> None:
+        for name in list(tensors):
+            if name.startswith("cls."):
+                del tensors[name]
+
+    headless = changed(made("bert"), tmp_path / "headless", behead)
+    back = there_and_back(headless, tmp_path)
+    assert "not in the folder, so random: output_head.bias and 4 more" in capsys.readouterr().out
+    found, theirs = (load_file(f / "model.safetensors") for f in (back, made("bert")))
+    assert found.keys() == theirs.keys()
+    assert 0.05 < float(found["cls.predictions.transform.dense.weight"].std()) < 0.5
+    part = changed(made("bert"), tmp_path / "part", lambda t: t.pop("cls.predictions.bias"))
+    with pytest.raises(ConfigError, match=r"lacks the tensor cls.predictions.bias \(61,\)"):
+        main(["from-hf", str(part), str(tmp_path / "other")])
+
+
 def test_the_tokenizer_comes_along(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import transformers
 
@@ -197,7 +243,7 @@ def bad(name: str, folder: Path) -> None:
     """Makes the folder what its name says."""
     weights, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if name == "unsupported":
-        with_config(folder, model_type="bert")
+        with_config(folder, model_type="bloom")
     elif name == "no-type":
         with_config(folder, model_type=...)
     elif name == "no-size":
@@ -234,8 +280,8 @@ def bad(name: str, folder: Path) -> None:
 
 DOWN = "model.layers.1.mlp.down_proj.weight"
 BAD = {
-    "unsupported": "config.json: model_type='bert' is not supported; it can be gpt2, llama, mistral"
-    ", qwen2, qwen3 or glm",
+    "unsupported": "config.json: model_type='bloom' is not supported; it can be gpt2, llama, "
+    "mistral, qwen2, qwen3, glm or bert",
     "no-type": "config.json: model_type=None is not supported; it can be gpt2, ",
     "no-size": "config.json lacks hidden_size; was it written by hand?",
     "wrong-size": "config.json: d_model='wide' must be an integer",

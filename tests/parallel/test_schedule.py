@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from torch.distributed import pipelining
 
+from rosetrainer.config import GPTConfig
 from rosetrainer.parallel.pipeline.schedule import Action, Schedule, make_schedule
 from rosetrainer.parallel.pipeline.simulation import (
     ScheduleError,
@@ -241,15 +242,15 @@ def test_layers_that_cannot_be_divided_are_one_line(
     settings: dict[str, Any], layers: int, text: str
 ) -> None:
     with pytest.raises(ConfigError) as caught:
-        ParallelConfig(**settings).check_pipeline(layers, 4)
+        ParallelConfig(**settings).check_pipeline(GPTConfig(n_layers=layers), 4)
     assert str(caught.value) == text
 
 
 def test_what_a_pipeline_can_run_is_not_refused() -> None:
-    ParallelConfig().check_pipeline(1, 1)
-    ParallelConfig(pp_size=3).check_pipeline(3, 1)
+    ParallelConfig().check_pipeline(GPTConfig(n_layers=1), 1)
+    ParallelConfig(pp_size=3).check_pipeline(GPTConfig(n_layers=3), 1)
     layers = ParallelConfig(pp_size=2, pp_schedule="interleaved", stage_layers="1,2,1,1")
-    layers.check_pipeline(5, 2)
+    layers.check_pipeline(GPTConfig(n_layers=5), 2)
     assert layers.given_layers() == (1, 2, 1, 1)
 
 

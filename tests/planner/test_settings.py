@@ -10,7 +10,7 @@ import torch
 
 from rosetrainer.commands.plan import main as plan_command
 from rosetrainer.config import GPTConfig, OptimConfig, ParallelConfig, TrainConfig
-from rosetrainer.model_config import LLAMA_CHOICES
+from rosetrainer.model_config import CHOICES
 from rosetrainer.planner import settings
 from rosetrainer.planner.layout import Plan, Work, plan
 from rosetrainer.planner.report import plan_training
@@ -43,7 +43,7 @@ def base(field: Field[Any]) -> TrainConfig:
     """A config that reads the field."""
     if field.name == "activation":
         return replace(LLAMA, model=replace(LLAMA.model, activation="swiglu"))
-    return LLAMA if field.name in LLAMA_CHOICES else TRAIN
+    return LLAMA if "llama" in CHOICES.get(field.name, ()) else TRAIN
 
 
 def literal(kind: type, field: Field[Any]) -> tuple[str, ...]:

@@ -18,8 +18,9 @@ from rosetrainer.checkpoint.huggingface.families import model_of
 from rosetrainer.checkpoint.huggingface.load import find_weights, load_weights
 from rosetrainer.checkpoint.huggingface.source import Source
 from rosetrainer.commands import convert, generate, parity, plan, train
-from rosetrainer.config import ConfigError, ParallelConfig
+from rosetrainer.config import ConfigError, GPTConfig, ParallelConfig
 from rosetrainer.data.batches import open_corpus
+from rosetrainer.data.masked_tokens import hide_tokens
 from rosetrainer.models.build import build_model
 from rosetrainer.parallel.context import ParallelContext, init_parallel
 from rosetrainer.parallel.sharding import shard_spec
@@ -43,11 +44,11 @@ def theirs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def losses(data: Path, folder: Path, out: Path) -> list[float]:
+def losses(data: Path, folder: Path, out: Path, *more: str) -> list[float]:
     """Of three steps, by the command's own flags."""
     world = int(os.environ["WORLD_SIZE"])
     argv = ["--data", str(data), "--init-from", str(folder), "--out", str(out), "--steps", "3"]
-    command = train.parse_command([*argv, *FLAGS, "--dtype", "float32"])
+    command = train.parse_command([*argv, *FLAGS, "--dtype", "float32", *more])
     found, original = [], trainer.train_step
 
     def train_step(*arguments: Any) -> dict[str, float]:
@@ -88,6 +89,36 @@ def test_training_begins_with_their_weights_in_any_layout(
     assert len(capsys.readouterr().out.splitlines()[-1]) == 10
 
 
+def test_an_encoder_alone_learns_to_fill_in_tokens_in_any_layout(
+    markov: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its head begins anew, its context is shortened, and the run goes back and on again."""
+    import transformers
+
+    torch.manual_seed(3)
+    config = transformers.BertConfig(**{**huggingface.BERT, "vocab_size": V})
+    encoder, flags = tmp_path / "encoder", "--global-batch-size 64 --learning-rate 0.01"
+    hides = (*flags.split(), *("--warmup-steps", "1", "--mask-token", "7"))
+    transformers.BertModel(config).save_pretrained(encoder)
+    (alone,) = run_ranks(1, losses, markov, encoder, tmp_path / "one", *hides)
+    for found in run_ranks(2, losses, markov, encoder, tmp_path / "two", *hides):
+        assert found == pytest.approx(alone, rel=1e-5)
+    assert alone[2] < alone[0]
+    assert convert.main(["to-hf", str(tmp_path / "two"), str(tmp_path / "back")]) == 0
+    model = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "back").eval()
+    _, corpus = hide_tokens(open_corpus(markov, 16), GPTConfig(V, mask_token=7), is_given=True)
+    ids, labels = (torch.from_numpy(a) for a in corpus.train_batch(1337, 0, 64, range(64)))
+    expected = F.cross_entropy(model(ids).logits.flatten(0, 1), labels.flatten()).item()
+    (again,) = run_ranks(1, losses, markov, tmp_path / "back", tmp_path / "again", *hides)
+    assert again[0] == pytest.approx(expected, rel=1e-5)
+    with pytest.raises(ConfigError, match="again is a bert, which fills in tokens and writes no"):
+        generate.main(["--run", str(tmp_path / "again")])
+    with pytest.raises(ConfigError, match="which id hides a token"):
+        losses_here(markov, tmp_path / "back", tmp_path)
+    with pytest.raises(ConfigError, match="preset=gpt2 brings a model, and so does init_from="):
+        losses_here(markov, tmp_path / "back", tmp_path, "--preset", "gpt2")
+
+
 def prove(folder: Path) -> None:
     parity.main(["--init-from", str(folder), "--dtype", "float64"])
 
@@ -119,9 +150,9 @@ def test_another_corpus_is_one_line(theirs: Path, markov: Path, tmp_path: Path) 
     assert not (tmp_path / "run").exists()
 
 
-def losses_here(data: Path, folder: Path, tmp_path: Path) -> None:
+def losses_here(data: Path, folder: Path, tmp_path: Path, *more: str) -> None:
     with mock.patch.dict(os.environ, {"WORLD_SIZE": "1", "RANK": "0"}):
-        losses(data, folder, tmp_path / "run")
+        losses(data, folder, tmp_path / "run", *more)
 
 
 def loading(folder: Path) -> tuple[int, int, dict[str, int]]:

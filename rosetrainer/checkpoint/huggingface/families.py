@@ -7,13 +7,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from rosetrainer.checkpoint.huggingface import gpt2, llama
-from rosetrainer.checkpoint.huggingface.folder import CONFIG, read_their_config
+from rosetrainer.checkpoint.huggingface import bert, gpt2, llama
+from rosetrainer.checkpoint.huggingface.folder import CONFIG, read_json, read_their_config
+from rosetrainer.checkpoint.run_folder import TOKENIZER
 from rosetrainer.config import GPTConfig
 from rosetrainer.validation import ConfigError, one_of
 
 FAMILIES: dict[str, ModuleType] = {
-    kind: family for family in (gpt2, llama) for kind in family.CLASSES
+    kind: family for family in (gpt2, llama, bert) for kind in family.CLASSES
 }
 """By config.json's model_type."""
 
@@ -32,12 +33,23 @@ def model_of(folder: Path) -> GPTConfig:
     family = family_of(theirs.get("model_type"), where)
     try:
         config: GPTConfig = family.read_config(theirs)
+        if config.architecture == "bert":
+            config = replace(config, mask_token=mask_token_of(folder))
         config.check()
     except KeyError as error:
         raise ConfigError(f"{where} lacks {error.args[0]}; was it written by hand?") from None
     except (TypeError, ValueError, ZeroDivisionError) as error:
         raise ConfigError(f"{where}: {error}") from None
     return config
+
+
+def mask_token_of(folder: Path) -> int | None:
+    """The id of [MASK] in the folder's tokenizer.json; None if it has none, or there is no file."""
+    if not (folder / TOKENIZER).exists():
+        return None
+    added = read_json(folder / TOKENIZER).get("added_tokens", [])
+    found = [one["id"] for one in added if one["content"] in ("[MASK]", "<mask>")]
+    return found[0] if found else None
 
 
 def written_as(config: GPTConfig) -> tuple[str, dict[str, Any]]:
@@ -69,6 +81,14 @@ def written_as(config: GPTConfig) -> tuple[str, dict[str, Any]]:
 def explicit(config: GPTConfig) -> GPTConfig:
     """The config with what its defaults come to, and without dropout, which is training's."""
     plain = replace(config, d_head=config.head_width, d_ff=config.ff_width, dropout=0.0)
+    if config.architecture == "bert":
+        plain = replace(
+            plain,
+            token_types=config.token_types or 2,
+            norm_eps=config.norm_eps or 1e-12,
+            activation=config.activation or "gelu",
+            mask_token=None,  # training's too
+        )
     if config.architecture != "llama":
         return replace(plain, rotary_base=GPTConfig.rotary_base)
     return replace(

@@ -5,15 +5,17 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from rosetrainer.checkpoint.huggingface.source import Source
+from rosetrainer.checkpoint.huggingface.source import NOTHING, Source, split_name
 from rosetrainer.config import GPTConfig
 from rosetrainer.validation import ConfigError, one_of
 
 OURS = "gpt2"
 CLASSES = {"gpt2": "GPT2LMHeadModel"}
 PREFIX = "transformer."
+HEAD = "lm_head.weight"
 DERIVED = re.compile(r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)")
 """Masks, which old versions of the library saved."""
+NO_PLACE, MAY_LACK, OLD = NOTHING, (), dict[str, str]()
 BLOCK = {
     "attention_norm": "ln_1",
     "attention.query_key_value": "attn.c_attn",
@@ -70,9 +72,8 @@ def write_config(config: GPTConfig, model_type: str) -> dict[str, Any]:
 
 def source_of(name: str, model_type: str) -> Source:
     """Of which of their tensors ours of this name is made."""
-    module, leaf = name.rsplit(".", 1)
-    if not module.startswith("blocks."):
+    number, module, leaf = split_name(name)
+    if number is None:
         return Source((f"{OTHERS[module]}.{leaf}",))
-    _, number, inner = module.split(".", 2)
-    theirs = BLOCK[inner]
+    theirs = BLOCK[module]
     return Source((f"transformer.h.{number}.{theirs}.{leaf}",), leaf == "weight" and "c_" in theirs)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from rosetrainer.checkpoint.huggingface.source import Source
+from rosetrainer.checkpoint.huggingface.source import NOTHING, Source, split_name
 from rosetrainer.config import GPTConfig
 from rosetrainer.validation import ConfigError, one_of
 
@@ -22,7 +22,9 @@ CLASSES = {  # of two that compute the same the first is written
     "glm": "GlmForCausalLM",
 }
 PREFIX = "model."
+HEAD = "lm_head.weight"
 DERIVED = re.compile(r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+NO_PLACE, MAY_LACK, OLD = NOTHING, (), dict[str, str]()
 ACTIVATIONS = {
     "silu": "swiglu",
     "gelu": "geglu",
@@ -151,11 +153,10 @@ def write_config(config: GPTConfig, model_type: str) -> dict[str, Any]:
 
 def source_of(name: str, model_type: str) -> Source:
     """Of which of their tensors ours of this name is made."""
-    module, leaf = name.rsplit(".", 1)
-    if not module.startswith("blocks."):
+    number, module, leaf = split_name(name)
+    if number is None:
         return Source((f"{OTHERS[module]}.{leaf}",))
-    _, number, inner = module.split(".", 2)
-    names = BLOCK[inner]
-    if inner == "feed_forward.gate_up" and model_type == "glm":
+    names = BLOCK[module]
+    if module == "feed_forward.gate_up" and model_type == "glm":
         names = ("mlp.gate_up_proj",)
     return Source(tuple(f"model.layers.{number}.{one}.{leaf}" for one in names))

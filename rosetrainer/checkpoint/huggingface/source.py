@@ -5,6 +5,7 @@ Shape letters: s blocks of a fused projection (3 of q, k, v), n rows of a block,
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,8 +18,20 @@ from rosetrainer.durable_files import short
 from rosetrainer.parallel.sharding import ShardSpec
 from rosetrainer.validation import ConfigError
 
+NOTHING = re.compile(r"(?!)")
+"""Matches no name."""
 DTYPES = {name: dtype for dtype, name in NAMES.items()}
 """What weights may be, by what safetensors calls it."""
+
+
+def split_name(name: str) -> tuple[str | None, str, str]:
+    """Of a parameter of ours: the number of its block, if it is in one, its module, weight or
+    bias."""
+    module, leaf = name.rsplit(".", 1)
+    if not module.startswith("blocks."):
+        return None, module, leaf
+    _, number, inner = module.split(".", 2)
+    return number, inner, leaf
 
 
 @dataclass(frozen=True)
