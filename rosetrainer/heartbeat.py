@@ -42,36 +42,31 @@ HEARTBEAT = Heartbeat()
 
 
 class IdleClock:
-    """How long a rank has shown no sign of work.
+    """How long a rank has shown no sign of work: a count that changes, or processor time.
 
-    A sign is a count that has changed. Where a rank that waits for others needs no processor, its
-    processor time is one too: much has no count, as a compilation or a long batch. An endless loop
-    takes time as well, so this counts only until ENDLESS times `seconds` after the last count.
+    Much has no count, as a compilation, and to wait for other ranks takes no processor. An endless
+    loop does, so its time counts only until ENDLESS times `seconds` after the last count.
     """
 
-    SHARE = 0.02
-    """Of `seconds`: this much processor time counts as work; waiting and polling take less."""
-
+    SHARE = 0.02  # of `seconds`: so much processor time is work; waiting and polling take less
     ENDLESS = 10
-
-    STALL = 5.0
-    """Seconds between two looks after which the whole process was stopped, and is not idle."""
+    STALL = 5.0  # seconds between two looks: the whole process was stopped, and is not idle
 
     def __init__(self, seconds: float, now: float) -> None:
-        self._seconds = seconds
-        self._looked = self._signed = self._counted = now
+        self._seconds, self._looked = seconds, now
+        self._idle, self._uncounted = 0.0, 0.0
         self._count, self._shares = -1, 0.0
 
     def look(self, now: float, count: int, processor: float | None) -> float:
         """Seconds without a sign. processor: its seconds so far, None where they say nothing."""
-        if now - self._looked > self.STALL:
-            self._signed += now - self._looked
-            self._counted += now - self._looked
+        passed = now - self._looked
+        if passed <= self.STALL:
+            self._idle += passed
+            self._uncounted += passed
         shares = 0.0 if processor is None else processor // (self.SHARE * self._seconds)
         if count != self._count:
-            self._counted = now
-        is_endless = now - self._counted >= self.ENDLESS * self._seconds
-        if (count, shares) != (self._count, self._shares) and not is_endless:
-            self._signed = now
+            self._idle = self._uncounted = 0.0
+        elif shares != self._shares and self._uncounted < self.ENDLESS * self._seconds:
+            self._idle = 0.0
         self._looked, self._count, self._shares = now, count, shares
-        return now - self._signed
+        return self._idle

@@ -25,8 +25,7 @@ if "RANK" in os.environ:  # a rank that is being started and has not come to run
         time.sleep(0.005)
 
 from rosetrainer.launch import launcher, stop  # noqa: E402
-from rosetrainer.launch.failures import RankError  # noqa: E402
-from rosetrainer.launch.rank import ERROR_REPORT, run_rank  # noqa: E402
+from rosetrainer.launch.rank import ERROR_REPORT, RankError, run_rank  # noqa: E402
 from rosetrainer.validation import ConfigError  # noqa: E402
 
 
@@ -288,9 +287,8 @@ if __name__ == "__main__":
         nohup = "PROBE_NOHUP" in os.environ
         signal.signal(signal.SIGHUP, signal.SIG_IGN if nohup else signal.SIG_DFL)
         for name in ("POLL_SECONDS", "TERMINATE_SECONDS", "STOP_SECONDS", "SECOND_SIGNAL_SECONDS"):
-            module = stop if name == "SECOND_SIGNAL_SECONDS" else launcher
-            setattr(module, name, float(os.environ.get(name, getattr(module, name))))
+            setattr(launcher, name, float(os.environ.get(name, getattr(launcher, name))))
         threads = int(os.environ.get("PROBE_THREADS", "0"))
-        stop.STOP.time.grace = float(os.environ.get("PROBE_GRACE", stop.GRACE))
+        stop.STOP.grace = float(os.environ.get("PROBE_GRACE", stop.GRACE))
         sys.exit(launcher.launch(int(sys.argv[2]), sys.argv[3:], threads, "launch_probe"))
     run_rank(lambda: MODES[sys.argv[1]](sys.argv[2:]))

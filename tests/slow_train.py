@@ -27,7 +27,7 @@ def wait_in_the_fourth_step(folder: Path) -> None:
 
     def train_step(*arguments: Any) -> dict[str, float]:
         if arguments[-1] == 3:
-            STOP.time.save = 1000.0
+            STOP.save_seconds = 1000.0
             (folder / "begun").touch()
             while not (folder / "end").exists():
                 time.sleep(0.005)

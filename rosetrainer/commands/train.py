@@ -52,13 +52,13 @@ def main(argv: list[str]) -> int:
     if not starts:
         return run_rank_of(command, world_size)
     os.environ[READ] = json.dumps(asdict(command), default=str)
-    STOP.time.grace = command.grace
+    STOP.grace = command.grace
     return launch(world_size, ["train", *argv], config.hardware.threads)
 
 
 def run_rank_of(command: TrainCommand, world_size: int) -> int:
     """Trains on this rank."""
-    STOP.time.grace = command.grace
+    STOP.grace = command.grace
     with no_garbage_collection():
         from rosetrainer.training.setup import check_config, train
     keep_freed_memory()

@@ -8,50 +8,57 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from errno import EACCES, EDQUOT, EFBIG, ENOSPC, EROFS
 from pathlib import Path
 from typing import Any, NoReturn
 
-from rosetrainer.environment import LAUNCHED, PlaceError, reports_for_machine
-from rosetrainer.launch.failures import explain, is_lost_connection
+from rosetrainer import environment
+from rosetrainer.durable_files import room, short
 from rosetrainer.validation import ConfigError
 
-ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
-"""Environment variable, torchrun's and our launcher's: where a rank leaves its error."""
-
-RENDEZVOUS_DIR = "ROSETRAINER_RENDEZVOUS_DIR"
-"""Environment variable: the folder in which the ranks of one launch of ours find each other."""
-
-PIPE_CLOSED = 128 + signal.SIGPIPE
-"""Exit status when the reader of our output, `head` say, has gone: there is nothing to say."""
+ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # variable, torchrun's too: a rank leaves its error there
+RENDEZVOUS_DIR = "ROSETRAINER_RENDEZVOUS_DIR"  # variable: where the ranks of our launcher meet
+PIPE_CLOSED = 128 + signal.SIGPIPE  # exit status when nobody reads our output any more, as `head`
 
 LATER = 60
 """Seconds added to the time of an error that follows from another rank's, so that the launcher
 takes that one for the cause: clocks of machines differ, and torchrun compares whole seconds."""
+
+LOST = (
+    *("Connection closed by peer", "Connection reset by peer", "Broken pipe"),
+    *("remote process exited", "NCCL communicator was aborted"),
+    "Connection was likely closed",  # to whoever keeps the store
+)
+NO_ROOM = [os.strerror(code) for code in (ENOSPC, EFBIG, EDQUOT, EROFS, EACCES)]
+NO_MEMORY = ("allocate memory", "not enough memory", "out of memory", "_ALLOC_FAILED")
+
+
+class RankError(Exception):
+    """An error with all that a user needs to know of it, in a few lines."""
 
 
 @dataclass
 class ErrorReport:
     """What training adds to the report of an error that ends this process."""
 
-    folder: Path | None = None
-    """Of the run: for a traceback."""
-    is_first: Callable[[], bool] | None = None
-    """Whether no other rank has failed before."""
+    folder: Path | None = None  # of the run: for a traceback
+    is_first: Callable[[], bool] | None = None  # whether no other rank has failed before
 
 
 ERROR_REPORT = ErrorReport()
-"""The process's own."""
 
 
 def run_rank(main: Callable[[], int | None]) -> NoReturn:
     """Ends the process with main()'s status: 2 for a ConfigError, 130 for Ctrl-C, 1 otherwise."""
-    if LAUNCHED in os.environ:
+    if environment.LAUNCHED in os.environ:
         threading.Thread(target=_follow_launcher, name="launcher watch", daemon=True).start()
         # Rank 0's lines should reach a pipe or a log file while it runs, not when it ends.
         sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
@@ -60,7 +67,7 @@ def run_rank(main: Callable[[], int | None]) -> NoReturn:
     except BrokenPipeError:
         os._exit(PIPE_CLOSED)
     except KeyboardInterrupt:
-        if reports_for_machine():
+        if environment.reports_for_machine():
             print("interrupted", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
@@ -70,52 +77,92 @@ def run_rank(main: Callable[[], int | None]) -> NoReturn:
 
 def _follow_launcher() -> None:
     """Ends this process once its launcher is gone, even while a collective hangs."""
-    while os.getppid() == int(os.environ[LAUNCHED]):
+    while os.getppid() == int(os.environ[environment.LAUNCHED]):
         time.sleep(0.3)
     os._exit(1)
 
 
-def end_rank(error: Exception, first: bool | None = None) -> NoReturn:
-    """Ends the process, from any of its threads, and reports why unless another rank was first.
-
-    first: whether this one was, where that is known.
-    """
+def end_rank(error: Exception) -> NoReturn:
+    """Ends the process, from any of its threads, and reports why unless another rank was first."""
     now, (text, status) = time.time(), explain(error, ERROR_REPORT.folder)
-    if first is None and ERROR_REPORT.is_first:
+    if ERROR_REPORT.is_first:
         first = ERROR_REPORT.is_first()
-    elif first is None:  # they have not met: a mistake of the user's is one of all ranks
-        alone = isinstance(error, PlaceError) or not isinstance(error, ConfigError)
-        first = alone or reports_for_machine()
-    is_cause = first and not is_lost_connection(error)
-    if not record(f"error: {text}", now if is_cause else now + LATER) and first:
+    else:  # they have not met: a mistake of the user's is one of all ranks
+        alone = isinstance(error, environment.PlaceError) or not isinstance(error, ConfigError)
+        first = alone or environment.reports_for_machine()
+    follows = not first or _says(error, LOST)
+    if not record(f"error: {text}", now + LATER * follows) and first:
         print(f"error: {text}", file=sys.stderr)
     with contextlib.suppress(OSError):
         sys.stdout.flush()
-        sys.stderr.flush()
     # The interpreter's own ending can hang in a communicator whose peers are gone.
     os._exit(status)
 
 
 def record(text: str, when: float) -> bool:
-    """Leaves an error for the launcher, in torchrun's format; whether that will report it.
+    """Leaves an error in torchrun's format; whether a launcher is there that will report it.
 
     See torch.distributed.elastic.multiprocessing.errors.
     """
-    if not os.environ.get(ERROR_FILE):
-        return False
-    message = {"message": text, "extraInfo": {"py_callstack": text, "timestamp": when}}
+    extra = {"py_callstack": text, "timestamp": when}
     try:
-        leave(Path(os.environ[ERROR_FILE]), message=message)
-    except OSError:
+        leave(os.environ[ERROR_FILE], message={"message": text, "extraInfo": extra})
+    except (KeyError, OSError):
         return False
     # torchrun starts ranks again without a word of what has ended them.
-    tries = [f"TORCHELASTIC_{name}" for name in ("RESTART_COUNT", "MAX_RESTARTS")]
-    made, most = (int(os.environ.get(name, "0")) for name in tries)
-    return LAUNCHED in os.environ or made >= most
+    counts = ("TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS")
+    made, most = (int(os.environ.get(name, "0")) for name in counts)
+    return environment.LAUNCHED in os.environ or made >= most
 
 
-def leave(path: Path, **values: Any) -> None:
+def leave(path: str, **values: Any) -> None:
     """For the launcher, which may read at any time; a signal may come in the middle."""
-    part = path.with_suffix(".part")  # not synced: that can take seconds, and others end meanwhile
+    part = Path(f"{path}.part")  # not synced: that can take seconds, and others end meanwhile
     part.write_text(json.dumps(values))
     part.replace(path)
+
+
+def explain(error: Exception, folder: Path | None) -> tuple[str, int]:
+    """What to tell of it, and the exit status, 2 where the user can mend it.
+
+    folder: of the training run, where it has begun: a traceback goes into a file there.
+    """
+    if isinstance(error, ConfigError | RankError):
+        return str(error), 2 if isinstance(error, ConfigError) else 1
+    if _says(error, NO_ROOM):
+        where = folder or Path.cwd()
+        what = f"cannot write in {where}: {short(error)}; {room(where)} bytes can be written there"
+        return f"{what}; free some space, and the same command goes on", 2
+    rank, world_size = 0, 1
+    with contextlib.suppress(environment.PlaceError):
+        rank, world_size, _, _ = environment.world_from_environment()
+    who, trace = f"rank {rank} of {world_size}", "".join(traceback.format_exception(error)).rstrip()
+    if _says(error, LOST):
+        what = f"rank {rank} has lost its connection to another rank, which has ended"
+        return f"{what}; the same command goes on from the last checkpoint", 1
+    if isinstance(error, MemoryError) or _says(error, NO_MEMORY):
+        asked = re.search(r"tried to allocate ([\d.]+ \w+)", str(error), re.IGNORECASE)
+        for_what = f" when it asked for {asked[1]} more" if asked else ""
+        return f"{who} ran out of memory{for_what}\n  {memory_advice()}", 1
+    if folder:
+        file = folder / f"error_rank_{rank:05d}.txt"
+        with contextlib.suppress(OSError):
+            file.write_text(trace)
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            place = f"{last.filename}, line {last.lineno}, in {last.name}"
+            what = traceback.format_exception_only(error)[0].partition("\n")[0]
+            return f"{who} failed: {what}\n  {place}\n  the whole traceback: {file}", 1
+    return f"{who} failed:\n{trace}", 1
+
+
+def _says(error: Exception, reasons: Iterable[str]) -> bool:
+    """torch, safetensors and the system alike tell in its text alone what an error is about."""
+    return any(reason in str(error) for reason in reasons)
+
+
+def memory_advice() -> str:
+    return (
+        "training needs less with a smaller --micro-batch-size or with --recompute block, and "
+        "more ranks with --tp-size share the model; the same flags after "
+        f"`{environment.trainer_command()} plan` predict how much"
+    )

@@ -49,7 +49,7 @@ class Reporter:
     def begin_step(self) -> None:
         traffic(self._context)  # what an evaluation or a start has moved is not this step's
         self._slow_ranks.begin_step()
-        STOP.time.begin_step(time.monotonic())
+        STOP.step_began = time.monotonic()
         self._started = time.perf_counter()
 
     def step(self, step: int, figures: dict[str, float]) -> None:
@@ -64,7 +64,7 @@ class Reporter:
             self._log.skipped(step, count, why)
 
     def end_step(self) -> None:
-        self.say(STOP.time.end_step(time.monotonic()))
+        self.say(STOP.end_step(time.monotonic()))
         self.say(self._slow_ranks.end_step())
         for recorder in self._recorders:
             self.say(recorder.after_step())
@@ -76,7 +76,7 @@ class Reporter:
     def checkpoints(self, saved: list[tuple[int, float, float]]) -> None:
         """Takes what Saver.saved holds: (step, seconds blocked, seconds until it was saved)."""
         for step, blocked, seconds in saved:
-            STOP.time.save = seconds
+            STOP.save_seconds = seconds
             if self._log:
                 self._log.checkpoint(step, blocked, seconds)
         saved.clear()

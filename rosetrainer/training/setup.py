@@ -38,7 +38,6 @@ from rosetrainer.models.gpt import GPTModel
 from rosetrainer.optim.adamw import AdamW
 from rosetrainer.optim.optimizer import build_optimizer
 from rosetrainer.optim.precision import autocast_for
-from rosetrainer.parallel import comm
 from rosetrainer.parallel.comm import all_reduce
 from rosetrainer.parallel.context import Axis, ParallelContext, end_parallel, init_parallel
 from rosetrainer.parallel.sharding import init_weights
@@ -124,8 +123,8 @@ def train(
     store = open_store(timedelta(seconds=timeout))
     watch = None
     if store:
-        watch = HangWatch(store, world.rank, world.size, timeout, comm.__file__)
-        watch.follow(lambda: world.ledger.collectives_started)
+        watch = HangWatch(store, world.rank, world.size, timeout)
+        watch.collectives_started = lambda: world.ledger.collectives_started
     with own_screen() if world.rank == 0 else nullcontext():
         limit = timedelta(seconds=timeout + WATCH_MARGIN_SECONDS)
         device = init_process_group(config.hardware.device, limit, store)
@@ -140,10 +139,8 @@ def train(
             context = init_parallel(config.parallel, config.hardware.device, limit.total_seconds())
             if watch:
                 ledgers = [axis.ledger for axis in (world, *context.axes)]
-                on_cuda, alike = device.type == "cuda", context.pp.size == 1
-                watch.follow(
-                    lambda: sum(one.collectives_started for one in ledgers), on_cuda, alike
-                )
+                watch.collectives_started = lambda: sum(one.collectives_started for one in ledgers)
+                watch.comparable = context.pp.size == 1
             trained = train_in_layout(config, corpus, location, context, world, compiled)
             if watch:
                 watch.close()

@@ -94,7 +94,7 @@ class Trainer:
         self.saver.check()
         HEARTBEAT.beat()
         self.state.stopped = agree_to_stop(STOP.signal, self.world, self.context.device)
-        STOP.wait_for_steps()
+        STOP.waits_for_step = True
         return self.state.stopped is not None
 
     def train_one_step(self) -> None:

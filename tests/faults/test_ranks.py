@@ -76,13 +76,13 @@ def test_control_without_the_watch_a_hang_lasts(markov: Path, tmp_path: Path) ->
 def watch_nothing(rank: int) -> None:
     from rosetrainer.launch.watch import HangWatch
 
-    HangWatch._look = lambda self: None  # type: ignore[method-assign]
+    HangWatch._measure = lambda self: None  # type: ignore[method-assign]
 
 
 def test_who_is_at_fault() -> None:
     def answers(*begun: int | None, works: int | None = None) -> dict[int, RankState]:
         found = {rank: n for rank, n in enumerate(begun) if n is not None}
-        return {r: RankState(n, 9.0, r != works, "here", 0.0) for r, n in found.items()}
+        return {r: RankState(n, r != works, 9.0, "here", 0.0) for r, n in found.items()}
 
     every = {0, 1, 2}
     assert at_fault(answers(7, None, 7), every, 3) == (1, "gives no sign of life")

@@ -108,7 +108,7 @@ def listen_no_more(rank: int) -> None:
     from rosetrainer.launch.stop import STOP
 
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    STOP.listen = lambda launches=False: None  # type: ignore[method-assign]
+    STOP.listen = lambda: None  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize("signum", STATUS, ids=["SIGTERM", "SIGINT"])

@@ -22,12 +22,18 @@ import torch.distributed as dist
 from launch_probe import state
 from ranks import LONGEST_SECONDS
 
-from rosetrainer.environment import usable_cores
+from rosetrainer.environment import LAUNCHED, usable_cores
 from rosetrainer.launch import launcher
-from rosetrainer.launch.failures import explain, is_out_of_memory
 from rosetrainer.launch.launcher import launch
-from rosetrainer.launch.rank import ERROR_FILE, ERROR_REPORT, LATER, leave, record
-from rosetrainer.launch.stop import STOP_FILE, StopRequest, StopTime
+from rosetrainer.launch.rank import (
+    ERROR_FILE,
+    ERROR_REPORT,
+    LATER,
+    RENDEZVOUS_DIR,
+    explain,
+    record,
+)
+from rosetrainer.launch.stop import STOP, StopRequest, report_stop
 from rosetrainer.launch.watch import HangWatch
 from rosetrainer.validation import ConfigError
 
@@ -217,12 +223,11 @@ def test_every_kind_of_want_of_memory_is_known(rank_3_of_4: None) -> None:
         RuntimeError("[enforce fail at alloc_cpu.cpp:75] DefaultCPUAllocator: not enough memory"),
     ]
     for want in wants:
-        assert is_out_of_memory(want), want
         told, status = explain(want, None)
-        assert told.startswith("rank 3 of 4 ran out of memory")
+        assert told.startswith("rank 3 of 4 ran out of memory"), want
         assert status == 1
-    assert not is_out_of_memory(RuntimeError("boom"))
-    assert not is_out_of_memory(OSError(errno.ENOENT, "No such file"))
+    for other in (RuntimeError("boom"), OSError(errno.ENOENT, "No such file")):
+        assert "out of memory" not in explain(other, None)[0]
 
 
 class StoreThatIsGone:
@@ -249,7 +254,7 @@ def test_where_the_rank_that_kept_the_store_has_ended_all_the_others_are_silent(
 ) -> None:
     """It has told what hangs. Where nothing hung, as if it was killed, they say what they saw."""
     monkeypatch.setattr(ERROR_REPORT, "is_first", None)
-    watch = HangWatch(cast(dist.Store, StoreThatIsGone()), 3, 4, 600.0, __file__)
+    watch = HangWatch(cast(dist.Store, StoreThatIsGone()), 3, 4, 600.0)
     watch.close()
     assert ERROR_REPORT.is_first is not None
     told = []
@@ -426,14 +431,18 @@ def test_ranks_are_waited_for_as_long_as_a_step_and_a_save_take(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    virtual, stop = VirtualTime(), StopRequest()
+    virtual = VirtualTime()
     monkeypatch.setattr(launcher, "time", virtual)
-    monkeypatch.setattr(launcher, "STOP", stop)
-    stop.since, stop.time.grace = 0.0, grace
+    monkeypatch.setattr(STOP, "grace", grace)
     ranks = [VirtualRank(virtual, takes) for _ in range(2)]
+    monkeypatch.setenv(LAUNCHED, "1")
+    monkeypatch.setenv(RENDEZVOUS_DIR, str(tmp_path))
     if told:
-        leave(tmp_path / STOP_FILE, seconds=told)
-    assert launcher._stop(cast(launcher.Ranks, ranks), tmp_path, signal.SIGTERM) == status
+        report_stop(seconds=told)
+    received = [(signal.SIGTERM, 0.0)]
+    for rank in ranks:
+        rank.terminate()
+    assert launcher._stop(cast(launcher.Ranks, ranks), str(tmp_path), received) == status
     errors = capsys.readouterr().err
     assert errors.endswith(f"{ends}\n")
     assert ("finishing the step under way" in errors) == (told >= 9)
@@ -442,30 +451,30 @@ def test_ranks_are_waited_for_as_long_as_a_step_and_a_save_take(
 
 
 def test_how_long_a_stop_takes_follows_what_was_measured() -> None:
-    stop = StopTime()
-    assert stop.left(100.0) == 0
-    stop.begin_step(100.0)
-    assert stop.left(130.0) == 30 + 30  # the first one: as long again, and a save like a step
+    stop = StopRequest()
+    assert stop.seconds_left(100.0) == 0
+    stop.step_began = 100.0
+    assert stop.seconds_left(130.0) == 30 + 30  # the first one: as long again, a save like a step
     stop.end_step(140.0)
-    assert stop.left(141.0) == 40 + 40  # between two steps: the next one may begin
-    stop.save = 4.0
-    stop.begin_step(150.0)
-    assert stop.left(160.0) == 30 + 4
-    assert stop.left(200.0) == 50 + 4  # longer than the one before
+    assert stop.seconds_left(141.0) == 40 + 40  # between two steps: the next one may begin
+    stop.save_seconds = 4.0
+    stop.step_began = 150.0
+    assert stop.seconds_left(160.0) == 30 + 4
+    assert stop.seconds_left(200.0) == 50 + 4  # longer than the one before
     stop.end_step(184.0)
-    stop.begin_step(200.0)
-    assert stop.left(210.0) == 24 + 4
+    stop.step_began = 200.0
+    assert stop.seconds_left(210.0) == 24 + 4
 
 
 def test_a_step_and_a_save_beyond_the_grace_time_are_told_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def warnings(grace: float) -> list[str]:
-        stop = StopTime()
-        stop.grace, stop.save = grace, 12.0
+        stop = StopRequest()
+        stop.grace, stop.save_seconds = grace, 12.0
         told = []
         for began in (0.0, 100.0, 200.0):
-            stop.begin_step(began)
+            stop.step_began = began
             told.append(stop.end_step(began + 34.0))
         return told
 
