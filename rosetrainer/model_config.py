@@ -24,8 +24,10 @@ from rosetrainer.validation import (
 CHOICES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("n_kv_heads", "norm", "qkv_bias", "dense_bias", "qk_norm"), ("llama",)),
     **dict.fromkeys(("rotary_fraction", "rotary_pairs"), ("llama",)),
-    **dict.fromkeys(("norm_eps", "activation"), ("llama", "bert")),
+    **dict.fromkeys(("norm_eps", "activation"), ("llama", "bert", "t5")),
     **dict.fromkeys(("token_types", "mask_token"), ("bert",)),
+    **dict.fromkeys(("relative_buckets", "relative_distance"), ("t5",)),
+    **dict.fromkeys(("start_token", "end_token", "sentinel_token"), ("t5",)),
 }
 """Fields that some architectures read, and which; the others have these things fixed."""
 GATED = ("swiglu", "geglu", "geglu_tanh", "reglu")
@@ -58,10 +60,11 @@ class GPTConfig:
     """The output head shares the token embedding's weights."""
     dropout: BelowOne = 0.0
     """Share of activations that training drops: embeddings, attention, and what blocks add."""
-    architecture: Literal["gpt2", "rotary", "llama", "bert"] = "gpt2"
+    architecture: Literal["gpt2", "rotary", "llama", "bert", "t5"] = "gpt2"
     """rotary: rotary positions, squared ReLU, norms without weights, outputs that begin at zero.
     llama: rotary positions and the choices below, by default those of Llama.
-    bert: an encoder, trained to fill in hidden tokens."""
+    bert: an encoder, trained to fill in hidden tokens.
+    t5: an encoder and a decoder, trained to write the spans that are cut out of a text."""
     rotary_base: Positive = 10000.0
     """Rotary positions: the slowest pair of a head turns once in about 6 times as many tokens."""
     rotary_fraction: Annotated[float, Bounds(1e-3, 1)] = 1.0
@@ -74,10 +77,11 @@ class GPTConfig:
     norm: Literal["rmsnorm", "layernorm", "none"] | None = None
     """llama: rmsnorm unless given; none is layernorm without weights."""
     norm_eps: Positive | None = None
-    """What a norm adds to the mean square; unless given, 1e-5 in llama's rmsnorm, 1e-12 in bert."""
+    """What a norm adds to the mean square; unless given, 1e-5 in llama's rmsnorm, 1e-12 in bert,
+    1e-6 in t5."""
     activation: Activation | None = None
     """llama: swiglu unless given; the first four multiply by a gate of as many features.
-    bert: gelu unless given, and none of those four."""
+    bert: gelu unless given, and none of those four. t5: relu unless given."""
     qkv_bias: bool = False
     """llama: biases of queries, keys and values where --no-bias leaves out the others."""
     dense_bias: bool = False
@@ -88,6 +92,17 @@ class GPTConfig:
     """bert: kinds of tokens, each with an embedding; 2 unless given, the first and second text."""
     mask_token: CountOrZero | None = None
     """bert: the id that stands where a token is hidden; one behind the corpus's unless given."""
+    relative_buckets: Annotated[int, Bounds(4)] | None = None
+    """t5: kinds of distances between two tokens, each with a bias a head; 32 unless given."""
+    relative_distance: Count | None = None
+    """t5: the distance from which on all are of one kind; 128 unless given."""
+    start_token: CountOrZero | None = None
+    """t5: the id that a target begins with; the first behind the corpus's unless given."""
+    end_token: CountOrZero | None = None
+    """t5: the id that ends a source and a target; the second behind the corpus's unless given."""
+    sentinel_token: CountOrZero | None = None
+    """t5: the id in the place of the first span that is cut out; those before it, downwards, are
+    for the next ones. The last of 100 more ids unless given."""
 
     @property
     def head_width(self) -> int:
@@ -107,9 +122,15 @@ class GPTConfig:
         return int(self.head_width * self.rotary_fraction)
 
     @property
+    def function(self) -> str:
+        """The activation; unless given, that of the architecture."""
+        by_default = {"llama": "swiglu", "t5": "relu"}.get(self.architecture, "gelu")
+        return self.activation or by_default
+
+    @property
     def is_gated(self) -> bool:
-        """Whether the feed-forward layer of architecture=llama has a gate."""
-        return self.activation is None or self.activation in GATED
+        """Whether the feed-forward layer has a gate."""
+        return self.function in GATED
 
     @property
     def is_causal(self) -> bool:
@@ -171,6 +192,8 @@ class GPTConfig:
             self._check_llama()
         elif self.architecture == "bert":
             self._check_bert()
+        elif self.architecture == "t5":
+            self._check_t5()
 
     def _check_llama(self) -> None:
         if self.n_heads % self.kv_heads:
@@ -198,4 +221,19 @@ class GPTConfig:
             raise ConfigError(
                 f"activation={self.activation} has a gate, and architecture=bert has none; it can "
                 f"be {one_of(name for name in get_args(Activation) if name not in GATED)}"
+            )
+
+    def _check_t5(self) -> None:
+        if self.bias:
+            raise ConfigError("architecture=t5 has no biases; add --no-bias")
+        buckets, farthest = self.relative_buckets or 32, self.relative_distance or 128
+        if farthest <= buckets // 2:
+            raise ConfigError(
+                f"relative_distance={farthest} is not above half of relative_buckets={buckets}, "
+                f"the distances that have one each; it can be {buckets // 2 + 1} or more"
+            )
+        if buckets % 4:
+            raise ConfigError(
+                f"relative_buckets={buckets} is not divisible by 4, the halves ahead and behind by "
+                f"the halves near and far; it can be {buckets // 4 * 4 or 4}"
             )

@@ -18,6 +18,8 @@ def parameter_count(config: Any) -> int:
     """Of the whole model, the vocabulary without its pad."""
     if config.architecture == "llama":
         return _parameters_of_llama(config)
+    if config.architecture == "t5":
+        return _parameters_of_t5(config)
     D, F, width = config.d_model, config.ff_width, config.n_heads * config.head_width
     plain = config.architecture != "rotary"  # which has no position table, and norms no weights
     norm = plain * D * (1 + config.bias)
@@ -37,6 +39,15 @@ def _parameters_of_llama(config: Any) -> int:
     block += config.bias * (columns + D)
     block += (config.bias or config.qkv_bias) * fused + (config.bias or config.dense_bias) * D
     return config.vocab_size * D * (1 + (not config.tied)) + config.n_layers * block + norm
+
+
+def _parameters_of_t5(config: Any) -> int:
+    D, F, width = config.d_model, config.ff_width, config.n_heads * config.head_width
+    feed_forward = D * F * (2 + config.is_gated)
+    blocks = 2 * (4 * D * width + feed_forward) + 4 * D * width + 5 * D  # one of each side
+    tables = config.vocab_size * D * (1 + (not config.tied))
+    biases = 2 * (config.relative_buckets or 32) * config.n_heads
+    return tables + config.n_layers * blocks + biases + 2 * D
 
 
 def check_exists(config: Any) -> None:

@@ -76,9 +76,10 @@ class ParallelConfig:
                         f"pp_size can be 2 or more, or leave it out"
                     )
             return
-        if model.architecture == "bert":
+        if model.architecture in ("bert", "t5"):
             raise ConfigError(
-                f"architecture=bert runs in no pipeline, and pp_size={self.pp_size}; it can be 1"
+                f"architecture={model.architecture} runs in no pipeline, and "
+                f"pp_size={self.pp_size}; it can be 1"
             )
         n_layers = model.n_layers
         check_schedule_sizes(self.pp_schedule, self.pp_size, self.stages_of_rank, micro_batches)

@@ -42,6 +42,20 @@ BERT: dict[str, Any] = {
     "pad_token_id": None,
     **dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), 0.0),
 }
+T5: dict[str, Any] = {
+    "vocab_size": V,
+    "d_model": 40,
+    "d_kv": 6,
+    "d_ff": 56,
+    "num_layers": 2,
+    "num_heads": 4,
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 9,
+    "dropout_rate": 0.0,
+    "decoder_start_token_id": 3,
+    "pad_token_id": 3,
+    "eos_token_id": None,
+}
 # The library's class, and what differs: head sizes that are no power of two, one head of keys and
 # values for four ranks, biases, norms of heads, other bases and activations, tied and untied.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -94,9 +108,22 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {**BERT, "hidden_size": 20, "hidden_act": "relu", "layer_norm_eps": 0.01},
     ),
 }
-FILLS = [case for case in CASES if case.startswith("bert")]
-"""Fill in tokens, and do not write."""
-WRITES = [case for case in CASES if case not in FILLS]
+CASES |= {
+    "t5": ("T5", T5),
+    "t5-1.1": (
+        "T5",
+        {
+            **T5,
+            "d_kv": 10,
+            "feed_forward_proj": "gated-gelu",
+            "tie_word_embeddings": False,
+            "layer_norm_epsilon": 0.01,
+            "relative_attention_num_buckets": 12,
+        },
+    ),
+}
+WRITES = [case for case in CASES if not case.startswith("bert")]
+"""Those that write tokens; the others fill in."""
 
 
 def build(case: str, seed: int = 0) -> Any:
@@ -105,13 +132,26 @@ def build(case: str, seed: int = 0) -> Any:
 
     name, settings = CASES[case]
     config = getattr(transformers, f"{name}Config")(**settings)
-    kinds = {"GPT2": "GPT2LMHeadModel", "Bert": "BertForMaskedLM"}
+    kinds = {
+        "GPT2": "GPT2LMHeadModel",
+        "Bert": "BertForMaskedLM",
+        "T5": "T5ForConditionalGeneration",
+    }
     kind = kinds.get(name, f"{name}ForCausalLM")
-    torch.manual_seed(seed)
+    torch.manual_seed(seed + 3 * (name == "T5"))
     model = getattr(transformers, kind)(config).eval()
+    if case == "t5-1.1":  # the library ties what this config says is not
+        model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
+        if name == "T5":  # large embeddings beside small layers say one token again and again
+            model.shared.weight.zero_()
+        for parameter_name, parameter in model.named_parameters():
+            noise = 0.3 if name == "T5" else 0.1
+            if parameter_name.endswith(("Attention.q.weight", "Attention.k.weight")):
+                noise = 0.0  # T5's scores are not scaled down, so that fp32 soon is not enough
+            parameter.add_(torch.randn_like(parameter) * noise)
+        if case == "t5":  # or a scaled head says next to nothing
+            model.decoder.final_layer_norm.weight.mul_(3)
     return model
 
 
@@ -132,7 +172,7 @@ def exact_turning(self: Any, x: Tensor, position_ids: Tensor) -> tuple[Tensor, T
 def exact(model: nn.Module) -> nn.Module:
     """In float64, also where the library computes in fp32 inside."""
     for module in model.double().modules():
-        if type(module).__name__.endswith("RMSNorm"):
+        if type(module).__name__.endswith(("RMSNorm", "T5LayerNorm")):
             module.forward = MethodType(exact_norm, module)
         if type(module).__name__.endswith("RotaryEmbedding"):
             module.forward = MethodType(exact_turning, module)
@@ -157,14 +197,42 @@ def token_types() -> Tensor:
     return torch.randint(3, (ROWS, T), generator=torch.Generator().manual_seed(2))
 
 
+def targets() -> tuple[Tensor, Tensor, Tensor]:
+    """(target_ids, mask, labels), (ROWS, 8) each, for a source: padded left and right."""
+    generator = torch.Generator().manual_seed(3)
+    ids, labels = torch.randint(V, (2, ROWS, 8), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[0, :2] = mask[3, 5:] = 0
+    labels[mask == 0] = labels[2, 1:4] = -100
+    return ids, mask, labels
+
+
+def their_inputs(model_type: str) -> tuple[dict[str, Tensor], Tensor]:
+    """What the library's model is called with, and labels."""
+    input_ids, mask, labels = batch(model_type == "bert")
+    found = {"input_ids": input_ids, "attention_mask": mask}
+    if model_type == "t5":
+        ids, target_mask, labels = targets()
+        return {**found, "decoder_input_ids": ids, "decoder_attention_mask": target_mask}, labels
+    found["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
+    return found | ({"token_type_ids": token_types()} if model_type == "bert" else {}), labels
+
+
+def our_inputs(model_type: str) -> tuple[tuple[Tensor, ...], dict[str, Tensor], Tensor]:
+    """What ours is called with, and which logits mean something."""
+    input_ids, mask, labels = batch(model_type == "bert")
+    if model_type == "t5":
+        ids, target_mask, labels = targets()
+        return (input_ids, mask, ids, labels), {"target_mask": target_mask}, target_mask == 1
+    more = {"token_types": token_types()} if model_type == "bert" else {}
+    return (input_ids, mask, labels), more, mask == 1
+
+
 def computed(model: Any) -> dict[str, Any]:
     """Its logits, loss and gradients by its names; the loss is computed in the logits' dtype."""
-    fills = "MaskedLM" in type(model).__name__
-    input_ids, mask, labels = batch(fills)
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    more = {"token_type_ids": token_types()} if fills else {}
+    inputs, labels = their_inputs(model.config.model_type)
     model.zero_grad()
-    logits = model(input_ids, attention_mask=mask, position_ids=positions, **more).logits
+    logits = model(**inputs).logits
     loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
     loss.backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters()}

@@ -163,10 +163,10 @@ def read_run(folder: Path) -> tuple[TrainConfig, Tokenizer]:
     """
     config = read_config(folder)
     config.model.check()
-    if config.model.architecture == "bert":
+    if config.model.architecture in ("bert", "t5"):
         raise ConfigError(
-            f"{folder} is a bert, which fills in tokens and writes no text; `convert to-hf` makes "
-            f"a folder of it for Hugging Face's BertForMaskedLM"
+            f"{folder} is a {config.model.architecture}, which goes on with no text; `convert "
+            f"to-hf` makes a folder of it for Hugging Face's library"
         )
     tokenizer = load_tokenizer(folder, _read_json(folder / META))
     if tokenizer.vocab_size != config.model.vocab_size:

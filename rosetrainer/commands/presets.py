@@ -15,6 +15,8 @@ PresetName = Literal[
     "llama-8b",
     "bert-tiny",
     "bert-base",
+    "t5-tiny",
+    "t5-small",
 ]
 # Of the third generation: eight heads of keys and values, and a slow turn.
 LLAMA = (
@@ -41,4 +43,9 @@ PRESETS: dict[PresetName, str] = {
     "--steps 300",
     "bert-base": "--architecture bert --context-length 512 --n-layers 12 --n-heads 12 "
     "--d-model 768 --dropout 0.1",
+    "t5-tiny": "--architecture t5 --no-bias --context-length 64 --n-layers 2 --n-heads 4 "
+    "--d-model 128 --optimizer muon --learning-rate 3e-3 --muon-learning-rate 0.05 "
+    "--global-batch-size 32 --steps 300",
+    "t5-small": "--architecture t5 --no-bias --context-length 512 --n-layers 6 --n-heads 8 "
+    "--d-model 512 --dropout 0.1",
 }

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -35,7 +36,7 @@ class Corpus:
 
     def train_batch(
         self, seed: int, step: int, global_batch_size: int, rows: range
-    ) -> tuple[Int64s, Int64s]:
+    ) -> tuple[Int64s, ...]:
         """Inputs and labels (R, T) of some rows of the batch of a step, counted from 0.
 
         A row's content follows from (seed, step x global_batch_size + row) alone: it is the same
@@ -63,7 +64,7 @@ class Corpus:
 
     def val_batches(
         self, tokens: int | None, batch_size: int, dp_rank: int = 0, dp_size: int = 1
-    ) -> Iterator[tuple[Int64s, Int64s, Floats]]:
+    ) -> Iterator[tuple[Any, ...]]:
         """Inputs, labels and floors (batch_size, T) of this rank: the first labels of val.bin.
 
         tokens: so many of them, None for all; they are cut to whole windows, at least one. Over the

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import count
+from typing import Any
 
 import numpy as np
 
 from rosetrainer.config import IGNORED, GPTConfig
 from rosetrainer.data.batches import Corpus
-from rosetrainer.data.markov import Floats
 from rosetrainer.data.token_file import Int64s
 from rosetrainer.validation import ConfigError
 
@@ -35,14 +35,14 @@ class MaskedCorpus(Corpus):
 
     def train_batch(
         self, seed: int, step: int, global_batch_size: int, rows: range
-    ) -> tuple[Int64s, Int64s]:
+    ) -> tuple[Int64s, ...]:
         """As Corpus.train_batch; what is hidden follows from (seed, step, row) alone too."""
         inputs, _ = super().train_batch(seed, step, global_batch_size, rows)
         return self.masked(inputs, seed, [step * global_batch_size + row for row in rows])
 
     def val_batches(
         self, tokens: int | None, batch_size: int, dp_rank: int = 0, dp_size: int = 1
-    ) -> Iterator[tuple[Int64s, Int64s, Floats]]:
+    ) -> Iterator[tuple[Any, ...]]:
         """As Corpus.val_batches, and without a floor: nobody knows that of a hidden token."""
         batches = super().val_batches(tokens, batch_size, dp_rank, dp_size)
         for index, (inputs, labels, floors) in zip(count(), batches, strict=False):

@@ -79,7 +79,7 @@ class TransformedHead(VocabParallelEmbedding):
         nn.Module.__init__(self)
         self.vocab_size, self.tp, self.table = table.vocab_size, table.tp, table
         self.dense = ReplicatedLinear(config.d_model, table.tp)
-        self.function, self.norm = ACTIVATIONS[config.activation or "gelu"], norm
+        self.function, self.norm = ACTIVATIONS[config.function], norm
         rows = shard_spec(table.weight)
         of_bias = replace(rows, shape=rows.shape[:1], pad=rows.pad[:1], init_std=0.0, decay=False)
         self.bias = new_parameter(of_bias)  # (V/tp,)

@@ -11,6 +11,7 @@ from rosetrainer.models.bert import Bert
 from rosetrainer.models.gpt import GPTModel
 from rosetrainer.models.llama import Llama
 from rosetrainer.models.rotary import RotaryGPT
+from rosetrainer.models.t5 import T5
 from rosetrainer.parallel.context import ParallelContext
 from rosetrainer.parallel.pipeline.split_backward import split_backward
 from rosetrainer.parallel.pipeline.stage import cut_model
@@ -21,6 +22,7 @@ ARCHITECTURES: dict[str, type[GPTModel]] = {
     "rotary": RotaryGPT,
     "llama": Llama,
     "bert": Bert,
+    "t5": T5,
 }
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rosetrainer.data.tokenizer import Tokenizer
 from rosetrainer.models.gpt import GPTModel
+from rosetrainer.models.t5 import Answer
 from rosetrainer.parallel.comm import all_reduce, broadcast_
 from rosetrainer.parallel.context import ParallelContext
 from rosetrainer.parallel.pipeline.runner import last_logits
@@ -53,7 +54,7 @@ def first_tokens(prompt: str | None, tokenizer: Tokenizer) -> list[int]:
 
 @torch.no_grad()
 def generate(
-    model: GPTModel,
+    model: GPTModel | Answer,
     prompt: Tensor,
     sampling: SamplingConfig,
     context: ParallelContext,

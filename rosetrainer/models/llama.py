@@ -142,11 +142,11 @@ def attend_in_groups(query: Tensor, key: Tensor, value: Tensor, *others: Any) ->
 
 
 class PlainFeedForward(FeedForward):
-    """GPT-2's with another activation, GELU unless given. (B, T, D) -> (B, T, D)"""
+    """GPT-2's with another activation. (B, T, D) -> (B, T, D)"""
 
     def __init__(self, config: GPTConfig, tp: Axis) -> None:
         super().__init__(config, tp)
-        self.function = ACTIVATIONS[config.activation or "gelu"]
+        self.function = ACTIVATIONS[config.function]
 
     def activation(self, x: Tensor) -> Tensor:
         return self.function(x)
@@ -161,7 +161,7 @@ class GatedFeedForward(nn.Module):
     def __init__(self, config: GPTConfig, tp: Axis) -> None:
         super().__init__()
         width = config.ff_width
-        self.function = ACTIVATIONS[GATES[config.activation or "swiglu"]]
+        self.function = ACTIVATIONS[GATES[config.function]]
         self.gate_up = ColumnParallelLinear(config.d_model, 2 * width, config.bias, stride=2, tp=tp)
         self.down = RowParallelLinear(
             *(width, config.d_model, config.bias), tp=tp, init_std=residual_std(width, config)
@@ -170,6 +170,10 @@ class GatedFeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, dim=-1)  # (B, T, F/tp) each
         return self.down(self.function(gate) * up)  # (B, T, D)
+
+
+def feed_forward_of(config: GPTConfig) -> type[nn.Module]:
+    return GatedFeedForward if config.is_gated else PlainFeedForward
 
 
 def block_of(config: GPTConfig) -> type[TransformerBlock]:
@@ -183,7 +187,7 @@ def block_of(config: GPTConfig) -> type[TransformerBlock]:
     class LlamaBlock(TransformerBlock):
         norm_class = norms.get(str(config.norm), Norm)
         attention_class = GroupedQueryAttention
-        feed_forward_class = GatedFeedForward if config.is_gated else PlainFeedForward
+        feed_forward_class = feed_forward_of(config)
 
     return LlamaBlock
 

@@ -24,6 +24,8 @@ KNOWN: dict[str, tuple[str | None, ...] | None] = {  # the settings that the ora
     **dict.fromkeys(("d_ff", "bias", "tied", "dropout", "rotary_base", "rotary_fraction")),
     **dict.fromkeys(("n_kv_heads", "norm_eps", "qkv_bias", "dense_bias", "qk_norm")),
     **dict.fromkeys(("token_types", "mask_token")),
+    **dict.fromkeys(("relative_buckets", "relative_distance")),
+    **dict.fromkeys(("start_token", "end_token", "sentinel_token")),
     "norm": (None, *NORMS),
     "activation": (None, *GATED, *PLAIN),
     "rotary_pairs": (None, "halves", "neighbours"),

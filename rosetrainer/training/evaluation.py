@@ -33,12 +33,13 @@ def evaluate(
     dp = context.dp
     split = (config.evaluation.eval_tokens, config.optim.micro_batch(dp.size), dp.rank, dp.size)
     sums = torch.zeros(4, dtype=torch.float64)  # labels, loss, loss - floor, its square
-    for inputs, labels, floors in corpus.val_batches(*split):
+    for inputs, labels, floors, *more in corpus.val_batches(*split):
         if should_stop():
             return None
         target = torch.from_numpy(labels)
+        ids, *others = (torch.from_numpy(a).to(context.device) for a in (inputs, *more))
         with autocast():
-            x = last_hidden(model, torch.from_numpy(inputs).to(context.device), context)
+            x = last_hidden(model, ids, context, others=others)
             if x is None:
                 continue  # the last stage's ranks know the losses
             _, losses = model.output_head.loss(x, target.to(context.device))

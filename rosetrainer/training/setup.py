@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from datetime import timedelta
@@ -13,9 +14,10 @@ import torch
 from rosetrainer.checkpoint.huggingface.load import find_weights, load_weights
 from rosetrainer.checkpoint.run_folder import check_unlocked, describe_run
 from rosetrainer.checkpoint.saver import Saver, load_checkpoint
-from rosetrainer.config import TrainConfig
+from rosetrainer.config import GPTConfig, TrainConfig
 from rosetrainer.data.batches import Corpus, open_corpus
 from rosetrainer.data.masked_tokens import hide_tokens
+from rosetrainer.data.span_corruption import corrupt_spans
 from rosetrainer.environment import choose_device, world_from_environment
 from rosetrainer.hardware.block_compile import compile_blocks, compiles
 from rosetrainer.hardware.kernels import fast_kernels
@@ -61,6 +63,10 @@ from rosetrainer.training.run_identity import settle_dtype
 from rosetrainer.training.trainer import Trainer, TrainingState
 from rosetrainer.validation import ConfigError
 
+Objective = Callable[[Corpus, GPTConfig, bool], tuple[GPTConfig, Corpus]]
+OBJECTIVES: dict[str, Objective] = {"bert": hide_tokens, "t5": corrupt_spans}
+"""What is learned from a corpus where it is not the next token, by the architecture."""
+
 
 def check_config(
     config: TrainConfig, world_size: int
@@ -82,8 +88,8 @@ def check_config(
     corpus.tokenizer()  # better found broken now than by whoever wants text of the trained model
     if config.run.init_from:
         check_init_from(config.run.init_from, config, corpus)
-    if config.model.architecture == "bert":
-        model, corpus = hide_tokens(corpus, config.model, config.run.init_from is not None)
+    if objective := OBJECTIVES.get(config.model.architecture):
+        model, corpus = objective(corpus, config.model, config.run.init_from is not None)
         config = replace(config, model=model)
     else:
         config = config.with_settings(vocab_size=corpus.meta.vocab_size)

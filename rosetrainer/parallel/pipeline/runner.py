@@ -210,10 +210,19 @@ def sum_tied_gradients(model: Any, context: ParallelContext) -> None:
             parameter.grad += receiving.wait()
 
 
-def last_hidden(model: Any, ids: Tensor, context: ParallelContext, seed: Seed = None) -> Any:
-    """What the output head reads, on the last stage's ranks; None on others. No gradient."""
+def last_hidden(
+    model: Any,
+    ids: Tensor,
+    context: ParallelContext,
+    seed: Seed = None,
+    others: Sequence[Tensor] = (),
+) -> Any:
+    """What the output head reads, on the last stage's ranks; None on others. No gradient.
+
+    others: what a model beside ids takes; none in a pipeline.
+    """
     if context.pp.size == 1:
-        return model.hidden(ids, seed=seed)
+        return model.hidden(ids, *others, seed=seed)
     pp = context.pp
     stages: dict[int, Stage] = stages_of_rank(model, context)
     owners = owners_of_stages(context.parallel)

@@ -1,0 +1,144 @@
+"""The objective of T5: spans are cut out of a text, and the model writes what stood there.
+
+"Exploring the Limits of Transfer Learning with a Unified Text-to-Text Transformer" (Raffel et al.).
+Shape letters: R rows of a batch, C context_length, S source, T target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import count
+from typing import Any
+
+import numpy as np
+
+from rosetrainer.config import IGNORED, GPTConfig
+from rosetrainer.data.batches import Corpus
+from rosetrainer.data.masked_tokens import EVALUATION
+from rosetrainer.data.token_file import Int64s
+from rosetrainer.validation import ConfigError
+
+CUT = 0.15  # of a row's tokens, at least one
+SPAN = 3  # tokens of a span in the mean
+SENTINELS = 100  # ids that stand for a span, where the vocabulary is made here
+ROUNDED_TO = 8  # lengths, which sequence parallelism divides
+
+
+@dataclass(frozen=True)
+class SpecialTokens:
+    start: int
+    end: int
+    sentinel: int
+    """Of the first span; the ids before it, downwards, are those of the next ones."""
+
+
+class SpanCorpus(Corpus):
+    """Batches of the same windows, each a source without its spans, and these as target.
+
+    Of "a b c d e f g" without "b c" and "f" the source is "a X d e Y g end", and the target "X b c
+    Y f end", X and Y the first two sentinels. All rows have as many spans, so they are as long.
+    """
+
+    def __init__(self, corpus: Corpus, special: SpecialTokens) -> None:
+        plain = replace(corpus.meta, bytes_per_token=None, chain=None, floor_nats=None)
+        super().__init__(corpus.folder, plain, [corpus._train, corpus._val], corpus.context_length)
+        self.special = special
+        self.cut = max(round(CUT * corpus.context_length), 1)
+        self.spans = max(round(self.cut / SPAN), 1)
+        self.source_length = corpus.context_length - self.cut + self.spans + 1
+        self.target_length = self.cut + self.spans + 1
+
+    def train_batch(
+        self, seed: int, step: int, global_batch_size: int, rows: range
+    ) -> tuple[Int64s, ...]:
+        """Sources (R, S), their masks, targets (R, T) and labels (R, T) of some rows of a step.
+
+        As of Corpus.train_batch; what is cut out follows from (seed, step, row) alone too.
+        """
+        windows, _ = super().train_batch(seed, step, global_batch_size, rows)
+        return self.corrupted(windows, seed, [step * global_batch_size + row for row in rows])
+
+    def val_batches(
+        self, tokens: int | None, batch_size: int, dp_rank: int = 0, dp_size: int = 1
+    ) -> Iterator[tuple[Any, ...]]:
+        """Sources, labels and floors, all 0, as Corpus.val_batches; then masks and targets."""
+        batches = super().val_batches(tokens, batch_size, dp_rank, dp_size)
+        for index, (windows, old_labels, _) in zip(count(), batches, strict=False):
+            first = (index * dp_size + dp_rank) * batch_size
+            numbers = list(range(first, first + batch_size))
+            sources, masks, targets, labels = self.corrupted(windows, EVALUATION, numbers)
+            labels[(old_labels == IGNORED).all(axis=1)] = IGNORED  # no window
+            yield sources, labels, np.zeros(labels.shape), masks, targets
+
+    def corrupted(self, windows: Int64s, seed: int, numbers: list[int]) -> tuple[Int64s, ...]:
+        """(R, C) windows -> sources, masks, targets, labels. numbers: of each row in the seed."""
+        rows = len(windows)
+        S, T = (-(-n // ROUNDED_TO) * ROUNDED_TO for n in (self.source_length, self.target_length))
+        sources, masks = np.full((rows, S), self.special.end), np.zeros((rows, S), np.int64)
+        masks[:, : self.source_length] = 1
+        targets, labels = np.full((rows, T), self.special.end), np.full((rows, T), IGNORED)
+        for row, number in enumerate(numbers):
+            source, target = self.parts_of(windows[row], seed, number)
+            sources[row, : len(source)] = source
+            labels[row, : len(target)] = target
+            targets[row, : len(target)] = [self.special.start, *target[:-1]]
+        return sources, masks, targets, labels
+
+    def parts_of(self, window: Int64s, seed: int, number: int) -> tuple[list[int], list[int]]:
+        """The window without its spans, and these. Only before the first one may be no text, so
+        that no two spans touch."""
+        philox = np.random.Philox(key=np.array([seed, number], np.uint64), counter=[0, 0, 0, 2])
+        kept = len(window) - self.cut
+        cuts = divided(self.cut, self.spans, philox)
+        texts = divided(kept + 1, self.spans + 1, philox)
+        texts[0] -= 1
+        source, target, place = [], [], 0
+        for number_of_span, (text, cut) in enumerate(zip(texts, [*cuts, 0], strict=True)):
+            source += window[place : place + text].tolist()
+            if cut:
+                sentinel = self.special.sentinel - number_of_span
+                source.append(sentinel)
+                target += [sentinel, *window[place + text : place + text + cut].tolist()]
+            place += text + cut
+        return [*source, self.special.end], [*target, self.special.end]
+
+
+def divided(total: int, parts: int, philox: np.random.Philox) -> list[int]:
+    """Positive numbers with this sum, each such list as likely as any other."""
+    order = np.argsort(philox.random_raw(max(total - 1, 1)), kind="stable")
+    borders = sorted(int(place) + 1 for place in order[: parts - 1])
+    return [end - start for start, end in zip([0, *borders], [*borders, total], strict=True)]
+
+
+def corrupt_spans(corpus: Corpus, model: GPTConfig, is_given: bool) -> tuple[GPTConfig, SpanCorpus]:
+    """The model with its vocabulary and its special tokens, and the corpus with that objective.
+
+    is_given: it is a checkpoint's model, which has its vocabulary already. Raises ConfigError for
+    an id that it lacks, or a context too short to have something cut out.
+    """
+    size = corpus.meta.vocab_size
+    names = ("start_token", "end_token", "sentinel_token")
+    given = {name: getattr(model, name) for name in names}
+    if is_given:
+        own = model.vocab_size
+        if missing := [name for name, token in given.items() if token is None]:
+            flag = "--" + missing[0].replace("_", "-")
+            raise ConfigError(f"{missing[0]} is not said by the folder of --init-from; give {flag}")
+    else:
+        own = size + 2 + SENTINELS
+        behind = dict(zip(names, (size, size + 1, own - 1), strict=True))
+        given = {name: behind[name] if given[name] is None else given[name] for name in names}
+    for name, token in given.items():
+        if token >= own:
+            raise ConfigError(
+                f"{name}={token} is no id of the vocabulary; it can be 0 to {own - 1}"
+            )
+    changed = SpanCorpus(corpus, SpecialTokens(*given.values()))
+    longest = -(-changed.source_length // ROUNDED_TO) * ROUNDED_TO
+    if longest > corpus.context_length or changed.spans > min(SENTINELS, given["sentinel_token"]):
+        raise ConfigError(
+            f"context_length={corpus.context_length}: a source would have {longest} tokens, with "
+            f"{changed.spans} spans cut out; it can be a multiple of {ROUNDED_TO} from 16 to 2000"
+        )
+    return replace(model, vocab_size=own, **given), changed
