@@ -123,9 +123,9 @@ def lag(rank: int) -> None:
     trainer.train_step = train_step  # type: ignore[assignment]
 
 
-@pytest.mark.parametrize("layout", ["--tp-size", "--dp-size"])
+@pytest.mark.parametrize("layout", ["--tp-size 2", "--dp-size 2", "--pp-size 2 --n-layers 2"])
 def test_a_slow_rank_is_named_within_20_steps(layout: str, markov: Path, tmp_path: Path) -> None:
-    command = [*LONG, layout, "2", "--data", str(markov), "--out", str(tmp_path / "run")]
+    command = [*LONG, *layout.split(), "--data", str(markov), "--out", str(tmp_path / "run")]
     outcome = run(2, command, prepare=lag)
     assert outcome.statuses == [0, 0], outcome.complained
     found = re.search(r"rank 1 is slow: .* ms a step by itself", outcome.said)
