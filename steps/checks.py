@@ -174,8 +174,7 @@ def check_core(name: str, package: Path) -> None:
     sources = as_package(origin.read_text()), package.read_text()
     if here in ADDED_TO:
         taught, known = map(definitions, sources)
-        alike = [name for name in taught if name not in ADDED_TO[here]]
-        sources = "\n".join(map(taught.get, alike)), "\n".join(known.get(d, "") for d in alike)
+        sources = "\n".join(taught.values()), "\n".join(known.get(d, "") for d in taught)
     (ours, used), (theirs, imported) = map(body_and_imports, sources)
     if (ours, used) == (theirs, imported):
         return

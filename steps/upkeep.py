@@ -25,13 +25,9 @@ CORE = {  # a step's file, and the package's that is the same code
     "precision.py": "optim/precision.py",
     "non_finite.py": "optim/non_finite.py",
     "overlap.py": "parallel/overlap.py",
+    "split_backward.py": "parallel/pipeline/split_backward.py",
 }
-ADDED_TO: dict[str, tuple[str, ...]] = {  # the package's has more functions than the step's,
-    "optim/non_finite.py": ("check_gradients",),  # and in these more lines: a pipeline's
-    "parallel/comm.py": (),
-    "parallel/context.py": ("ParallelContext", "init_parallel"),
-    "parallel/sharding.py": (),
-}
+ADDED_TO = ("optim/non_finite.py",)  # the package's has more functions than the step's
 MERGED = STEPS / ".propagate"  # conflicts that were handed to a person, until all is merged
 
 

@@ -306,7 +306,7 @@ def test_check_fails_on_a_step_without_a_mistake(root: Path) -> None:
     )
 
 
-NOT_THE_PACKAGE_S = "20_head_and_loss_in_chunks/comm.py is not the package's parallel/comm.py"
+NOT_THE_PACKAGE_S = "22_zero_bubble/comm.py is not the package's parallel/comm.py"
 CARRY_ON = "then run steps.py propagate and readme: what a step teaches is what the package does"
 
 
@@ -327,7 +327,7 @@ def test_check_fails_where_the_core_imports_something_else(root: Path) -> None:
     old = "from contextlib import nullcontext\n"
     edit(root / "rosetrainer/parallel/recompute.py", old, f"import os\n{old}")
     assert refused(root) == (
-        "20_head_and_loss_in_chunks/recompute.py is not the package's parallel/recompute.py: only "
+        "22_zero_bubble/recompute.py is not the package's parallel/recompute.py: only "
         f"one of them imports os; make them equal, {CARRY_ON}"
     )
 
@@ -342,10 +342,10 @@ def test_check_fails_where_a_file_of_the_core_has_another_name(root: Path) -> No
 
 def test_check_fails_where_a_function_is_not_that_of_the_step(root: Path) -> None:
     """Where the package may have more of them."""
-    path = root / "rosetrainer/parallel/sharding.py"
+    path = root / "rosetrainer/optim/non_finite.py"
     assert path.read_text().count("\ndef ") > 1
     path.write_text(re.sub(r"\ndef (\w+)\(", r"\ndef its_\1(", path.read_text(), count=1))
-    assert " is not the package's parallel/sharding.py: `" in refused(root)
+    assert " is not the package's optim/non_finite.py: `" in refused(root)
 
 
 def test_check_fails_where_the_package_computes_something_else(root: Path) -> None:

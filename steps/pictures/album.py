@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ladder import STEPS, StepError, folders
 
-from pictures import attention, first, later, layers, mesh, plots, road
+from pictures import attention, first, later, layers, mesh, pipeline, plots, road
 
 STEP_PICTURES: dict[str, Callable[[], str]] = {
     "00": first.two_ranks,
@@ -31,6 +31,8 @@ STEP_PICTURES: dict[str, Callable[[], str]] = {
     "18": later.resharded,
     "19": later.overlap,
     "20": later.chunks,
+    "21": pipeline.all_forward_and_in_turn,
+    "22": pipeline.weights_fill_the_gaps,
 }
 STEP_PLOTS: dict[str, Callable[[Path], str]] = {
     "02": plots.with_floor,
