@@ -5,12 +5,14 @@ Shape letters: T sequence. Every step has another global batch, in float64.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pairwise
 import torch
 import torch.nn.functional as F
 from lattice import oracle_optimizer, worst
@@ -26,6 +28,7 @@ from rosetrainer.parallel.dropout import DropoutSeed
 from rosetrainer.parallel.pipeline.runner import last_hidden, last_logits
 from rosetrainer.parallel.replicas import checksum
 from rosetrainer.parallel.sharding import draw_whole, gather_whole, load_whole, shard_spec
+from rosetrainer.parallel_config import STAGES_PER_RANK
 from rosetrainer.proof.oracles import build_reference
 from rosetrainer.proof.reference import ReferenceDropout, ReferenceGPT
 from rosetrainer.training.step import compute_gradients
@@ -95,6 +98,36 @@ class Layout:
         """What is computed, whatever the layout."""
         plain = Layout(1, "1f1b", self.micro_batches, self.layers, self.tied, dp=self.dp)
         return replace(plain, dropout=self.dropout, kv_heads=self.kv_heads)
+
+
+FACTORS: dict[str, tuple[Any, ...]] = {
+    "ranks": ((2, 1, 1), (3, 1, 1), (4, 1, 1), (2, 2, 1), (2, 1, 2)),  # pp, tp, dp
+    "schedule": ("afab", "1f1b", "interleaved", "zero-bubble", "zero-bubble-v"),
+    "micro_batches": (3, 5, 8),
+    "layers": (5, 7, 8),
+    "tied": (True, False),
+    "sequence_parallel": (False, True),
+    "recompute": ("none", "attention", "block"),
+    "dropout": (0.0, 0.1),
+    "kv_heads": (None, 1),
+}
+
+
+def runs(row: tuple[Any, ...]) -> bool:
+    """Whether the schedule can run with these ranks, micro-batches and layers."""
+    (pp, _, _), schedule, micro_batches, layers, *_ = row
+    stages = pp * STAGES_PER_RANK[schedule][0]
+    return stages <= layers and not (schedule == "interleaved" and micro_batches % pp)
+
+
+@functools.cache
+def layouts() -> list[Layout]:
+    """Those that meet every pair of settings that can be met."""
+    found = []
+    for (pp, tp, dp), *rest in pairwise.rows(list(FACTORS.values()), runs):
+        settings = dict(zip(list(FACTORS)[1:], rest, strict=True))
+        found.append(Layout(pp, tp=tp, dp=dp, **settings))
+    return found
 
 
 def whole_weights(config: GPTConfig) -> dict[str, Tensor]:

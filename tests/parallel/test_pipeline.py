@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import pipelines
@@ -32,29 +34,13 @@ SINGLE = {
     "zero-bubble": Layout(3, "zero-bubble", 5, 5, dropout=0.1),
     "zero-bubble-v": Layout(2, "zero-bubble-v", 3, tied=False),
 }
-LAYOUTS = [
-    Layout(2, "1f1b", 5, 7, tied=False),
-    Layout(2, "1f1b", 1, dropout=0.1),
-    Layout(2, "zero-bubble", 5, recompute="block"),
-    Layout(2, "zero-bubble-v", 8, 7, dropout=0.1, recompute="attention"),
-    Layout(3, "afab", 5, 7, tied=False, dropout=0.1),
-    Layout(3, "1f1b", 2),
-    Layout(3, "interleaved", 3, 7, tied=False),
-    Layout(4, "1f1b", 5, 7),
-    Layout(4, "interleaved", 8, 8, stages_per_rank=2),
-    Layout(4, "zero-bubble", 8, 5, tied=False),
-    Layout(4, "zero-bubble-v", 5, 8),
-    Layout(2, "1f1b", 5, 5, dp=2, dropout=0.1),
-    Layout(2, "afab", 3, 7, tied=False, tp=2, sequence_parallel=True),
-    Layout(2, "zero-bubble", 3, 5, tp=2, dropout=0.1),
-    Layout(2, "interleaved", 4, 7, tp=2, recompute="attention", sequence_parallel=True),
-    Layout(2, "zero-bubble-v", 3, 5, tp=2, sequence_parallel=True, recompute="block"),
+EIGHT_RANKS = [
     Layout(2, "1f1b", 3, 5, dp=2, tp=2, dropout=0.1, sequence_parallel=True),
     Layout(2, "zero-bubble-v", 5, 7, tied=False, dp=2, tp=2),
     Layout(4, "zero-bubble", 5, 7, dp=2),
-    Layout(2, "1f1b", 3, 5, tp=2, dropout=0.1, kv_heads=1),
-    Layout(2, "interleaved", 4, 7, tied=False, tp=2, sequence_parallel=True, kv_heads=1),
 ]
+FEW_MICRO_BATCHES = [Layout(2, "1f1b", 1, dropout=0.1), Layout(3, "1f1b", 2)]
+LAYOUTS = [*pipelines.layouts(), *EIGHT_RANKS, *FEW_MICRO_BATCHES]
 
 
 @pytest.fixture(scope="session")
@@ -85,6 +71,20 @@ def test_what_several_ranks_hold_is_bitwise_alike(layout: Layout, results: Resul
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_the_ledger_counts_every_message(layout: Layout, results: Results) -> None:
     check_ledger(layout, results[layout])
+
+
+def test_every_pair_of_settings_that_can_run_is_met() -> None:
+    names = list(pipelines.FACTORS)[1:]
+    rows = [
+        ((one.pp, one.tp, one.dp), *(getattr(one, name) for name in names))
+        for one in pipelines.layouts()
+    ]
+    every = itertools.product(*pipelines.FACTORS.values())
+    assert pairs(rows) == pairs(row for row in every if pipelines.runs(row))
+
+
+def pairs(rows: Iterable[tuple[Any, ...]]) -> set[Any]:
+    return set().union(*(itertools.combinations(enumerate(row), 2) for row in rows))
 
 
 def check_results(layout: Layout, found: list[dict[str, Any]]) -> None:
