@@ -97,7 +97,11 @@ class ParallelConfig:
             )
 
     def check_device(self, kind: str) -> None:
-        """Raises ConfigError where a pipeline's messages have not been tried."""
+        """Raises ConfigError where a pipeline's messages would wait for each other.
+
+        Between two ranks nccl runs messages of both directions in the order in which a rank posts
+        them, and the runner posts receives ahead of sends: on CUDA both ranks would receive first.
+        """
         if self.pp_size > 1 and kind != "cpu":
             raise ConfigError(
                 f"pp_size={self.pp_size} sends by gloo, on CPUs only, and device={kind}; pp_size "
