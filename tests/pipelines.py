@@ -100,34 +100,43 @@ class Layout:
         return replace(plain, dropout=self.dropout, kv_heads=self.kv_heads)
 
 
+FUNCTIONS = (
+    {"micro_batches": 3, "layers": 5},
+    {"micro_batches": 5, "layers": 7, "tied": False, "dropout": 0.1},
+    {"micro_batches": 8, "layers": 8, "dropout": 0.1},
+    {"micro_batches": 8, "layers": 7, "tied": False, "kv_heads": 1},
+    {"micro_batches": 3, "layers": 8, "dropout": 0.1, "kv_heads": 1},
+)
+"""What is computed; few, for the oracle takes as long as the ranks."""
+
 FACTORS: dict[str, tuple[Any, ...]] = {
     "ranks": ((2, 1, 1), (3, 1, 1), (4, 1, 1), (2, 2, 1), (2, 1, 2)),  # pp, tp, dp
     "schedule": ("afab", "1f1b", "interleaved", "zero-bubble", "zero-bubble-v"),
-    "micro_batches": (3, 5, 8),
-    "layers": (5, 7, 8),
-    "tied": (True, False),
+    "function": tuple(range(len(FUNCTIONS))),
     "sequence_parallel": (False, True),
     "recompute": ("none", "attention", "block"),
-    "dropout": (0.0, 0.1),
-    "kv_heads": (None, 1),
 }
 
 
-def runs(row: tuple[Any, ...]) -> bool:
+def can_run(row: tuple[Any, ...]) -> bool:
     """Whether the schedule can run with these ranks, micro-batches and layers."""
-    (pp, _, _), schedule, micro_batches, layers, *_ = row
+    (pp, _, _), schedule, function, *_ = row
+    sizes: Any = FUNCTIONS[function]
     stages = pp * STAGES_PER_RANK[schedule][0]
-    return stages <= layers and not (schedule == "interleaved" and micro_batches % pp)
+    whole = schedule != "interleaved" or sizes["micro_batches"] % pp == 0
+    return stages <= sizes["layers"] and whole
 
 
 @functools.cache
-def layouts() -> list[Layout]:
-    """Those that meet every pair of settings that can be met."""
-    found = []
-    for (pp, tp, dp), *rest in pairwise.rows(list(FACTORS.values()), runs):
-        settings = dict(zip(list(FACTORS)[1:], rest, strict=True))
-        found.append(Layout(pp, tp=tp, dp=dp, **settings))
-    return found
+def rows() -> list[tuple[Any, ...]]:
+    """Of FACTORS, those that meet every pair of settings that can be met."""
+    return pairwise.rows(list(FACTORS.values()), can_run)
+
+
+def layout_of(row: tuple[Any, ...]) -> Layout:
+    (pp, tp, dp), schedule, function, sequence_parallel, recompute = row
+    how: Any = {"sequence_parallel": sequence_parallel, "recompute": recompute}
+    return Layout(pp, schedule, tp=tp, dp=dp, **FUNCTIONS[function], **how)
 
 
 def whole_weights(config: GPTConfig) -> dict[str, Tensor]:
