@@ -46,19 +46,40 @@ for folder, *modules in (sys.argv[1:5], sys.argv[5:]):
 """
 
 
-def check() -> None:
-    """Raises StepError with the first thing that does not hold."""
-    for path in sorted(STEPS.glob("*/*.py")):
-        check_source(path)
-    for step in folders():
+def check(which: str | None = None) -> list[Path]:
+    """All of it, one step's own files and pages (its number), or the `core` alone.
+
+    Returns the steps that were looked at. Raises StepError with the first thing that does not hold.
+    """
+    if which and which != "core":
+        steps = [find(which)]
+    else:
+        steps = [] if which else folders()
+    check_steps(steps)
+    if which in (None, "core"):
+        check_shared()
+    return steps
+
+
+def check_steps(steps: list[Path]) -> None:
+    for step in steps:
+        for path in sorted(step.glob("*.py")):
+            check_source(path)
+    for step in steps:
         pages(step)  # all are there: they link to each other
-    for step in folders():
+    for step in steps:
         check_step(step)
-    check_chinese()
-    check_pictures()
-    for step in folders():
+    check_chinese([step / "README.zh.md" for step in steps])
+    check_pictures(steps)
+    for step in steps:
         for page in pages(step):
             check_sections(page)
+
+
+def check_shared() -> None:
+    """What no step has to itself: the other Chinese pages, and what the package shares."""
+    root = STEPS.parent
+    check_chinese([*STEPS.glob("*.zh.md"), *root.glob("*.zh.md"), *PACKAGE.rglob("*.zh.md")])
     for name, path in CORE.items():
         check_core(name, PACKAGE / path)
     for since, command in (("HEAD", "propagate"), ("HEAD~1", "propagate HEAD~1")):

@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Collection
 from functools import cache
+from itertools import chain
 from pathlib import Path
 
 STEPS = Path(__file__).resolve().parent
@@ -67,35 +68,35 @@ def diff(step: Path) -> dict[str, str]:
     old = parent(step)
     changed = {}
     for name in python_files(old, step):
-        before, after = (read(folder / name) if folder else [] for folder in (old, step))
+        before, after = (tuple(read(folder / name)) if folder else () for folder in (old, step))
         origin = f"{old.name}/{name}" if old and before else "/dev/null"
-        lines = difflib.unified_diff(before, after, origin, f"{step.name}/{name}", n=2)
-        changed[name] = "".join(lines)
+        changed[name] = unified_diff(before, after, origin, f"{step.name}/{name}")
     return {name: text for name, text in changed.items() if text}
+
+
+@cache  # a page shows parts of it in several places, in two languages
+def unified_diff(before: tuple[str, ...], after: tuple[str, ...], origin: str, changed: str) -> str:
+    return "".join(difflib.unified_diff(before, after, origin, changed, n=2))
 
 
 def added_code(step: Path, but: Collection[str] = ()) -> int:
     """Lines of code that the parent has not, outside of some files: no blank line, comment or
     docstring, and no line that only moved, within its file or to another."""
-    old = parent(step)
-    changes: Counter[str] = Counter()
-    for name in sorted(set(python_files(old, step)) - set(but)):
-        before, after = ("".join(read(folder / name)) if folder else "" for folder in (old, step))
-        if before == after:  # as most files are
-            continue
-        for change in difflib.ndiff(code_lines(before), code_lines(after)):
-            if change[0] in "+-":
-                changes[change[0] + change[1:].strip()] += 1
-    added = {line[1:]: n for line, n in changes.items() if line[0] == "+"}
-    return sum(max(n - changes["-" + line], 0) for line, n in added.items())
+    counts: list[Counter[str]] = []
+    for folder in (step, parent(step)):
+        names = set(python_files(folder)) - set(but)
+        sources = ("".join(read(folder / name)) for name in names) if folder else ()
+        counts.append(Counter(chain.from_iterable(map(code_lines, sources))))
+    return (counts[0] - counts[1]).total()
 
 
 @cache
 def code_lines(source: str) -> tuple[str, ...]:
+    """Without their indentation."""
     documented: set[int] = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
             documented.update(range(node.lineno, (node.end_lineno or node.lineno) + 1))
-    numbered = enumerate(source.splitlines(), 1)
-    code = ((s, s.strip()) for n, s in numbered if n not in documented)
-    return tuple(line for line, bare in code if bare and bare[0] != "#")
+    numbered = enumerate(map(str.strip, source.splitlines()), 1)
+    code = (line for n, line in numbered if n not in documented)
+    return tuple(line for line in code if line and line[0] != "#")

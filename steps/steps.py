@@ -10,7 +10,8 @@ for keepers
   readme [NN]         writes each page's diff, excerpts and picture from the real files
   propagate [COMMIT]  carries a fix, what changed since COMMIT (HEAD), from its step to those that
                       grow out of it, and to the package
-  check               all of it holds: fresh pages, both languages, 200 lines, the core, propagate
+  check [NN | core]   all of it holds, or what one step has to itself, or what the package shares:
+                      fresh pages, both languages, 200 lines; the core, propagate
   rehearse            runs each step's tests and a short training, on 1, 2 and 4 ranks
   new NN_NAME [NN]    the next step, a copy of the last one (or of NN) with pages to fill in
 """
@@ -93,9 +94,8 @@ def main(argv: list[str]) -> int:
                 raise StepError(f"git knows no commit {commit[0]}; git log --oneline lists them")
             changed = propagate(since=(commit or ["HEAD"])[0])
             print("\n".join(changed) or "nothing to carry: no step differs from the last commit")
-        case ["check"]:
-            check()
-            for step in folders():
+        case ["check", *which] if len(which) < 2:
+            for step in check(*which):
                 print(f"{step.name}: {added_code(step)} added lines of code")
         case ["rehearse"]:
             return rehearse()

@@ -112,14 +112,19 @@ def propagate(write: bool = True, since: str = "HEAD") -> list[str]:
         for name in python_files(origin, step)
     ]
     pairs += [(last_with(name), PACKAGE / path) for name, path in CORE.items()]
+    named = git("diff", "--name-only", "--relative", since).stdout.splitlines()
+    differ = {STEPS / name for name in named}
     for origin, file in pairs:
+        if origin not in differ:
+            continue
         to = as_package if PACKAGE in file.parents else str
         base = committed(origin, since)
         theirs = origin.read_text() if origin.exists() else None
-        if base == theirs or base is None:  # unchanged, or new: a file enters by its own step
+        if base is None:  # a new file enters by its own step
             continue
         carried = None if theirs is None else to(theirs)
         if merge(file, to(base), carried, origin.parent.name, write):
+            differ.add(file)
             changed.append(str(file.relative_to(STEPS.parent)))
     if write:
         MERGED.unlink(missing_ok=True)

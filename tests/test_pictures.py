@@ -106,7 +106,7 @@ def test_check_fails_where_a_step_has_other_numbers_than_its_picture(copy: Path)
     script = copy / "steps/00_two_ranks/two_ranks.py"
     script.write_text(script.read_text().replace("TIMEOUT = 5.0", "TIMEOUT = 6.0"))
     for _ in range(2):  # the diff first, then the picture
-        refused = steps(copy, "check").stderr
+        refused = steps(copy, "check", "00").stderr
         if refused.startswith("error: 00_two_ranks/README.md"):
             pages = copy / "steps/00_two_ranks"
             kept = (pages / "picture.svg").read_text()
@@ -144,7 +144,7 @@ def test_measure_refuses_a_step_without_a_plot(copy: Path) -> None:
 def test_check_fails_where_a_page_shows_no_picture(copy: Path) -> None:
     page = copy / "steps/04_column_parallel_linear/README.zh.md"
     page.write_text(page.read_text().replace("](picture.svg)", "](other.svg)"))
-    refused = steps(copy, "check").stderr
+    refused = steps(copy, "check", "04").stderr
     assert refused == "error: 04_column_parallel_linear/README.zh.md does not show picture.svg\n"
 
 
@@ -152,8 +152,8 @@ def test_check_asks_for_the_picture_of_a_new_step(copy: Path) -> None:
     assert steps(copy, "new", "42_from_the_last").returncode == 0
     step = copy / "steps/42_from_the_last"
     shutil.copy(copy / "steps/20_head_and_loss_in_chunks/mistake.patch", step)
-    assert steps(copy, "readme").returncode == 0
-    assert steps(copy, "check").stderr == (
+    assert steps(copy, "readme", "42").returncode == 0
+    assert steps(copy, "check", "42").stderr == (
         "error: 42_from_the_last has no picture; give it one in steps/pictures/album.py\n"
     )
 

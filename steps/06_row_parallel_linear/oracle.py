@@ -33,12 +33,12 @@ def gelu(x: Tensor) -> Tensor:
 
 
 def attend(config: GPTConfig, query: Tensor, seen: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """(H*K): what each head of one token makes of the (key, value) that it sees, one at a time."""
+    """(H*K): what each head of one token makes of the (key, value) that it sees."""
     heads, K = [], config.head_width
+    keys, values = (torch.stack(rows) for rows in zip(*seen, strict=True))
     for own in (slice(first, first + K) for first in range(0, len(query), K)):
-        scores = torch.stack([query[own] @ key[own] / math.sqrt(K) for key, _ in seen])
-        probabilities = zip(scores.softmax(0), seen, strict=True)
-        heads.append(sum(share * value[own] for share, (_, value) in probabilities))
+        probabilities = (keys[:, own] @ query[own] / math.sqrt(K)).softmax(0)
+        heads.append(probabilities @ values[:, own])
     return torch.cat(heads)
 
 

@@ -33,12 +33,12 @@ def gelu(x: Tensor) -> Tensor:
 
 
 def attend(config: GPTConfig, query: Tensor, seen: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """(H*K): what each head of one token makes of the (key, value) that it sees, one at a time."""
+    """(H*K): what each head of one token makes of the (key, value) that it sees."""
     heads, K = [], config.head_width
+    keys, values = (torch.stack(rows) for rows in zip(*seen, strict=True))
     for own in (slice(first, first + K) for first in range(0, len(query), K)):
-        scores = torch.stack([query[own] @ key[own] / math.sqrt(K) for key, _ in seen])
-        probabilities = zip(scores.softmax(0), seen, strict=True)
-        heads.append(sum(share * value[own] for share, (_, value) in probabilities))
+        probabilities = (keys[:, own] @ query[own] / math.sqrt(K)).softmax(0)
+        heads.append(probabilities @ values[:, own])
     return torch.cat(heads)
 
 
@@ -53,15 +53,14 @@ def block(
     """One transformer block; a token sees itself and what came before it, and the memory."""
     at, ff = f"{name}.attention", f"{name}.feed_forward"
     fused = [linear(w, f"{at}.query_key_value", norm(w, f"{at}_norm", x)).chunk(3) for x in xs]
-    after = []
+    cross, after = f"{name}.cross_attention", []
+    remembered = [linear(w, f"{cross}.key_value", m).chunk(2) for m in memory or []]
     for t, x in enumerate(xs):
         seen = [f[1:] for f in (fused[: t + 1] if causal else fused)]
         x = x + linear(w, f"{at}.dense", attend(config, fused[t][0], seen))
         if memory:
-            cross = f"{name}.cross_attention"
             query = linear(w, f"{cross}.query", norm(w, f"{cross}_norm", x))
-            seen = [linear(w, f"{cross}.key_value", m).chunk(2) for m in memory]
-            x = x + linear(w, f"{cross}.dense", attend(config, query, seen))
+            x = x + linear(w, f"{cross}.dense", attend(config, query, remembered))
         hidden = gelu(linear(w, f"{ff}.dense_h_to_4h", norm(w, f"{ff}_norm", x)))
         after.append(x + linear(w, f"{ff}.dense_4h_to_h", hidden))
     return after

@@ -59,12 +59,12 @@ def write_pictures(steps: list[Path]) -> None:
         path.write_text(svg)
 
 
-def check_pictures() -> None:
+def check_pictures(steps: list[Path]) -> None:
     """Raises StepError for a picture that is missing, or stale, or that a page does not show."""
-    for step in folders():
+    for step in steps:
         if step.name[:2] not in STEP_PICTURES:
             raise StepError(f"{step.name} has no picture; give it one in steps/pictures/album.py")
-    for path, svg in drawn(folders()):
+    for path, svg in drawn(steps):
         if not path.exists() or path.read_text() != svg:
             raise StepError(f"{path.relative_to(STEPS)} is stale; run steps.py readme")
         for page in (path.parent / "README.md", path.parent / "README.zh.md"):
