@@ -12,7 +12,7 @@ BEGUN := $(shell date +%s)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help train plan test test-steps chaos lint bench speedrun bench-gpu clean remake environment
+.PHONY: help train plan test mutants test-steps chaos lint bench speedrun bench-gpu clean remake environment
 
 help:  ## List these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -37,12 +37,17 @@ plan:
 
 # More than cores, for a test of ranks waits more than it computes. Each takes up to 1 GB.
 WORKERS := 6
+PYTEST := $(VENV_PYTHON) -m pytest -q -n $(WORKERS) --dist worksteal --durations=15
 
 # Compiled before: hundreds of processes import them, and none of those writes what it compiled.
-test: .venv/.installed-dev  ## Run all tests: about 20 minutes on two cores
+test: .venv/.installed-dev  ## Run all tests but the planted mistakes: about TIME on two cores
 	@$(VENV_PYTHON) -m compileall -q benchmarks data rosetrainer steps tests
-	@echo "All tests: about 20 minutes on two cores, more beside other work. Ends with the slowest."
-	$(VENV_PYTHON) -m pytest -q -n $(WORKERS) --dist worksteal --durations=15
+	@echo "All tests: about TIME on two cores, more beside other work. Ends with the slowest."
+	$(PYTEST) -m "not mutant"
+
+mutants: .venv/.installed-dev  ## Plant each known mistake, and see the test that it names turn red
+	@$(VENV_PYTHON) -m compileall -q benchmarks data rosetrainer steps tests
+	$(PYTEST) -m mutant
 
 test-steps: .venv/.installed-dev  ## Run each step's tests and a short training by torchrun
 	$(VENV_PYTHON) steps/steps.py rehearse

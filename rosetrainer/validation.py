@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -97,15 +98,19 @@ def check_fields(config: Any) -> None:
 
     Nested components are checked too.
     """
-    hints = get_type_hints(type(config), include_extras=True)
-    for f in fields(config):
-        value, hint = getattr(config, f.name), get_type_hints(type(config))[f.name]
-        if is_dataclass(hint) and isinstance(value, hint):  # type: ignore[arg-type]
+    for name, hint in _type_hints(type(config)).items():  # type: ignore[arg-type]
+        value = getattr(config, name)
+        if problem := _mismatch(hint, value):
+            raise ConfigError(f"{name}={shown(value)} must be {problem}")
+        if is_dataclass(value):
             check_fields(value)
-            continue
-        problem = _mismatch(hints[f.name], value)
-        if problem:
-            raise ConfigError(f"{f.name}={shown(value)} must be {problem}")
+
+
+@cache
+def _type_hints(cls: Any) -> dict[str, Any]:
+    """Of a dataclass's fields."""
+    hints = get_type_hints(cls, include_extras=True)
+    return {field.name: hints[field.name] for field in fields(cls)}
 
 
 def _mismatch(hint: Any, value: Any) -> str:

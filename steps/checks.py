@@ -51,10 +51,7 @@ def check(which: str | None = None) -> list[Path]:
 
     Returns the steps that were looked at. Raises StepError with the first thing that does not hold.
     """
-    if which and which != "core":
-        steps = [find(which)]
-    else:
-        steps = [] if which else folders()
+    steps = [] if which == "core" else [find(which)] if which else folders()
     check_steps(steps)
     if which in (None, "core"):
         check_shared()

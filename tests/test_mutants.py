@@ -92,6 +92,7 @@ def named_test(patch: Path) -> str:
     return found[1]
 
 
+@pytest.mark.mutant
 @pytest.mark.parametrize("patch", MUTANTS, ids=lambda path: path.stem)
 def test_the_mistake_turns_its_test_red(patch: Path, tree: Path) -> None:
     subprocess.run(["git", "apply", str(patch)], cwd=tree, check=True)

@@ -15,6 +15,7 @@ import re
 import runpy
 import subprocess
 import sys
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -72,7 +73,7 @@ def test_the_last_step_checks_what_the_long_ones_do() -> None:
     assert all(checks[name] and checks[name] <= checks[NAMES[-1]] for name in LONG)
 
 
-def losses(folder: str, steps: int, dtype: str) -> tuple[list[float], float]:
+def losses(folder: str, steps: int, dtype: str, **sizes: int) -> tuple[list[float], float]:
     """(the loss of each step, for a corpus with a floor the validation loss too; the floor)"""
     enter(folder)
     train, config, context = (import_module(m) for m in ("train", "config", "parallel_context"))
@@ -83,18 +84,20 @@ def losses(folder: str, steps: int, dtype: str) -> tuple[list[float], float]:
         ranks = context.init_parallel(tp_size=1) if name > "04" else context.init_parallel()
     with contextlib.redirect_stderr(io.StringIO()):
         if not hasattr(data, "MarkovCorpus"):
-            shape = config.GPTConfig(vocab_size=3 + data.LETTERS, context_length=data.LONGEST + 1)
+            sizes["context_length"] = data.LONGEST + 1
+            shape = config.GPTConfig(vocab_size=3 + data.LETTERS, **sizes)
             return train.train(shape, steps, ranks, getattr(torch, dtype))[1], 0.0
         corpus = data.MarkovCorpus()
-        shape = config.GPTConfig(vocab_size=corpus.alphabet)
+        shape = config.GPTConfig(vocab_size=corpus.alphabet, **sizes)
         return train.train(shape, corpus, steps, ranks, getattr(torch, dtype)), corpus.floor
 
 
 @pytest.mark.parametrize("name", WITH_RANKS)
 def test_twenty_losses_agree_on_1_and_2_ranks_and_on_4_at_the_end(name: str) -> None:
-    alone, _ = run_ranks(1, losses, str(STEPS / name), 20, "float64")[0]
+    run = partial(losses, str(STEPS / name), 20, "float64", d_model=32, context_length=16)
+    alone, _ = run_ranks(1, run)[0]
     for n_ranks in (2, 4) if name == WITH_RANKS[-1] else (2,):
-        for found, _ in run_ranks(n_ranks, losses, str(STEPS / name), 20, "float64"):
+        for found, _ in run_ranks(n_ranks, run):
             assert len(found) == len(alone)
             assert max(abs(a - b) for a, b in zip(found, alone, strict=True)) <= 1e-8
 
@@ -143,6 +146,7 @@ def test_train_py_says_first_what_the_ranks_are(name: str) -> None:
     assert printed[1] == ""
 
 
+@pytest.mark.mutant
 @pytest.mark.parametrize("name", [name for name in NAMES if name > "01"])
 def test_the_known_mistake_turns_the_step_s_test_red(name: str, tmp_path: Path) -> None:
     for file in (STEPS / name).glob("*.py"):

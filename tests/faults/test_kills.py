@@ -34,7 +34,7 @@ from rosetrainer.checkpoint.manifest import checkpoints, is_sound
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 LAYOUTS = (["--tp-size", "2"], ["--dp-size", "2"])
-ANYWHERE = 200 if CHAOS else 12
+ANYWHERE = 200 if CHAOS else 6
 A_PHASE = 25 if CHAOS else 1
 AFTER_THE_NAME = ("renamed", "retention", "removal")
 
