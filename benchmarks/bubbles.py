@@ -14,6 +14,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -50,12 +51,13 @@ EXPLAINED = """\
 def one_step(step: OurStep, context: ParallelContext) -> tuple[Times, float]:
     """When each action began and ended on each rank, and the seconds of the whole step."""
     dist.barrier(context.pp.group)
-    step.model.action_times = []
+    model: Any = step.model
+    model.action_times = []
     started = perf_counter()
     step()
     seconds = perf_counter() - started
-    times = gather_times(step.model.action_times, context.pp, context.device)
-    step.model.action_times = None
+    times = gather_times(model.action_times, context.pp, context.device)
+    model.action_times = None
     return times, seconds
 
 

@@ -56,7 +56,8 @@ UNTIMED = 2
 def sides_of(work: Work, dtype: torch.dtype, context: ParallelContext) -> dict[str, Step]:
     sides: dict[str, Step] = {}
     for name, schedule in OURS.items():
-        parallel: Any = replace(context.parallel, pp_schedule=schedule)
+        changed: Any = {"pp_schedule": schedule}
+        parallel = replace(context.parallel, **changed)
         own = replace(context, parallel=parallel)
         sides[name] = OurStep(work, dtype, own, MICRO_BATCHES)
     for name, schedule in TORCH.items():
@@ -151,7 +152,7 @@ def report(p: int, found: Rounds, memory: dict[str, int]) -> None:
     ours = min(OURS, key=lambda name: median(found, name, "seconds"))
     theirs = min(TORCH, key=lambda name: median(found, name, "seconds"))
     ratio = median(found, theirs, "seconds") / median(found, ours, "seconds")
-    told = {"ours": ours, "theirs": theirs, "bytes": memory, "load": load}
+    told: dict[str, Any] = {"ours": ours, "theirs": theirs, "bytes": memory, "load": load}
     keep(f"pipeline-p{p}-time", ratio, TIME_WANTED, found, **told)
     keep(
         f"pipeline-p{p}-memory",

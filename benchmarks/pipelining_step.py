@@ -29,7 +29,8 @@ class PlainStage(nn.Module):
         self.blocks = nn.ModuleList(model.blocks[layer] for layer in layers)
         self.tokens = model.tokens if is_first else None
         self.positions = model.positions if is_first else None
-        self.norm, self.head = (model.norm, model.head) if is_last else (None, None)
+        self.norm = model.norm if is_last else None
+        self.head = model.head if is_last else None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.tokens is not None and self.positions is not None:
