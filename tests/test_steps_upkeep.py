@@ -332,13 +332,8 @@ def test_check_fails_where_the_core_is_not_the_package_s(root: Path) -> None:
 def test_check_fails_where_the_core_imports_something_else(root: Path) -> None:
     old = "from contextlib import nullcontext\n"
     edit(root / "rosetrainer/parallel/recompute.py", old, f"import os\n{old}")
-<<<<<<< HEAD
-    assert refused(root) == (
-        "22_zero_bubble/recompute.py is not the package's parallel/recompute.py: only "
-=======
     assert refused(root, "core") == (
-        "20_head_and_loss_in_chunks/recompute.py is not the package's parallel/recompute.py: only "
->>>>>>> 17d3c08 (Steps: the oracle takes a head's keys at once, check compares what changed alone and can look at one step; half the time)
+        "22_zero_bubble/recompute.py is not the package's parallel/recompute.py: only "
         f"one of them imports os; make them equal, {CARRY_ON}"
     )
 
@@ -356,11 +351,7 @@ def test_check_fails_where_a_function_is_not_that_of_the_step(root: Path) -> Non
     path = root / "rosetrainer/optim/non_finite.py"
     assert path.read_text().count("\ndef ") > 1
     path.write_text(re.sub(r"\ndef (\w+)\(", r"\ndef its_\1(", path.read_text(), count=1))
-<<<<<<< HEAD
-    assert " is not the package's optim/non_finite.py: `" in refused(root)
-=======
-    assert " is not the package's parallel/sharding.py: `" in refused(root, "core")
->>>>>>> 17d3c08 (Steps: the oracle takes a head's keys at once, check compares what changed alone and can look at one step; half the time)
+    assert " is not the package's optim/non_finite.py: `" in refused(root, "core")
 
 
 def test_check_fails_where_the_package_computes_something_else(root: Path) -> None:

@@ -70,16 +70,16 @@ def gelu(x: Tensor) -> Tensor:
 def attend(
     config: GPTConfig, query: Tensor, seen: list[tuple[Tensor, Tensor]], masks: Masks, site: str
 ) -> Tensor:
-    """(H*K): what each head of one token makes of the (key, value) that it sees, one at a time."""
+    """(H*K): what each head of one token makes of the (key, value) that it sees."""
     heads, K = [], config.head_width
+    keys, values = (torch.stack(rows) for rows in zip(*seen, strict=True))
     for own in (slice(first, first + K) for first in range(0, len(query), K)):
-        scores = torch.stack([query[own] @ key[own] / math.sqrt(K) for key, _ in seen])
-        probabilities = scores.softmax(0)
+        probabilities = (keys[:, own] @ query[own] / math.sqrt(K)).softmax(0)
         if masks.p:
             *_, t = places = masks.at[: len(seen)]
             factors = [masks.factor(site, own.start // K, t, s) for s in places]
             probabilities = probabilities * probabilities.new_tensor(factors)
-        heads.append(sum(s * value[own] for s, (_, value) in zip(probabilities, seen, strict=True)))
+        heads.append(probabilities @ values[:, own])
     return torch.cat(heads)
 
 
