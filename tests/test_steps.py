@@ -179,7 +179,7 @@ PIPELINES += [("22_zero_bubble", "zero-bubble")]
 
 @pytest.mark.parametrize("name, schedule", PIPELINES)
 def test_a_pipeline_trains_as_tensor_parallel_ranks_do(name: str, schedule: str) -> None:
-    layouts = ([], ["--pp-size", "2", "--pp-schedule", schedule])
+    layouts: tuple[list[str], ...] = ([], ["--pp-size", "2", "--pp-schedule", schedule])
     flags = ["--steps", "4", "--dtype", "float64", "--dropout", "0.1"]
     tp, pp = (
         run_ranks(2, run_script, str(STEPS / name), "train.py", *flags, *layout)[0]
