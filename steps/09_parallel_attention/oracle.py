@@ -61,7 +61,7 @@ def embed(w: Weights, positions: str, ids: list[int]) -> list[Tensor]:
 
 
 def naive_logits(w: Weights, config: GPTConfig, ids: list[int]) -> Tensor:
-    """(T, V), one token, one head, one earlier token at a time."""
+    """(T, V), one token and one head at a time."""
     xs = embed(w, "position_embedding", ids)
     for layer in range(config.n_layers):
         xs = block(w, config, f"blocks.{layer}", xs)

@@ -103,7 +103,7 @@ def embed(w: Weights, positions: str, ids: list[int]) -> list[Tensor]:
 
 
 def naive_logits(w: Weights, config: GPTConfig, ids: list[int], masks: Masks) -> Tensor:
-    """(T, V), one token, one head, one earlier token at a time."""
+    """(T, V), one token and one head at a time."""
     xs = embed(w, "position_embedding", ids)
     xs = [masks.on("embedding_dropout", x, t) for t, x in enumerate(xs)]
     for layer in range(config.n_layers):
