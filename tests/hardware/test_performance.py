@@ -89,9 +89,11 @@ def test_the_peak_is_a_rate_of_this_machine() -> None:
 
 
 def pages_taken_again(keep: bool) -> int:
-    """Pages that the system has to give when 64 MiB are freed and taken ten times."""
+    """Pages that the system has to give when 64 MiB are freed and taken ten times more."""
     if keep:
         keep_freed_memory()
+    for _ in range(5):  # until a place is found that is large enough
+        torch.ones(2**24)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(10):
         torch.ones(2**24)
@@ -101,7 +103,7 @@ def pages_taken_again(keep: bool) -> int:
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="glibc's malloc only")
 def test_freed_memory_is_taken_again_without_asking_the_system() -> None:
     pages = 2**26 // resource.getpagesize()
-    assert run_ranks(1, pages_taken_again, True)[0] < 3 * pages  # it may take them elsewhere once
+    assert run_ranks(1, pages_taken_again, True)[0] < pages
     assert run_ranks(1, pages_taken_again, False)[0] >= 10 * pages, "control: glibc's default"
 
 
