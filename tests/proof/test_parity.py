@@ -26,6 +26,7 @@ from rosetrainer.proof.trajectory import Proof
 
 MODEL = GPTConfig(vocab_size=140, context_length=16, n_layers=2, n_heads=4, d_model=32)
 LONGER = replace(MODEL, context_length=BLOCK + 32)  # attention in blocks takes two
+SHORT = {"context_length": 48}  # where others show the blocks of attention
 ROTARY: dict[str, Any] = {"architecture": "rotary", "tied": False}
 LLAMA: dict[str, Any] = {
     "architecture": "llama",
@@ -48,12 +49,18 @@ CASES: dict[str, tuple[int, int, dict[str, Any], dict[str, Any], Any]] = {
         1,
         2,
         {"pp_size": 2, "pp_schedule": "zero-bubble-v", "sequence_parallel": True},
-        {"n_layers": 5, "dropout": 0.1, "tied": False},
+        {"n_layers": 5, "dropout": 0.1, "tied": False, **SHORT},
         "muon",
     ),
-    "pipeline-rotary": (2, 1, {"pp_size": 2, "pp_schedule": "zero-bubble"}, ROTARY, "adamw"),
-    "pipeline-llama": (1, 2, {"pp_size": 2, "pp_schedule": "zero-bubble"}, LLAMA, "muon"),
-    "llama": (1, 4, {"sequence_parallel": True}, LLAMA, "adamw"),
+    "pipeline-rotary": (
+        2,
+        1,
+        {"pp_size": 2, "pp_schedule": "zero-bubble"},
+        ROTARY | SHORT,
+        "adamw",
+    ),
+    "pipeline-llama": (1, 2, {"pp_size": 2, "pp_schedule": "zero-bubble"}, LLAMA | SHORT, "muon"),
+    "llama": (1, 4, {"sequence_parallel": True}, LLAMA | SHORT, "adamw"),
 }
 
 
