@@ -13,6 +13,7 @@ The corpus goes to data/NAME unless --out names another folder.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import sys
@@ -20,7 +21,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional
 
@@ -30,6 +31,9 @@ from rosetrainer.data.corpus_folder import must_make, new_folder, summary
 from rosetrainer.data.documents import Texts, one_text, read_one, read_texts
 from rosetrainer.environment import prepare_command, trainer_command
 from rosetrainer.validation import Bounds, ConfigError
+
+if TYPE_CHECKING:
+    from rosetrainer.data.bpe import BPETokenizer
 
 # What needs numpy is imported late: a second call, which finds all made, answers at once.
 Writer = Callable[[Path], dict[str, Any]]
@@ -77,6 +81,9 @@ class Shakespeare(TextOptions, Target):
 class Files(TextOptions, Target):
     """Your own texts: one file is one text; several, JSON lines and parquet are documents."""
 
+    tokenizer: str = "bytes"  # type: ignore[assignment]
+    """bytes, chars or bpe: a token is a byte, a character, or a frequent string of bytes; or those
+    of a tokenizer.json, by its path or its folder's."""
     paths: Positional[tuple[Path, ...]] = ()
     text_key: str = "text"
     """The key of JSON lines, or the column of parquet, that holds a document's text."""
@@ -114,7 +121,7 @@ class Import(Target):
     tokenizer: str = ""
     """The path of the tokenizer.json that the ids are of; bytes; or ids, of which nothing is known:
     then prompts and what `generate` writes are numbers."""
-    vocab_size: Annotated[int, Bounds(1, 65536)] | None = None
+    vocab_size: Annotated[int, Bounds(1, 2**24)] | None = None
     """How many ids there are; for ids."""
 
 
@@ -145,7 +152,7 @@ def main(argv: list[str]) -> None:
     if not must_make(out, source, options, config.force):
         return
     with new_folder(out) as folder:
-        meta = {"source": source, "options": options, "dtype": "uint16", **write(folder)}
+        meta = {"source": source, "options": options, **write(folder)}
         (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
     print(f"{out}: {summary(meta)}, made in {time.perf_counter() - started:.1f} s")
 
@@ -183,7 +190,13 @@ def _options(config: Any, part: type[Any]) -> dict[str, Any]:
 def _open_texts(source: str, config: Any) -> tuple[dict[str, Any], Writer]:
     """As _open; texts of the user's are read once, the others when they are written."""
     options, fraction = _options(config, TextOptions), config.val_fraction
-    if config.tokenizer == "bpe":
+    given = None
+    if config.tokenizer not in ("bytes", "chars", "bpe"):
+        given = _tokenizer_of(config.tokenizer, config.vocab_size)
+        del options["tokenizer"]
+        options["vocab_size"] = given.vocab_size
+        options["tokenizer_sha256"] = hashlib.sha256(given.to_json().encode()).hexdigest()
+    elif config.tokenizer == "bpe":
         options["vocab_size"] = config.vocab_size or BPE_VOCAB
     elif config.vocab_size is not None:
         raise ConfigError(
@@ -206,10 +219,28 @@ def _open_texts(source: str, config: Any) -> tuple[dict[str, Any], Writer]:
             raise ConfigError(f"file needs a path: {prepare_command()} file PATH...")
         texts = read_texts(config.paths, config.text_key, fraction, config.as_text)
     options["text_sha256"] = texts.sha256
-    return options, lambda to: _write(to, texts, options)
+    return options, lambda to: _write(to, texts, options, given)
 
 
-def _write(folder: Path, texts: Texts, options: dict[str, Any]) -> dict[str, Any]:
+def _tokenizer_of(name: str, vocab_size: int | None) -> BPETokenizer:
+    """Raises ConfigError if there is none, or a size is given besides."""
+    from rosetrainer.data.bpe import BPETokenizer, find_tokenizer
+
+    if (path := find_tokenizer(name)) is None:
+        raise ConfigError(
+            f"tokenizer={name!r} can be bytes, chars, bpe, or the path of a tokenizer.json or of "
+            f"its folder"
+        )
+    if vocab_size is not None:
+        raise ConfigError(
+            f"vocab_size={vocab_size} is for --tokenizer bpe; leave it out, {path} has its own"
+        )
+    return BPETokenizer.load(path)
+
+
+def _write(
+    folder: Path, texts: Texts, options: dict[str, Any], given: BPETokenizer | None = None
+) -> dict[str, Any]:
     from rosetrainer.data.corpus_writer import write_texts
 
-    return write_texts(folder, texts, options)
+    return write_texts(folder, texts, options, given)

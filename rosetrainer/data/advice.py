@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from rosetrainer.data.file_kinds import LLM_C
-from rosetrainer.data.tokenizer import LARGEST_VOCAB
 from rosetrainer.durable_files import free
 from rosetrainer.environment import prepare_command
 
@@ -37,6 +36,9 @@ def make_command(
     if source not in SOURCES:
         source = folder.name if folder.name in SOURCES else "file"
     words = [prepare_command(), source + OTHERS.get(source, "")]
+    if source == "file" and "tokenizer_sha256" in (options or {}):
+        words.append("--tokenizer TOKENIZER")
+        options = {name: value for name, value in (options or {}).items() if name != "vocab_size"}
     for name in FLAGS if options and source != "import" else ():
         if (value := (options or {}).get(name)) is not None:
             words.append(f"--{name.replace('_', '-')} {shlex.quote(str(value))}")
@@ -62,14 +64,7 @@ def no_corpus(folder: Path) -> str:
 def of_other_meta(folder: Path, values: Any) -> str:
     """For a meta.json that cannot be used: what is there stays, and a corpus is made beside it."""
     values = values if isinstance(values, dict) else {}
-    size, source = values.get("vocab_size"), values.get("source")
-    too_large = isinstance(size, int) and size > LARGEST_VOCAB
-    if too_large or values.get("dtype") == "uint32":
-        command = f"{prepare_command()} file PATH... --tokenizer bpe --vocab-size 32768"
-        return (
-            f"ids are stored as uint16, so a vocabulary can hold {LARGEST_VOCAB} at most; of the "
-            f"texts, `{command} --out {_quoted(_target(folder))}` makes one that fits"
-        )
+    source = values.get("source")
     if values and source not in SOURCES and all((folder / name).is_file() for name in BINS):
         return f"another program wrote it; {_of_bins(folder, os.listdir(folder), list(BINS))}"
     return f"`{make_command(_target(folder), source)}` makes a corpus in another folder"

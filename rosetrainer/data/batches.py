@@ -136,7 +136,7 @@ def open_corpus(folder: Path, context_length: int, read_all: bool = True) -> Cor
     """
     meta = read_meta(folder)
     remedy = damaged(folder, meta.source, meta.options)
-    files = [TokenFile(folder / name, remedy) for name in ("train.bin", "val.bin")]
+    files = [TokenFile(folder / name, remedy, meta.dtype) for name in ("train.bin", "val.bin")]
     counts = (meta.train_tokens, meta.val_tokens)
     for file, tokens in zip(files, counts, strict=True):
         if read_all:

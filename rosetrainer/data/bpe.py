@@ -86,6 +86,13 @@ class BPETokenizer(Tokenizer):
         return self.as_ids(self._backend.encode(text, add_special_tokens=False).ids)
 
 
+def find_tokenizer(name: str) -> Path | None:
+    """A tokenizer.json, of which `name` is the path or the folder; None if there is none."""
+    path = Path(name)
+    path = path / BPETokenizer.FILE if path.is_dir() else path
+    return path if name and path.is_file() else None
+
+
 def parts(text: str, length: int = PART) -> Iterator[str]:
     """Consecutive parts of text, of `length` characters or a little more.
 

@@ -22,6 +22,7 @@ from rosetrainer.data.tokenizer import (
     CharsTokenizer,
     IdsTokenizer,
     Tokenizer,
+    dtype_of_ids,
 )
 from rosetrainer.validation import Bounds, ConfigError, Count, Positive, config_from_dict
 
@@ -36,7 +37,7 @@ class CorpusMeta:
     """What decided its content: two corpora of one source and the same options are equal."""
     tokenizer: Literal["bytes", "chars", "bpe", "markov", "ids"]
     vocab_size: Annotated[int, Bounds(1, LARGEST_VOCAB)]
-    dtype: Literal["uint16"]
+    dtype: Literal["uint16", "uint32"]
     train_tokens: Count
     val_tokens: Count
     sha256: dict
@@ -84,6 +85,8 @@ def _check_consistent(meta: CorpusMeta) -> None:
     """Raises ConfigError unless meta's parts fit one another."""
     if not all(isinstance(meta.sha256.get(name), str) for name in ("train.bin", "val.bin")):
         raise ConfigError("sha256 must hold a text for train.bin and val.bin each")
+    if meta.dtype != (wanted := dtype_of_ids(meta.vocab_size)):
+        raise ConfigError(f"dtype={meta.dtype!r} must be {wanted} for vocab_size={meta.vocab_size}")
     if meta.documents is not None:
         are_counts = all(type(n) is int and n >= 0 for n in meta.documents.values())
         if set(meta.documents) != {"train", "val"} or not are_counts:
@@ -95,7 +98,7 @@ def _check_consistent(meta: CorpusMeta) -> None:
             break
         blocks = meta.blocks.get(name)
         if not isinstance(blocks, list) or len(blocks) != math.ceil(tokens / SCAN):
-            raise ConfigError(f"blocks must hold a hash for each {2 * SCAN} bytes of {name}")
+            raise ConfigError(f"blocks must hold a hash for each {SCAN} tokens of {name}")
     if (meta.chain is None) != (meta.floor_nats is None):
         raise ConfigError("it must hold chain and floor_nats, or neither")
     if meta.chain is None:

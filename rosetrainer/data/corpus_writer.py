@@ -13,7 +13,13 @@ import numpy as np
 from rosetrainer.data.bpe import BPETokenizer, parts
 from rosetrainer.data.documents import Side, Texts
 from rosetrainer.data.token_file import hashes
-from rosetrainer.data.tokenizer import BytesTokenizer, CharsTokenizer, Ids, Tokenizer
+from rosetrainer.data.tokenizer import (
+    BytesTokenizer,
+    CharsTokenizer,
+    Ids,
+    Tokenizer,
+    dtype_of_ids,
+)
 from rosetrainer.validation import ConfigError
 
 
@@ -25,17 +31,20 @@ def write_tokens(
     tokens: ids (n,) with the side that they are for, which need not fit into memory together.
     """
     lengths = np.array([len(piece) for piece in tokenizer.pieces])
+    dtype = dtype_of_ids(tokenizer.vocab_size)
+    stored = np.dtype(dtype).newbyteorder("<")
     counts, ends, val_bytes = Counter[Side](), Counter[Side](), 0
     with (folder / "train.bin").open("xb") as train, (folder / "val.bin").open("xb") as val:
         for side, ids in tokens:
-            (train if side == "train" else val).write(ids.astype("<u2").tobytes())
+            (train if side == "train" else val).write(ids.astype(stored).tobytes())
             counts[side] += len(ids)
             ends[side] += int(np.count_nonzero(ids == tokenizer.end_of_text))
             val_bytes += int(lengths[ids].sum()) if side == "val" else 0
-    found = {name: hashes(folder / name) for name in ("train.bin", "val.bin")}
+    found = {name: hashes(folder / name, dtype) for name in ("train.bin", "val.bin")}
     meta: dict[str, Any] = {
         "tokenizer": tokenizer.kind,
         "vocab_size": tokenizer.vocab_size,
+        "dtype": dtype,
         "train_tokens": counts["train"],
         "val_tokens": counts["val"],
         "sha256": {name: whole for name, (whole, _) in found.items()},
@@ -55,13 +64,15 @@ def write_tokens(
     return meta
 
 
-def write_texts(folder: Path, texts: Texts, options: dict[str, Any]) -> dict[str, Any]:
+def write_texts(
+    folder: Path, texts: Texts, options: dict[str, Any], given: Tokenizer | None = None
+) -> dict[str, Any]:
     """As write_tokens. Each document is followed by the id for the end of text.
 
-    options: the tokenizer, its vocab_size, and val_fraction for the message. Raises ConfigError for
-    a text that is too short for two sides.
+    given: the tokenizer, if it is not made of the texts. options: the tokenizer, its vocab_size,
+    and val_fraction for the message. Raises ConfigError for a text that is too short for two sides.
     """
-    tokenizer = make_tokenizer(texts, options)
+    tokenizer = given or make_tokenizer(texts, options)
     meta = write_tokens(folder, tokenizer, _encoded(texts, tokenizer))
     for side in ("train", "val"):
         if (count := meta[f"{side}_tokens"]) < 2:
@@ -84,8 +95,9 @@ def make_tokenizer(texts: Texts, options: dict[str, Any]) -> Tokenizer:
 
 
 def _encoded(texts: Texts, tokenizer: Tokenizer) -> Iterator[tuple[Side, Ids]]:
-    end = [] if tokenizer.end_of_text is None else [tokenizer.end_of_text]
+    last = tokenizer.end_of_text if texts.are_documents else None
+    end = [] if last is None else [last]
     for side, text in texts.sides():
         for part in parts(text):
             yield side, tokenizer.encode(part)
-        yield side, np.array(end, np.uint16)
+        yield side, tokenizer.as_ids(end)

@@ -1,4 +1,4 @@
-"""A .bin file: token ids, little-endian uint16, no header; checked whenever it is read."""
+"""A .bin file: token ids, little-endian uint16 or uint32, no header; checked when it is read."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ SCAN = 1 << 20  # tokens of a block: read at once, with a SHA-256 of its own
 class TokenFile:
     """It is read with pread: a memory map of a file that shrinks would kill the process."""
 
-    def __init__(self, path: Path, remedy: str):
-        """remedy: what a message advises. Raises ConfigError if path is not a readable file."""
+    def __init__(self, path: Path, remedy: str, dtype: str = "uint16"):
+        """remedy: what a message advises. dtype: uint16 or uint32. Raises ConfigError if path is
+        not a readable file."""
         with one_line(f"cannot read {path}", remedy):
             if not path.exists():
                 raise ConfigError(f"{path} is missing; {remedy}")
@@ -33,11 +34,13 @@ class TokenFile:
         if not stat.S_ISREG(facts.st_mode):
             raise ConfigError(f"{path} is not a file; {remedy}")
         self.path, self.remedy = path, remedy
+        self.dtype = np.dtype(dtype).newbyteorder("<")
         self.size, self._changed = facts.st_size, facts.st_mtime_ns
 
     def read(self, start: int, count: int, vocab_size: int) -> Int64s:
         """Tokens start to start + count, (count,). Raises ConfigError if they are not there."""
-        where, wanted, data = 2 * start, 2 * count, b""
+        width = self.dtype.itemsize
+        where, wanted, data = width * start, width * count, b""
         while len(data) < wanted:  # a pread gives at most 2 GiB
             with one_line(f"cannot read {self.path}", self.remedy):
                 more = os.pread(self._descriptor, wanted - len(data), where + len(data))
@@ -47,12 +50,12 @@ class TokenFile:
                     f"it was cut while in use; {self.remedy}"
                 )
             data += more
-        ids = np.frombuffer(data, "<u2")
+        ids = np.frombuffer(data, self.dtype)
         if ids.max(initial=0) >= vocab_size:
             index = start + int(np.argmax(ids >= vocab_size))
             raise ConfigError(
-                f"{self.path}: token {index} (byte {2 * index}) is {ids[index - start]}, not below "
-                f"vocab_size={vocab_size}; {self.remedy}"
+                f"{self.path}: token {index} (byte {width * index}) is {ids[index - start]}, not "
+                f"below vocab_size={vocab_size}; {self.remedy}"
             )
         if os.fstat(self._descriptor).st_mtime_ns != self._changed:
             raise ConfigError(
@@ -71,24 +74,26 @@ class TokenFile:
         """
         if self.size == 0:
             raise ConfigError(f"{self.path} is empty; {self.remedy}")
-        if self.size % 2:
+        width = self.dtype.itemsize
+        if self.size % width:
+            kind = "an odd number" if width == 2 else f"not a multiple of {width}"
             raise ConfigError(
-                f"{self.path} has {self.size} bytes, an odd number: it cannot be uint16 tokens; "
-                f"{self.remedy}"
+                f"{self.path} has {self.size} bytes, {kind}: it cannot be {self.dtype.name} "
+                f"tokens; {self.remedy}"
             )
-        if self.size != 2 * tokens:
+        if self.size != width * tokens:
             raise ConfigError(
-                f"{self.path} has {self.size // 2} tokens, but meta.json says {tokens}; "
+                f"{self.path} has {self.size // width} tokens, but meta.json says {tokens}; "
                 f"{self.remedy}"
             )
         whole = hashlib.sha256()
         for number, start in enumerate(range(0, tokens, SCAN)):
             ids = self.read(start, min(SCAN, tokens - start), vocab_size)
-            content = ids.astype("<u2").tobytes()
+            content = ids.astype(self.dtype).tobytes()
             if blocks is None:
                 whole.update(content)
             elif hashlib.sha256(content).hexdigest() != blocks[number]:
-                raise self._not_as_described(2 * start, len(content))
+                raise self._not_as_described(width * start, len(content))
         if blocks is None and whole.hexdigest() != sha256:
             raise self._not_as_described(0, self.size)
 
@@ -99,9 +104,10 @@ class TokenFile:
         )
 
 
-def hashes(path: Path) -> tuple[str, list[str]]:
+def hashes(path: Path, dtype: str = "uint16") -> tuple[str, list[str]]:
     """The SHA-256 of a whole file, and that of each block of SCAN tokens."""
-    whole, blocks, buffer = hashlib.sha256(), list[str](), memoryview(bytearray(2 * SCAN))
+    whole, blocks = hashlib.sha256(), list[str]()
+    buffer = memoryview(bytearray(np.dtype(dtype).itemsize * SCAN))
     with path.open("rb") as file:
         while size := file.readinto(buffer):
             whole.update(buffer[:size])

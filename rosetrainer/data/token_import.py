@@ -11,20 +11,24 @@ from typing import Any
 import numpy as np
 
 from rosetrainer.data.advice import TOKENIZERS
-from rosetrainer.data.bpe import BPETokenizer
+from rosetrainer.data.bpe import BPETokenizer, find_tokenizer
 from rosetrainer.data.corpus_writer import write_tokens
 from rosetrainer.data.documents import Side
 from rosetrainer.data.file_kinds import compression
 from rosetrainer.data.token_file import SCAN
-from rosetrainer.data.tokenizer import LARGEST_VOCAB, BytesTokenizer, Ids, IdsTokenizer, Tokenizer
+from rosetrainer.data.tokenizer import (
+    LARGEST_UINT16,
+    BytesTokenizer,
+    Ids,
+    IdsTokenizer,
+    Tokenizer,
+    dtype_of_ids,
+)
 from rosetrainer.durable_files import free
 from rosetrainer.validation import ConfigError, one_line
 
 IDS_WANTED = "pass token ids, as nanoGPT or llm.c has them"
-TOO_MANY = (
-    f"ids are stored as uint16, so a tokenizer can have {LARGEST_VOCAB} tokens at most; encode the "
-    "texts with one that has, for example --tokenizer bpe --vocab-size 32768"
-)
+ANOTHER = "name the tokenizer that these ids are of"
 HEADER = 256  # int32 numbers that llm.c's files begin with
 # By the first of them: the version that must follow, and how an id is stored.
 LLM_C = {20240520: (1, "<u2"), 20240801: (7, "<u4")}
@@ -49,7 +53,7 @@ class IdFile:
             if len(ids) < wanted:
                 raise ConfigError(f"{self.path} became shorter while it was read")
             self._check(ids, first, tokenizer.vocab_size)
-            yield ids.astype(np.uint16)
+            yield ids.astype(dtype_of_ids(tokenizer.vocab_size))
 
     def _check(self, ids: np.ndarray[Any, Any], first: int, vocab_size: int) -> None:
         bare = self.dtype == "<u2" and not self.offset
@@ -61,15 +65,13 @@ class IdFile:
             )
             raise ConfigError(
                 f"{self.path} holds uint32, not uint16, ids up to {largest}; "
-                + (remedy if largest < LARGEST_VOCAB else TOO_MANY)
+                + (remedy if largest < LARGEST_UINT16 else ANOTHER)
             )
         if ids.max(initial=0) >= vocab_size:
             where = int(np.argmax(ids >= vocab_size))
-            fits = ids[where] < LARGEST_VOCAB
             raise ConfigError(
                 f"{self.path}: id {first + where} is {ids[where]}, not below vocab_size="
-                f"{vocab_size} of the tokenizer; "
-                + ("name the tokenizer that these ids are of" if fits else TOO_MANY)
+                f"{vocab_size} of the tokenizer; {ANOTHER}"
             )
 
 
@@ -97,8 +99,10 @@ def open_source(paths: tuple[Path, ...], tokenizer: str, vocab_size: int | None)
     paths: a folder, or a file for training and one for validation. tokenizer: bytes, ids, or the
     path of a tokenizer.json; vocab_size: of ids.
     """
-    files = {side: [_open(path) for path in found] for side, found in _find(paths).items()}
+    by_side = _find(paths)
     known = _tokenizer(tokenizer, vocab_size)
+    dtype = {"uint16": "<u2", "uint32": "<u4"}[dtype_of_ids(known.vocab_size)]
+    files = {side: [_open(path, dtype) for path in found] for side, found in by_side.items()}
     options: dict[str, Any] = {"vocab_size": known.vocab_size}
     if isinstance(known, BPETokenizer):
         options["tokenizer_sha256"] = hashlib.sha256(known.to_json().encode()).hexdigest()
@@ -108,7 +112,7 @@ def open_source(paths: tuple[Path, ...], tokenizer: str, vocab_size: int | None)
     for side, found in files.items():
         digest, count = hashlib.sha256(), sum(file.count for file in found)
         for ids in source.parts(side):
-            digest.update(ids.astype("<u2").tobytes())
+            digest.update(ids.astype(dtype).tobytes())
         if count < 2:
             raise ConfigError(f"{found[0].path} holds {count} ids; {side}.bin needs 2")
         options[f"{side}_sha256"] = digest.hexdigest()
@@ -143,7 +147,8 @@ def _find(paths: tuple[Path, ...]) -> dict[Side, list[Path]]:
     return found
 
 
-def _open(path: Path) -> IdFile:
+def _open(path: Path, dtype: str) -> IdFile:
+    """dtype: of ids without a header."""
     if not path.is_file():
         raise ConfigError(f"{path} is not a file; {IDS_WANTED}")
     with one_line(f"cannot read {path}", IDS_WANTED), path.open("rb") as file:
@@ -151,18 +156,22 @@ def _open(path: Path) -> IdFile:
     if packed := compression(head):
         raise ConfigError(f"{path} is {packed}; unpack it, and pass what comes out")
     if head.startswith(b"\x93NUMPY"):
+        name = np.dtype(dtype).name
         raise ConfigError(
             f"{path} is a numpy array; write its ids alone, for example "
-            f"numpy.load({str(path)!r}).astype('uint16').tofile({str(free('ids.bin'))!r})"
+            f"numpy.load({str(path)!r}).astype('{name}').tofile({str(free('ids.bin'))!r})"
         )
     numbers = np.frombuffer(head[: len(head) // 4 * 4], "<i4")
     if len(numbers) and int(numbers[0]) in LLM_C:
         return _open_llm_c(path, size, numbers)
-    if size % 2:
+    width = np.dtype(dtype).itemsize
+    if size % width:
+        kind = "an odd number" if width == 2 else f"not a multiple of {width}"
         raise ConfigError(
-            f"{path} has {size} bytes, an odd number: it cannot be uint16 ids; was it copied whole?"
+            f"{path} has {size} bytes, {kind}: it cannot be {np.dtype(dtype).name} ids; was it "
+            f"copied whole?"
         )
-    return IdFile(path, 0, size // 2, "<u2")
+    return IdFile(path, 0, size // width, dtype)
 
 
 def _open_llm_c(path: Path, size: int, numbers: np.ndarray[Any, Any]) -> IdFile:
@@ -196,14 +205,10 @@ def _tokenizer(name: str, vocab_size: int | None) -> Tokenizer:
         )
     if name == "bytes":
         return BytesTokenizer()
-    path = Path(name)
-    path = path / BPETokenizer.FILE if path.is_dir() else path
-    if not name or not path.is_file():
+    path = find_tokenizer(name)
+    if path is None:
         raise ConfigError(
             f"tokenizer={name!r} must be {TOKENIZERS}; for ids of gpt2's, take the tokenizer.json "
             "of openai-community/gpt2"
         )
-    tokenizer = BPETokenizer.load(path)
-    if tokenizer.vocab_size > LARGEST_VOCAB:
-        raise ConfigError(f"{path} has {tokenizer.vocab_size} tokens, and {TOO_MANY}")
-    return tokenizer
+    return BPETokenizer.load(path)

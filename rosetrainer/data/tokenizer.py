@@ -9,15 +9,21 @@ from __future__ import annotations
 import codecs
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from rosetrainer.validation import ConfigError
 
-Ids = np.ndarray[Any, np.dtype[np.uint16]]
+Ids = np.ndarray[Any, np.dtype[Any]]
 
-LARGEST_VOCAB = 65536  # the ids of a corpus are stored as uint16
+LARGEST_VOCAB = 2**24
+LARGEST_UINT16 = 65536  # the ids of a larger vocabulary are stored as uint32
+
+
+def dtype_of_ids(vocab_size: int) -> Literal["uint16", "uint32"]:
+    """How a corpus stores them."""
+    return "uint16" if vocab_size <= LARGEST_UINT16 else "uint32"
 
 
 class Tokenizer(ABC):
@@ -43,8 +49,8 @@ class Tokenizer(ABC):
         """Token ids of text, (n,). Raises ConfigError for text that has none."""
 
     def as_ids(self, ids: list[int]) -> Ids:
-        """As a corpus stores them, or, where they do not fit, as no corpus does."""
-        return np.array(ids, np.uint16 if self.vocab_size <= LARGEST_VOCAB else np.uint32)
+        """As a corpus stores them."""
+        return np.array(ids, dtype_of_ids(self.vocab_size))
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids; bytes that are not UTF-8 become U+FFFD."""
@@ -84,10 +90,10 @@ class CharsTokenizer(Tokenizer):
     kind = "chars"
 
     def __init__(self, characters: str, end_of_text: bool = False):
-        if len(characters) + end_of_text > LARGEST_VOCAB:
+        if len(characters) + end_of_text > LARGEST_UINT16:
             raise ConfigError(
                 f"the text has {len(characters)} different characters, more than the "
-                f"{LARGEST_VOCAB - end_of_text} that fit; use the tokenizer bytes or bpe"
+                f"{LARGEST_UINT16 - end_of_text} that fit; use the tokenizer bytes or bpe"
             )
         super().__init__([utf8(c) for c in characters], end_of_text)
         self.characters, self._code_points = characters, _code_points(characters)

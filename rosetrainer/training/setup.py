@@ -110,7 +110,7 @@ def check_init_from(folder: Path, config: TrainConfig, corpus: Corpus) -> None:
     if has != wants:
         raise ConfigError(
             f"{corpus.folder} has {has} token ids, and the model of {folder} {wants}; make a "
-            f"corpus by its tokenizer: prepare import IDS --tokenizer {folder}/tokenizer.json"
+            f"corpus by its tokenizer: prepare file PATH... --tokenizer {folder}"
         )
     find_weights(folder, config.model)
 

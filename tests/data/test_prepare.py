@@ -18,6 +18,7 @@ import pytest
 from rosetrainer.commands import prepare
 from rosetrainer.data import corpus_folder, python_docs, shakespeare
 from rosetrainer.data.batches import open_corpus, read_meta
+from rosetrainer.data.bpe import BPETokenizer
 from rosetrainer.environment import prepare_command
 from rosetrainer.validation import ConfigError
 
@@ -143,6 +144,33 @@ def test_a_text_comes_back(tmp_path, text, tokenizer):
     val_bytes = len(parts[1].encode())
     assert corpus.meta.bytes_per_token == pytest.approx(val_bytes / corpus.meta.val_tokens)
     assert (out / "tokenizer.json").exists() == (tokenizer == "bpe")
+
+
+def test_a_tokenizer_that_is_there_is_taken(tmp_path, text, capsys, monkeypatch):
+    """Of a folder, as Hugging Face's has it; here one of more tokens than short ids can name."""
+    monkeypatch.setattr("rosetrainer.data.tokenizer.LARGEST_UINT16", 200)
+    made = BPETokenizer.train("to be or not to be " * 40, 262, end_of_text=True)
+    (tmp_path / "theirs").mkdir()
+    made.save(tmp_path / "theirs")
+    out = tmp_path / "c"
+    make("file", text, "--out", out, "--tokenizer", tmp_path / "theirs")
+    corpus = open_corpus(out, 8)
+    assert (corpus.meta.dtype, corpus.meta.tokenizer) == ("uint32", "bpe")
+    assert corpus.meta.vocab_size == made.vocab_size
+    ids = np.fromfile(out / "train.bin", "<u4")
+    assert made.decode(ids) in text.read_text() and len(ids) == corpus.meta.train_tokens
+    assert (out / "tokenizer.json").read_text() == made.to_json()
+    capsys.readouterr()
+    make("file", text, "--out", out, "--tokenizer", tmp_path / "theirs" / "tokenizer.json")
+    assert "made in" not in capsys.readouterr().out
+    assert "; add --force to replace it" in message("file", text, "--out", out)
+    assert message("file", text, "--tokenizer", tmp_path) == (
+        f"tokenizer='{tmp_path}' can be bytes, chars, bpe, or the path of a tokenizer.json or of "
+        "its folder"
+    )
+    assert "vocab_size=300 is for --tokenizer bpe; leave it out, " in message(
+        *("file", text, "--tokenizer", tmp_path / "theirs", "--vocab-size", 300)
+    )
 
 
 def test_val_fraction(tmp_path, text):

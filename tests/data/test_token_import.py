@@ -126,7 +126,7 @@ def test_ids_of_another_tokenizer(tmp_path: Path, tokenizer: Path) -> None:
     wide = llm_c(tmp_path / "w" / "x_train.bin", [1, 2, 128_000], magic=20240801)
     message = refused(tmp_path, wide, wide, "--tokenizer", "ids", "--vocab-size", 65536)
     assert "id 2 is 128000, not below vocab_size=65536 of the tokenizer" in message
-    assert "ids are stored as uint16, so a tokenizer can have 65536 tokens at most" in message
+    assert message.endswith("name the tokenizer that these ids are of")
 
 
 def test_files_that_are_not_ids(tmp_path: Path) -> None:
@@ -143,7 +143,7 @@ def test_files_that_are_not_ids(tmp_path: Path) -> None:
         (
             "wider",
             np.arange(0, 99_000, 1000, dtype="<u4").tobytes(),
-            "ids up to 98000; ids are stored as uint16, so a tokenizer can have 65536 tokens at",
+            "holds uint32, not uint16, ids up to 98000; name the tokenizer that these ids are of",
         ),
         ("gz", b"\x1f\x8b\x08\0abcd", "is gzip; unpack it, and pass what comes out"),
         ("npy", b"\x93NUMPY\1\0", "is a numpy array; write its ids alone"),
@@ -181,19 +181,34 @@ def test_the_tokenizer_has_to_be_named(tmp_path: Path, tokenizer: Path) -> None:
     assert "vocab_size=9 is for --tokenizer ids; leave it out" in refused(
         tmp_path, source, "--tokenizer", tokenizer, "--vocab-size", 9
     )
-    assert "vocab_size=70000 must be from 1 to 65536" in refused(
-        tmp_path, source, "--tokenizer", "ids", "--vocab-size", 70000
+    assert "vocab_size=99000000 must be from 1 to 16777216" in refused(
+        tmp_path, source, "--tokenizer", "ids", "--vocab-size", 99_000_000
     )
     assert imported(tmp_path / "c", source, "--tokenizer", tmp_path)["tokenizer"] == "bpe"
 
 
-def test_a_tokenizer_with_more_tokens_than_uint16_can_name(
-    tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("rosetrainer.data.token_import.LARGEST_VOCAB", 200)
-    source = nanogpt(tmp_path / "gpt", range(9), range(9))
-    message = refused(tmp_path, source, "--tokenizer", tokenizer)
-    assert f"{tokenizer} has {MADE.vocab_size} tokens, and ids are stored as uint16" in message
+def test_ids_of_a_large_vocabulary_are_uint32(tmp_path: Path) -> None:
+    """Bare ones and llm.c's; and damage is found as in others."""
+    flags = ("--tokenizer", "ids", "--vocab-size", 150_000)
+    ids = [3, 149_999, 65_536, 7, 9, 1] * 3
+    wide = llm_c(tmp_path / "w" / "x_train.bin", ids, magic=20240801)
+    bare = nanogpt(tmp_path / "bare", ids, ids[::-1], "<u4")
+    for out, paths in (("a", (wide, wide)), ("b", (bare,))):
+        meta = imported(tmp_path / out, *paths, *flags)
+        assert (meta["dtype"], meta["vocab_size"]) == ("uint32", 150_000)
+        assert np.fromfile(tmp_path / out / "train.bin", "<u4").tolist() == ids
+        inputs, labels = open_corpus(tmp_path / out, 17).train_batch(1, 0, 1, range(1))
+        assert sorted(inputs[0].tolist()) == sorted(ids[:-1])
+        assert sorted(labels[0].tolist()) == sorted(ids[1:])
+    path = tmp_path / "b" / "val.bin"
+    content = bytearray(path.read_bytes())
+    content[4 * 5 + 3] = 9
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"val.bin: token 5 \(byte 20\) is 150\d+, not below"):
+        open_corpus(tmp_path / "b", 17)
+    path.write_bytes(content[:-1])
+    with pytest.raises(ConfigError, match="71 bytes, not a multiple of 4: it cannot be uint32 tok"):
+        open_corpus(tmp_path / "b", 17)
 
 
 def test_what_is_there_is_not_replaced(tmp_path: Path, capsys: Any) -> None:
