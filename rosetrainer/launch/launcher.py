@@ -19,13 +19,12 @@ from typing import Any
 from rosetrainer.environment import LAUNCHED, usable_cores
 from rosetrainer.launch.interfaces import INTERFACE, local_interface
 from rosetrainer.launch.rank import ERROR_FILE, PIPE_CLOSED, RENDEZVOUS_DIR, memory_advice
-from rosetrainer.launch.stop import SECOND_SIGNAL_SECONDS, STOP, STOP_FILE, on_signals
+from rosetrainer.launch.stop import SECOND_SIGNAL_SECONDS, STOP, STOP_FILE, STOP_MARGIN, on_signals
 from rosetrainer.validation import ConfigError
 
 POLL_SECONDS = 0.05
 TERMINATE_SECONDS = 3  # for a rank to end by itself after another one has failed
 STOP_SECONDS = 9  # at least, for the ranks to save and leave after a signal
-STOP_MARGIN = 1.5  # times what rank 0 has measured, for they may be slower now
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 Ranks = list[subprocess.Popen[bytes]]

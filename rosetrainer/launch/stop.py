@@ -16,6 +16,7 @@ from rosetrainer.environment import LAUNCHED, reports_for_machine
 from rosetrainer.launch.rank import RENDEZVOUS_DIR, leave
 
 GRACE = 120  # seconds that ranks have, if they need them, for a step and a save after a signal
+STOP_MARGIN = 1.5  # times what they were measured to take, for they may be slower then
 SECOND_SIGNAL_SECONDS = 1.0
 """A terminal and a launcher may both send a signal; one that comes later means: end at once."""
 STOP_FILE = "stop.json"  # in RENDEZVOUS_DIR: what rank 0 says of its stop
@@ -82,8 +83,8 @@ class StopRequest:
         return (
             f"warning: a step takes {self._step_seconds:.1f} s and a save {self.save_seconds:.1f} "
             f"s, and {flag} gives {given:g} s: a signal would end this run before it has saved; "
-            f"set {flag} {math.ceil(1.5 * need)}, and as much in the scheduler (Slurm: KillWait, "
-            f"Kubernetes: terminationGracePeriodSeconds, docker: --stop-timeout)"
+            f"set {flag} {math.ceil(STOP_MARGIN * need)}, and as much in the scheduler (Slurm: "
+            f"KillWait, Kubernetes: terminationGracePeriodSeconds, docker: --stop-timeout)"
         )
 
     def seconds_left(self, now: float) -> float:
