@@ -68,7 +68,7 @@ bench: .venv/.installed-dev  ## Measure speed against what else one could pick: 
 		tests/hardware/test_block_compile.py
 	@for name in $(BENCHMARKS); do $(VENV_PYTHON) benchmarks/$$name.py || exit 1; done
 
-speedrun: .venv/.installed-dev data/shakespeare-chars/meta.json  ## nanoGPT's laptop demo against ours: ten minutes
+speedrun: .venv/.installed-dev data/shakespeare-chars/meta.json  ## nanoGPT's laptop demo against ours: ten minutes to half an hour
 	$(VENV_PYTHON) benchmarks/speedrun.py
 
 # TEXT=FILE takes tiny-shakespeare from a file; without it, it is downloaded.

@@ -10,11 +10,13 @@ from __future__ import annotations
 import json
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -25,8 +27,12 @@ RESULTS = Path(__file__).resolve().parent / "results"
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "numpy", "transformers")
 
+LONGEST_SECONDS = 600.0
+
 Figures = dict[str, Any]
 Rounds = dict[str, list[Figures]]
+Pairs = Mapping[str, tuple[str, str]]
+"""By what they compare: the other side, ours."""
 
 
 class Runs(Protocol):
@@ -55,7 +61,11 @@ class Side:
     def run(self) -> Figures:
         """The figures of one fresh process. Raises SystemExit, with its output, if it fails."""
         with self.start(stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-            stdout, stderr = process.communicate()
+            try:
+                stdout, stderr = process.communicate()
+            except KeyboardInterrupt:
+                process.kill()
+                raise
         if process.returncode:
             sys.exit(f"error: {self.name}: status {process.returncode}\n{stdout}{stderr}")
         figures = json.loads(stdout.splitlines()[-1])
@@ -103,19 +113,50 @@ def staying(sides: Sequence[Side]) -> Iterator[list[StayingSide]]:
 def answer(measure: Callable[[], Figures]) -> None:
     """What a process that stays does: a line of figures for each line of its input."""
     print("{}", flush=True)
-    for _ in sys.stdin:
-        print(json.dumps(measure()), flush=True)
+    with suppress(KeyboardInterrupt):  # which the one who compares has had too
+        for _ in sys.stdin:
+            print(json.dumps(measure()), flush=True)
 
 
-def in_turn(sides: Sequence[Runs], rounds: int) -> Rounds:
-    """Each side's figures, round by round; every second round begins at the other end."""
+def in_turn(
+    sides: Sequence[Runs], rounds: int, pairs: Pairs, longest: float = LONGEST_SECONDS
+) -> Rounds:
+    """Each side's figures, round by round; every second round begins at the other end.
+
+    Shows each round with the ratio of each pair so far. Once a round is measured it says how long
+    the others take, and begins none that would end after `longest` seconds. Ctrl-C or SIGTERM end
+    it too, and what is there counts; KeyboardInterrupt is raised if that is no whole round.
+    """
     found: Rounds = {side.name: [] for side in sides}
-    for number in range(rounds):
-        for side in sides if number % 2 == 0 else reversed(sides):
-            found[side.name].append(side.run())
-            print(".", end="", file=sys.stderr, flush=True)
-    print(file=sys.stderr)
+    began, done = time.monotonic(), 0
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        while done < rounds:
+            this = [(side.name, side.run()) for side in sides[:: -1 if done % 2 else 1]]
+            for name, figures in this:
+                found[name].append(figures)
+            done += 1
+            each = (time.monotonic() - began) / done
+            most = min(rounds, max(done, int(longest / each)))
+            ratios = [f"{name} {ratio_of(found, *pair):.3f}" for name, pair in pairs.items()]
+            left = f"{each * (most - done):.0f} s to go; Ctrl-C keeps what is there"
+            told = [f"round {done} of {most}", *ratios, left if done < most else "done"]
+            print(", ".join(told), file=sys.stderr, flush=True)
+            if done == most < rounds:
+                print(f"no more of the {rounds}: {longest:.0f} s are the most", file=sys.stderr)
+                break
+    except KeyboardInterrupt:
+        if not done:
+            raise
+        print(f"stopped after {done} of {rounds} rounds", file=sys.stderr)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return found
+
+
+def ratio_of(found: Rounds, theirs: str, ours: str) -> float:
+    """How many times as fast ours is, by the medians of all rounds."""
+    return median(found, theirs, "seconds") / median(found, ours, "seconds")
 
 
 def median(found: Rounds, side: str, figure: str) -> float:

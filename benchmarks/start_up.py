@@ -167,7 +167,7 @@ def main(argv: list[str]) -> None:
             Side(side, ["benchmarks/start_up.py", "--round", side, name], environment())
             for side in SIDES
         ]
-        found = in_turn(sides, flags.rounds)
+        found = in_turn(sides, flags.rounds, PAIRS)
         extra = extra_imports(folder)
     print_start_up(found, extra, flags.top)
     for benchmark, (theirs, own) in PAIRS.items():

@@ -64,7 +64,7 @@ PARALLEL: dict[str, Callable[[Work, torch.dtype, ParallelContext], Figures]] = {
 def one_round(name: str, work: Work) -> Figures:
     dtype = choose_dtype("auto", torch.device("cpu"))
     if name == "peak":
-        return matmul_peaks()
+        return matmul_peaks([str(dtype).removeprefix("torch.")])
     if name in (ALONE, OURS):
         keep_freed_memory()  # as `train` does
     if name == ALONE:
@@ -113,7 +113,8 @@ def main(argv: list[str]) -> int:
     introduce(f"{work}, {dtype}, one process with 2 threads, 2 ranks with 1 each")
     threads = {ALONE: 2, **dict.fromkeys(PARALLEL, 1), "peak": 2}
     sides = [side_of(name, NAME, argv, count) for name, count in threads.items()]
-    found = in_turn(sides, work.rounds)
+    others = [name for name in threads if name not in (OURS, "peak")]
+    found = in_turn(sides, work.rounds, {f"beside {name}": (name, OURS) for name in others})
     print_table(work, found, dict.fromkeys((ALONE, *PARALLEL), dtype))
     print_parts(found)
     seconds = median(found, OURS, "seconds")

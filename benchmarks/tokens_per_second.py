@@ -9,7 +9,7 @@ this machine's matmul peak in the same run.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,6 +29,7 @@ from benchmarks.side_by_side import (
     introduce,
     keep,
     median,
+    ratio_of,
     staying,
 )
 from benchmarks.work import (
@@ -54,6 +55,10 @@ SIDES: dict[str, Callable[[Work], Step]] = {
     OURS_FP32: lambda work: OurStep(work, torch.float32),
     HUGGING_FACE: lambda work: PlainStep(work, torch.float32, HuggingFaceGPT2(work.model)),
 }
+PAIRS = {
+    "tokens-per-second-bf16": (PLAIN_BF16, OURS_BF16),
+    "tokens-per-second-fp32": (HUGGING_FACE, OURS_FP32),
+}
 BF16_WANTED, FP32_WANTED, PEAK_WANTED = 1.3, 1.1, 0.85
 DEFAULT = Work(steps=1, rounds=30)
 UNTIMED = 3
@@ -63,7 +68,7 @@ UNTIMED = 3
 def measure(name: str, work: Work) -> Callable[[], Figures]:
     """Sets the side up; what it gives measures a round."""
     if name == "peak":
-        return partial(matmul_peaks, seconds=0.1)
+        return partial(matmul_peaks, sorted(set(sides_here().values())), seconds=0.1)
     if name in (OURS_BF16, OURS_FP32):
         keep_freed_memory()  # as `train` does
     step = SIDES[name](work)
@@ -79,17 +84,20 @@ def fp32_wanted(work: Work, found: Rounds) -> float:
 
 
 def sides_here() -> dict[str, Literal["float32", "bfloat16"]]:
-    """The sides that this machine can run, each with its dtype; says which it cannot."""
+    """The sides that this machine can run, each with its dtype."""
     sides: dict[str, Literal["float32", "bfloat16"]] = {OURS_FP32: "float32"}
     if has_native_bf16(torch.device("cpu")):
         sides = {OURS_BF16: "bfloat16", PLAIN_BF16: "bfloat16", **sides}
-    else:
-        print("this processor has no native bf16: it is emulated, and not compared")
     if find_spec("transformers"):
         sides[HUGGING_FACE] = "float32"
-    else:
-        print("no transformers here, so no Hugging Face side: pip install -r requirements-dev.txt")
     return sides
+
+
+def name_missing(sides: Collection[str]) -> None:
+    if OURS_BF16 not in sides:
+        print("this processor has no native bf16: it is emulated, and not compared")
+    if HUGGING_FACE not in sides:
+        print("no transformers here, so no Hugging Face side: pip install -r requirements-dev.txt")
 
 
 def main(argv: list[str]) -> None:
@@ -99,18 +107,14 @@ def main(argv: list[str]) -> None:
     work = parse_work(argv, NAME, default=DEFAULT)
     introduce(f"{work}, 2 threads")
     dtypes = sides_here()
+    name_missing(dtypes)
+    pairs = {name: pair for name, pair in PAIRS.items() if set(pair) <= set(dtypes)}
     with staying([side_of(name, NAME, argv) for name in (*dtypes, "peak")]) as sides:
-        found = in_turn(sides, work.rounds)
+        found = in_turn(sides, work.rounds, pairs)
     print_table(work, found, dtypes)
-
-    def ratio(theirs: str, ours: str) -> float:
-        return median(found, theirs, "seconds") / median(found, ours, "seconds")
-
-    if OURS_BF16 in dtypes:
-        keep("tokens-per-second-bf16", ratio(PLAIN_BF16, OURS_BF16), BF16_WANTED, found)
-    if HUGGING_FACE in dtypes:
-        wanted = fp32_wanted(work, found)
-        keep("tokens-per-second-fp32", ratio(HUGGING_FACE, OURS_FP32), wanted, found)
+    for name, pair in pairs.items():
+        wanted = BF16_WANTED if OURS_BF16 in pair else fp32_wanted(work, found)
+        keep(name, ratio_of(found, *pair), wanted, found)
 
 
 if __name__ == "__main__":

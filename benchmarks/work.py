@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -86,11 +86,11 @@ def median_seconds(step: Step, steps: int) -> float:
     return statistics.median(found)
 
 
-def matmul_peaks(seconds: float = 0.25) -> dict[str, float]:
+def matmul_peaks(dtypes: Iterable[str], seconds: float = 0.25) -> dict[str, float]:
     """FLOP/s of the best large product of this process, by dtype."""
     return {
         dtype: max(_peak(getattr(torch, dtype), n, transposed, seconds) for n, transposed in SHAPES)
-        for dtype in ("float32", "bfloat16")
+        for dtype in dtypes
     }
 
 

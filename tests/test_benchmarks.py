@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -30,7 +32,7 @@ from benchmarks import (
 from benchmarks.breakdown import Sum
 from benchmarks.our_step import OurStep
 from benchmarks.plain_step import HuggingFaceGPT2, PlainStep, plain_model
-from benchmarks.side_by_side import Rounds, Side
+from benchmarks.side_by_side import Figures, Pairs, Rounds, Side
 from benchmarks.work import Work, parse_work
 from rosetrainer.config import GPTConfig, ParallelConfig
 from rosetrainer.parallel.context import end_parallel, init_parallel, init_tensor_parallel
@@ -208,7 +210,7 @@ def test_a_sum_that_computing_covers_is_no_communication() -> None:
     assert Sum(kind, None, 0.0, meanwhile=0.25, waited=0.5).communication(alone=0.5) == 0.25
 
 
-def rounds_here(sides: Sequence[Side], rounds: int) -> Rounds:
+def rounds_here(sides: Sequence[Side], rounds: int, pairs: Pairs) -> Rounds:
     """in_turn of tensor_parallel without a new process for each side; ranks are forked."""
     found: Rounds = {}
     for side in sides:
@@ -219,6 +221,59 @@ def rounds_here(sides: Sequence[Side], rounds: int) -> Rounds:
         else:
             found[side.name] = [tensor_parallel.one_round(name, work)]
     return found
+
+
+class Timed:
+    """A side whose rounds take no time but by the clock that is put in its place."""
+
+    def __init__(self, name: str, seconds: float, clock: list[float], stops_at: int = 99) -> None:
+        self.name, self.seconds, self.clock, self.left = name, seconds, clock, stops_at
+
+    def run(self) -> Figures:
+        self.left -= 1
+        if self.left < 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        self.clock[0] += self.seconds
+        return {"seconds": self.seconds}
+
+
+@pytest.mark.parametrize(
+    ("rounds", "longest", "stops_at", "whole", "last"),
+    [
+        (3, 600, 99, 3, "round 3 of 3, ours 4.000, done"),
+        (9, 600, 99, 6, "no more of the 9: 600 s are the most"),
+        (1, 5, 99, 1, "round 1 of 1, ours 4.000, done"),  # one is measured, however long
+        (9, 600, 2, 2, "stopped after 2 of 9 rounds"),
+    ],
+)
+def test_a_comparison_shows_its_rounds_and_ends(
+    rounds: int,
+    longest: float,
+    stops_at: int,
+    whole: int,
+    last: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(side_by_side, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    sides = [Timed("plain", 80, clock, stops_at), Timed("own", 20, clock)]
+    before = signal.getsignal(signal.SIGTERM)
+    found = side_by_side.in_turn(sides, rounds, {"ours": ("plain", "own")}, longest)
+    assert {name: len(figures) for name, figures in found.items()} == {"plain": whole, "own": whole}
+    told = capsys.readouterr().err.splitlines()
+    if rounds > 1:
+        count = min(rounds, 6)
+        left = f"{100 * (count - 1)} s to go; Ctrl-C keeps what is there"
+        assert told[0] == f"round 1 of {count}, ours 4.000, {left}"
+    assert told[-1] == last
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_comparison_that_is_stopped_in_its_first_round_has_nothing() -> None:
+    clock = [0.0]
+    with pytest.raises(KeyboardInterrupt):
+        side_by_side.in_turn([Timed("plain", 1, clock), Timed("own", 1, clock, 0)], 3, {})
 
 
 ANSWERS = """
@@ -232,7 +287,7 @@ answer(lambda: {{"number": next(numbers), "of two": 1 / (next(numbers) < {last})
 def test_a_process_that_stays_answers_each_round(capfd: pytest.CaptureFixture[str]) -> None:
     scripts = {"a": ANSWERS.format(first=1, last=99), "b": ANSWERS.format(first=5, last=9)}
     with side_by_side.staying([Side(name, ["-c", text]) for name, text in scripts.items()]) as two:
-        found = side_by_side.in_turn(two, 2)
+        found = side_by_side.in_turn(two, 2, {})
         assert side_by_side.median(found, "a", "number") == 2  # 1 and 3
         assert side_by_side.median(found, "b", "number") == 6  # 5 and 7
         with pytest.raises(SystemExit, match="error: b: status 1"):
@@ -273,7 +328,9 @@ def test_a_side_that_this_machine_lacks_is_named(
 ) -> None:
     monkeypatch.setattr(tokens_per_second, "has_native_bf16", lambda device: False)
     monkeypatch.setattr(tokens_per_second, "find_spec", lambda name: None)
-    assert list(tokens_per_second.sides_here()) == [tokens_per_second.OURS_FP32]
+    sides = tokens_per_second.sides_here()
+    assert list(sides) == [tokens_per_second.OURS_FP32]
+    tokens_per_second.name_missing(sides)
     shown = capsys.readouterr().out
     assert "no native bf16" in shown
     assert "no transformers" in shown
