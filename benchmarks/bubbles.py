@@ -36,7 +36,7 @@ from rosetrainer.reporting.timeline import Times, gather_times, measured, simula
 
 NAME, MICRO_BATCHES, WANTED = "bubbles", (2, 4, 8, 16), 0.1
 DEFAULT = Work(
-    GPTConfig(n_layers=8, n_heads=6, d_model=384, context_length=256, tied=False),
+    GPTConfig(n_layers=8, n_heads=4, d_model=256, context_length=256, tied=False),
     batch_size=1,
     steps=1,
     rounds=7,

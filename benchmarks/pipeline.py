@@ -45,10 +45,10 @@ OURS = {"ours, 1F1B": "1f1b", "ours, ZB-H1": "zero-bubble"}
 TORCH = {"torch, 1F1B": "1F1B", "torch, interleaved zero-bubble": "InterleavedZeroBubble"}
 TIME_WANTED, MEMORY_WANTED, OVERHEAD_WANTED = 1.1, 1.0, 0.03
 DEFAULT = Work(
-    GPTConfig(n_layers=8, n_heads=6, d_model=384, context_length=256, tied=False),
+    GPTConfig(n_layers=8, n_heads=4, d_model=256, context_length=256, tied=False),
     batch_size=MICRO_BATCHES,
     steps=1,
-    rounds=9,
+    rounds=7,
 )
 UNTIMED = 2
 
