@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from tyro.conf import Positional
+from tyro.conf import Positional, subcommand
 
 from rosetrainer.checkpoint.export import whole_layers
 from rosetrainer.checkpoint.huggingface.families import model_of, written_as
@@ -22,7 +22,6 @@ from rosetrainer.checkpoint.run_folder import TOKENIZER
 from rosetrainer.checkpoint.saver import read_whole
 from rosetrainer.commands.flags import parse_flags
 from rosetrainer.durable_files import room, short, whole_folder
-from rosetrainer.environment import trainer_command
 from rosetrainer.parallel.context import Axis
 from rosetrainer.training.trained import sound_one
 from rosetrainer.validation import Bounds, ConfigError
@@ -52,25 +51,14 @@ class ToCommand:
     """Most megabytes of one file; more are several, with an index."""
 
 
+Command = Annotated[FromCommand, subcommand("from-hf")] | Annotated[ToCommand, subcommand("to-hf")]
+
+
 def main(argv: list[str]) -> int:
     """The command. Raises ConfigError for a user's mistake, before anything is written."""
-    name, rest = (argv[0], argv[1:]) if argv else ("", [])
-    commands: dict[str, tuple[type[Any], Callable[[Any], int]]] = {
-        "from-hf": (FromCommand, from_hf),
-        "to-hf": (ToCommand, to_hf),
-    }
-    if name in commands:
-        command, act = commands[name]
-        parsed = parse_flags(command, rest, f"python -m rosetrainer convert {name}")
-        return act(parsed)
-    usage = f"usage: {trainer_command()} convert {'|'.join(commands)} FOLDER OUT"
-    if name not in ("-h", "--help"):
-        raise ConfigError(usage)
-    print(f"{usage}\n")
-    for name, (command, _) in commands.items():
-        print(f"  {name:8} {command.__doc__}")
-    print(f"\n{trainer_command()} convert to-hf --help shows the flags of to-hf")
-    return 0
+    union: Any = Command
+    command = parse_flags(union, argv, "python -m rosetrainer convert")
+    return from_hf(command) if isinstance(command, FromCommand) else to_hf(command)
 
 
 def from_hf(command: FromCommand) -> int:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -15,7 +15,7 @@ import torch
 
 from rosetrainer.checkpoint.run_folder import latest_run, read_run, run_of
 from rosetrainer.commands.flags import parse_flags, ranks_to_start
-from rosetrainer.config import ParallelConfig
+from rosetrainer.config import GPTConfig, ParallelConfig
 from rosetrainer.environment import choose_device, world_from_environment
 from rosetrainer.hardware.performance import set_threads
 from rosetrainer.launch.launcher import launch
@@ -23,7 +23,7 @@ from rosetrainer.model_size import check_memory
 from rosetrainer.models.generation import SamplingConfig, first_tokens, generate
 from rosetrainer.parallel.context import end_parallel, init_parallel
 from rosetrainer.training.trained import load_model
-from rosetrainer.validation import Count, LocalRanks
+from rosetrainer.validation import ConfigError, Count, LocalRanks
 
 
 @dataclass(frozen=True)
@@ -36,12 +36,26 @@ class GenerateCommand:
     the run in out/ that saved last."""
     prompt: str | None = None
     """The text that is continued; unless given, a new document, or after a line break, begins."""
+    whole: bool = False
+    """Let the model see all tokens so far, as Hugging Face's library does, and not only the last
+    context_length; for rotary positions."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes CUDA when each local rank has a GPU of its own."""
     pp_size: Count = 1
     """Pipeline-parallel size; the number of ranks / pp_size is the tensor-parallel one."""
     nproc: LocalRanks | None = None
     """Start this many ranks on this machine; leave it out under torchrun."""
+
+
+def without_window(model: GPTConfig, tokens: int) -> GPTConfig:
+    """The model with a context of so many tokens at least. Raises ConfigError if it has a table of
+    positions, which ends."""
+    if model.architecture not in ("rotary", "llama"):
+        raise ConfigError(
+            f"whole is for rotary positions, and architecture={model.architecture} has a table of "
+            f"context_length={model.context_length}; leave --whole out"
+        )
+    return replace(model, context_length=max(model.context_length, tokens))
 
 
 def main(argv: list[str]) -> int:
@@ -51,19 +65,22 @@ def main(argv: list[str]) -> int:
     world_size, starts = ranks_to_start("generate", argv, command.nproc, parallel)
     path = command.run or latest_run()
     config, tokenizer = read_run(run_of(path))
-    config.model.check(parallel.resolve(world_size)[0])
-    parallel.check_pipeline(config.model, 1)
+    model = config.model
+    model.check(parallel.resolve(world_size)[0])
+    parallel.check_pipeline(model, 1)
     prompt = first_tokens(command.prompt, tokenizer)
+    if command.whole:
+        model = without_window(model, len(prompt) + command.sampling.tokens)
     if starts:
         return launch(world_size, ["generate", *argv])
     device = choose_device(command.device)
     parallel.check_device(device.type)
     if device.type == "cpu":
         here = world_from_environment()[3]
-        check_memory(config.model, 4, "weights", here / world_size)
+        check_memory(model, 4, "weights", here / world_size)
     set_threads(0)
     context = init_parallel(parallel, command.device)
-    model = load_model(path, config.model, context)
+    trained = load_model(path, model, context)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal may not know every character
 
@@ -73,7 +90,7 @@ def main(argv: list[str]) -> int:
 
     write(command.prompt or "")
     ids = torch.tensor(prompt, device=context.device)
-    tokens = generate(model, ids, command.sampling, context, tokenizer.end_of_text)
+    tokens = generate(trained, ids, command.sampling, context, tokenizer.end_of_text)
     for text in tokenizer.stream(tokens):
         write(text)
     write("\n")

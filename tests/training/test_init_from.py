@@ -88,6 +88,10 @@ def test_training_begins_with_their_weights_in_any_layout(
     argv = ["--run", str(tmp_path / "two"), "--tokens", "8", "--prompt", "ab"]
     assert generate.main(argv) == 0
     assert len(capsys.readouterr().out.splitlines()[-1]) == 10
+    assert generate.main([*argv, "--tokens", "30", "--whole"]) == 0
+    assert len(capsys.readouterr().out.splitlines()[-1]) == 32
+    with pytest.raises(ConfigError, match="architecture=gpt2 has a table of context_length=256; l"):
+        generate.without_window(GPTConfig(), 300)
 
 
 def test_an_encoder_alone_learns_to_fill_in_tokens_in_any_layout(
