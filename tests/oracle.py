@@ -13,6 +13,8 @@ from torch import Tensor
 
 from rosetrainer.commands import checkpoint as checkpoint_command
 from rosetrainer.config import GPTConfig
+from rosetrainer.models.build import build_model
+from rosetrainer.parallel.sharding import load_whole
 from rosetrainer.proof.reference import ReferenceGPT
 
 TOLERANCE = 1e-10  # of the dense tensor's largest value, in float64
@@ -97,3 +99,19 @@ def saved_weights(run: Path) -> dict[str, Tensor]:
         out = Path(folder) / "weights.safetensors"
         checkpoint_command.main(["export", str(run), "--out", str(out)])
         return load_file(out)
+
+
+def assert_padding_moves_nothing(config: GPTConfig, dense: ReferenceGPT, side: str) -> None:
+    """Rows with unequally much padding on one side, against the oracle, which cuts it off."""
+    input_ids, labels = random_batch(config, 4)
+    mask = torch.ones_like(input_ids)
+    length = input_ids.shape[1]
+    for row in range(4):
+        mask[row, slice(0, row) if side == "left" else slice(length - row, length)] = 0
+    model = build_model(config).double()
+    load_whole(model, dense.state_dict())
+    logits, loss = model(input_ids, mask, labels)
+    expected_logits, expected = dense(input_ids, mask, labels)
+    assert expected is not None
+    assert_equal("logits", logits[mask.bool()], expected_logits[mask.bool()])
+    assert_equal("loss", loss, expected)

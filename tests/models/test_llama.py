@@ -7,7 +7,7 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
-from oracle import assert_equal, random_batch, tiny_config
+from oracle import assert_equal, assert_padding_moves_nothing, random_batch, tiny_config
 from ranks import run_ranks
 from torch import Tensor
 
@@ -19,7 +19,7 @@ from rosetrainer.optim.clip import clip_gradients
 from rosetrainer.parallel.context import ParallelContext, init_parallel
 from rosetrainer.parallel.data_parallel import accumulate_gradients, reduce_gradients
 from rosetrainer.parallel.replicas import check_replicas
-from rosetrainer.parallel.sharding import gather_whole, init_weights, load_whole, shard_spec
+from rosetrainer.parallel.sharding import gather_whole, init_weights, shard_spec
 from rosetrainer.proof.oracles import build_reference
 from rosetrainer.proof.tolerances import not_proven, prove
 from rosetrainer.proof.trajectory import Proof
@@ -109,18 +109,7 @@ def test_every_choice_is_among_the_cases() -> None:
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_moves_nothing(side: str) -> None:
     config = llama(qk_norm=True)
-    dense = build_reference(config).double()
-    input_ids, labels = random_batch(config, 4)
-    mask = torch.ones_like(input_ids)
-    for row in range(4):
-        padded = slice(0, row) if side == "left" else slice(14 - row, 14)
-        mask[row, padded] = 0
-    model = build_model(config).double()
-    load_whole(model, dense.state_dict())
-    logits, loss = model(input_ids, mask, labels)
-    expected_logits, expected = dense(input_ids, mask, labels)
-    assert_equal("logits", logits[mask.bool()], expected_logits[mask.bool()])
-    assert_equal("loss", loss, expected)
+    assert_padding_moves_nothing(config, build_reference(config).double(), side)
 
 
 def shared_head() -> tuple[float, list[float], int]:

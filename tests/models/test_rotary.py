@@ -7,7 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import assert_all_equal, assert_equal, gradients, random_batch, tiny_config
+from oracle import (
+    assert_all_equal,
+    assert_equal,
+    assert_padding_moves_nothing,
+    gradients,
+    random_batch,
+    tiny_config,
+)
 from ranks import run_ranks
 from torch import Tensor
 
@@ -86,18 +93,7 @@ def test_the_rotary_gpt_equals_its_oracle(case: str) -> None:
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_moves_nothing(side: str) -> None:
     config = rotary()
-    dense = oracle(config)
-    input_ids, labels = random_batch(config, ROWS)
-    mask = torch.ones_like(input_ids)
-    for row in range(ROWS):
-        padded = slice(0, row) if side == "left" else slice(14 - row, 14)
-        mask[row, padded] = 0
-    model = build_model(config).double()
-    load_whole(model, dense.state_dict())
-    logits, loss = model(input_ids, mask, labels)
-    expected_logits, expected = dense(input_ids, mask, labels)
-    assert_equal("logits", logits[mask.bool()], expected_logits[mask.bool()])
-    assert_equal("loss", loss, expected)
+    assert_padding_moves_nothing(config, oracle(config), side)
 
 
 def scores(positions: Tensor) -> Tensor:
