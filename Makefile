@@ -12,7 +12,7 @@ BEGUN := $(shell date +%s)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help train plan test mutants test-steps chaos lint bench speedrun bench-gpu clean remake environment
+.PHONY: help train plan test mutants test-steps test-hosts chaos lint bench speedrun bench-gpu clean remake environment
 
 help:  ## List these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -51,6 +51,9 @@ mutants: .venv/.installed-dev  ## Plant each known mistake, and see the test tha
 
 test-steps: .venv/.installed-dev  ## Run each step's tests and a short training by torchrun
 	$(VENV_PYTHON) steps/steps.py rehearse
+
+test-hosts: .venv/.installed-dev  ## Train on two hosts made of network namespaces; needs root on Linux
+	HOSTS=1 $(VENV_PYTHON) -m pytest -q -rs tests/launch/test_hosts.py
 
 chaos: .venv/.installed-dev  ## Interrupt, damage and starve hundreds of runs: the whole fault matrix
 	CHAOS=1 $(VENV_PYTHON) -m pytest -q tests/faults

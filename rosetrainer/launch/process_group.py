@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from rosetrainer.environment import choose_device, name_ranks, world_from_environment
+from rosetrainer.launch.machines import meet_machines
 from rosetrainer.launch.rank import ERROR_REPORT, RENDEZVOUS_DIR, RankError
 from rosetrainer.validation import ConfigError
 
@@ -85,6 +86,8 @@ def init_process_group(
     if store:
         store.set_timeout(timeout)
         check_devices(store, rank, world_size, own.type, gpu_uuid(own))
+        if not gpu:
+            meet_machines(dist.PrefixStore("machines", store))
     if gpu:
         torch.cuda.set_device(gpu)
     if store:
