@@ -40,9 +40,9 @@ WORKERS := 6
 PYTEST := $(VENV_PYTHON) -m pytest -q -n $(WORKERS) --dist worksteal --durations=15
 
 # Compiled before: hundreds of processes import them, and none of those writes what it compiled.
-test: .venv/.installed-dev  ## Run all tests but the planted mistakes: about TIME on two cores
+test: .venv/.installed-dev  ## Run all tests but the planted mistakes: about ten minutes on two cores
 	@$(VENV_PYTHON) -m compileall -q benchmarks data rosetrainer steps tests
-	@echo "All tests: about TIME on two cores, more beside other work. Ends with the slowest."
+	@echo "All tests: about ten minutes on two cores, more beside other work. Ends with the slowest."
 	$(PYTEST) -m "not mutant"
 
 mutants: .venv/.installed-dev  ## Plant each known mistake, and see the test that it names turn red

@@ -48,7 +48,9 @@ def test_an_architecture_without_an_oracle_is_refused(monkeypatch: pytest.Monkey
     """It was compared with GPT-2 before: a traceback, or a bug that is none."""
     monkeypatch.delitem(ORACLES, "rotary")
     monkeypatch.setitem(KNOWN, "architecture", tuple(ORACLES))
-    with pytest.raises(ConfigError, match="for architecture=rotary, only for gpt2 or llama; "):
+    with pytest.raises(
+        ConfigError, match="for architecture=rotary, only for gpt2, llama or bert; "
+    ):
         parity.main(["--architecture", "rotary", "--no-tied"])
 
 
