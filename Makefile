@@ -36,7 +36,7 @@ plan:
 	@echo
 
 # More than cores, for a test of ranks waits more than it computes. Each takes up to 1 GB.
-WORKERS := 6
+WORKERS := 5
 PYTEST := $(VENV_PYTHON) -m pytest -q -n $(WORKERS) --dist worksteal --durations=15
 
 # Compiled before: hundreds of processes import them, and none of those writes what it compiled.

@@ -527,6 +527,7 @@ def test_red_is_the_rank_that_failed_by_itself_and_not_the_one_it_left_waiting(
     )
 
 
+@pytest.mark.mutant
 def test_break_shows_what_turns_red_and_what_stays_green() -> None:
     done = steps(ROOT, "break", "06")
     assert done.returncode == 0, done.stderr

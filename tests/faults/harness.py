@@ -55,6 +55,9 @@ SAVES = [
 ]
 FLAGS = [*SHAPE, *SCHEDULE, *SAVES]
 
+STOPPED = (None, 0, 130)
+"""A rank that has not failed: it runs, or has ended, or Ctrl-C has stopped it, as the others."""
+
 STRUCK = "struck"
 """The file with the time at which a fault happened, by the monotonic clock."""
 
@@ -191,7 +194,7 @@ class Launch:
         deadline = self.started + LONGEST_SECONDS
         while running := {rank for rank, p in enumerate(self.processes) if p.exitcode is None}:
             now = time.monotonic()
-            if not failed_at and any(p.exitcode not in (None, 0) for p in self.processes):
+            if not failed_at and any(p.exitcode not in STOPPED for p in self.processes):
                 failed_at = now
                 self.send(signal.SIGTERM)
             late = now > deadline or (failed_at and now > failed_at + GRACE_SECONDS)

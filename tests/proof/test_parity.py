@@ -89,7 +89,7 @@ def right_layout_without_hardware(case: str) -> None:
         right_layout(case, fast=False)
 
 
-@pytest.mark.parametrize("case", ["tp", "both", "muon", "rotary"])
+@pytest.mark.parametrize("case", ["tp", "dp", "muon", "rotary"])
 def test_the_core_is_right_without_what_hardware_adds(case: str) -> None:
     run_ranks(CASES[case][0] * CASES[case][1], right_layout_without_hardware, case)
 
