@@ -103,7 +103,7 @@ class Layout:
 FUNCTIONS = (
     {"micro_batches": 3, "layers": 5},
     {"micro_batches": 5, "layers": 7, "tied": False, "dropout": 0.1},
-    {"micro_batches": 8, "layers": 8, "dropout": 0.1},
+    {"micro_batches": 8, "layers": 8},
     {"micro_batches": 8, "layers": 7, "tied": False, "kv_heads": 1},
     {"micro_batches": 3, "layers": 8, "dropout": 0.1, "kv_heads": 1},
 )

@@ -109,9 +109,9 @@ def test_steps_05_to_09_are_one_function() -> None:
         assert max(abs(a - b) for a, b in zip(curve, curves[0], strict=True)) <= 1e-10
 
 
-@pytest.mark.parametrize("name", [TENSOR_PARALLEL[0], WITH_RANKS[-1]])  # between, one function
-def test_a_short_training_ends_near_the_floor_and_not_under_it(name: str) -> None:
-    found, floor = run_ranks(2, losses, str(STEPS / name), 100, "float32")[0]
+def test_a_short_training_ends_near_the_floor_and_not_under_it() -> None:
+    """Of the last step; the others compute the same function."""
+    found, floor = run_ranks(2, losses, str(STEPS / WITH_RANKS[-1]), 100, "float32")[0]
     assert abs(found[0] - torch.tensor(8.0).log().item()) < 0.1
     assert -0.01 < found[-1] - floor < 0.05
 

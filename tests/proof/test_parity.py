@@ -60,7 +60,7 @@ CASES: dict[str, tuple[int, int, dict[str, Any], dict[str, Any], Any]] = {
         "adamw",
     ),
     "pipeline-llama": (1, 2, {"pp_size": 2, "pp_schedule": "zero-bubble"}, LLAMA | SHORT, "muon"),
-    "llama": (1, 4, {"sequence_parallel": True}, LLAMA | SHORT, "adamw"),
+    "llama": (1, 2, {"sequence_parallel": True}, LLAMA | SHORT | {"n_kv_heads": 1}, "adamw"),
 }
 
 
