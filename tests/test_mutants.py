@@ -111,5 +111,9 @@ def test_without_a_mistake_the_same_way_of_running_is_green(tree: Path) -> None:
         assert passed == 1
 
 
-def test_there_is_a_patch_for_each_way_to_be_wrong() -> None:
+def test_there_is_a_patch_for_each_way_to_be_wrong_and_each_applies() -> None:
     assert len(MUTANTS) >= 60
+    for patch in MUTANTS:
+        check = ["git", "apply", "--check", str(patch)]
+        done = subprocess.run(check, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{patch.name}: {done.stderr}"
