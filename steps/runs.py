@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -21,20 +21,58 @@ class Run:
 
 
 F = "        x = copy_to_tensor_parallel_region(x, self.tp)"
+B = """        y = reduce_from_tensor_parallel_region(partial, self.tp)  # (B, T, O)    all-reduce
+        return y if self.bias is None else y + self.bias
+"""
+B_BEFORE_THE_SUM = """        partial = partial if self.bias is None else partial + self.bias
+        return reduce_from_tensor_parallel_region(partial, self.tp)
+"""
+DATA_PARALLEL, MESH = (
+    'init_parallel("cpu")',
+    'init_parallel(parallel_context.ParallelConfig(), "cpu")',
+)
+
+
+def in_two_dtypes(*sides: Run) -> tuple[Run, ...]:
+    """Each of these runs in fp32 and in fp64, which tells a mistake from a rounding."""
+    return tuple(
+        replace(side, name=f"{dtype} {side.name}", dtype=dtype)
+        for dtype in ("float32", "float64")
+        for side in sides
+    )
+
+
+def one_rank_and_two(step: str, start: str = Run.start) -> tuple[Run, ...]:
+    return in_two_dtypes(*(Run(str(ranks), step, ranks, start=start) for ranks in (1, 2)))
+
+
+def before_and_after(step: str, before: str) -> tuple[Run, ...]:
+    """Two ranks that train with the step's model, and with an earlier step's."""
+    return in_two_dtypes(Run(before, before, 2), Run(step, step, 2))
+
+
 PLOTS = {
     "02": (
         Run("y = w[1:]", "02"),
         Run("y = w[:-1]", "02", 0, "float32", "data.py", "window[:, 1:]", "window[:, :-1]"),
     ),
+    "03": one_rank_and_two("03", DATA_PARALLEL),
     "04": (
         Run("1", "05", 1),
         Run("f on", "05", 2),
         Run("f off", "05", 2, "float32", "tensor_parallel.py", F, "        x = x"),
     ),
-    "09": tuple(
-        Run(f"{dtype} {ranks}", "09", ranks, dtype)
-        for dtype in ("float32", "float64")
-        for ranks in (1, 2)
+    "05": one_rank_and_two("05"),
+    "06": (
+        Run("1", "07", 1),
+        Run("b × 1", "07", 2),
+        Run("b × 2", "07", 2, "float32", "tensor_parallel.py", B, B_BEFORE_THE_SUM),
+    ),
+    "07": before_and_after("07", "05"),
+    "08": before_and_after("08", "07"),
+    "09": one_rank_and_two("09"),
+    "17": tuple(
+        Run(dtype, "17", 1, dtype, start=MESH) for dtype in ("float64", "float32", "bfloat16")
     ),
 }
 SEQUENCE = 'init_parallel(parallel_context.ParallelConfig(sequence_parallel=True), "cpu")'
@@ -43,7 +81,7 @@ PAIRS = {  # an exercise: `new` looks right, and what it trains is curve B
         *("B", "03", 2, "float32", "train.py"),
         old="    weighted = loss * share.to(loss.dtype)\n    weighted.backward()\n",
         new="    weighted = loss * share.to(loss.dtype)\n    loss.backward()\n",
-        start='init_parallel("cpu")',
+        start=DATA_PARALLEL,
     ),
     "04": Run(
         *("B", "04", 2, "float32", "train.py"),

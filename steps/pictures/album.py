@@ -36,8 +36,10 @@ STEP_PICTURES: dict[str, Callable[[], str]] = {
 }
 STEP_PLOTS: dict[str, Callable[[Path], str]] = {
     "02": plots.with_floor,
+    "03": plots.in_two_dtypes,
     "04": plots.with_and_without_f,
-    "09": plots.two_ranks_and_one,
+    "05": plots.in_two_dtypes,
+    "09": plots.in_two_dtypes,
 }
 
 

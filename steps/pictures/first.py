@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from pictures.canvas import WIDTH, Box, Canvas
-from pictures.flow import MARGIN, Gate, Tensor, draw_rows, lanes
-from pictures.grids import Grid, blank, blank_partial
+from pictures.flow import MARGIN, Gate, Tensor, draw_both, lanes
+from pictures.grids import Grid, blank, blank_partial, whole
 from pictures.values import found, value, whole_number
 
 TALL = 62  # a lane with one number
@@ -140,7 +140,7 @@ def labels() -> str:
 
 
 def data_parallel() -> str:
-    """Step 03: each rank's rows, its share of the labels, and the sum of the gradients."""
+    """Step 03: each rank's rows, its share of the labels, and the sums of loss and gradients."""
     rows = found("03", "test_forward.py", r"ends = torch.tensor\(\[\[(.*?)\]\],").split("], [")
     ends, tokens = [int(row) for row in rows], 7
     half = len(ends) // 2
@@ -156,15 +156,23 @@ def data_parallel() -> str:
         for rank in range(2)
     ]
     counts = [sum(ends[:half]), sum(ends[half:])]
-    whole = blank((4, 3), None)
-    return draw_rows(
+    shares = [f"{n}/{sum(counts)}" for n in counts]
+    weight, one = blank((4, 3), None), whole([[1]])
+    return draw_both(
         [
             Tensor("x, y", "V", batch, [str(count) for count in counts]),
             Gate(f"all-reduce {counts[0]} + {counts[1]} = {sum(counts)}"),
-            Tensor("W", "R", whole),
-            Tensor("dW", "P", blank_partial((4, 3)), [f"{n}/{sum(counts)}" for n in counts]),
+            Tensor("W", "R", weight),
+            Tensor("L", "P", blank_partial((1, 1), (22, 20)), shares),
             Gate("all-reduce"),
-            Tensor("dW", "I", whole),
-            Tensor("W", "I", whole),
-        ]
+            Tensor("L", "I", blank((1, 1), None, (22, 20))),
+        ],
+        [
+            Tensor("dW", "I", weight),
+            Gate("all-reduce"),
+            Tensor("dW", "P", blank_partial((4, 3)), shares),
+            Tensor("dL", "R", one),
+            Gate(""),
+            Tensor("dL", "I", one),
+        ],
     )

@@ -65,20 +65,22 @@ class Gate:
 Column = Tensor | Pair | Gate
 
 
-def places(columns: Sequence[Column]) -> list[float]:
-    """The left edge of each column; the gaps between them are equal."""
-    gap = (WIDTH - 2 * MARGIN - 2 * PAD - sum(c.w for c in columns)) / (len(columns) - 1)
+def places(*passes: Sequence[Column | None]) -> list[float]:
+    """The left edge of each column, of the passes that share them; the gaps are equal."""
+    columns = zip(*passes, strict=True)
+    widths = [max(column.w for column in shared if column) for shared in columns]
+    gap = (WIDTH - 2 * MARGIN - 2 * PAD - sum(widths)) / (len(widths) - 1)
     edges, x = [], float(MARGIN + PAD)
-    for column in columns:
+    for width in widths:
         edges.append(x)
-        x += column.w + gap
+        x += width + gap
     return edges
 
 
-def lane_height(columns: Sequence[Column]) -> float:
+def lane_height(columns: Sequence[Column | None]) -> float:
     """Room for the highest column, and at the left end for the rank's name above the label."""
-    first = columns[0].h + (26 if isinstance(columns[0], Pair) else 16)
-    return max(first, *(column.h for column in columns)) + LABEL + 2 * PAD
+    first = columns[0].h + (26 if isinstance(columns[0], Pair) else 16) if columns[0] else 0
+    return max(first, *(column.h for column in columns if column)) + LABEL + 2 * PAD
 
 
 def lanes(canvas: Canvas, top: float, height: float, ranks: int = 2) -> list[Box]:
@@ -102,11 +104,12 @@ def draw_gate(canvas: Canvas, gate: Gate, box: Box) -> None:
 
 
 def draw_pass(
-    canvas: Canvas, top: float, columns: Sequence[Column], edges: list[float], leftwards: bool
+    canvas: Canvas, top: float, way: Sequence[Column | None], edges: list[float], leftwards: bool
 ) -> float:
-    """One direction, all ranks; returns where it ends."""
-    height = lane_height(columns)
-    boxes = lanes(canvas, top, height, ranks_of(columns))
+    """One direction, all ranks; returns where it ends. None leaves a column empty."""
+    boxes = lanes(canvas, top, lane_height(way), ranks_of(way))
+    edges = [x for column, x in zip(way, edges, strict=True) if column]
+    columns = [column for column in way if column]
     for rank, lane in enumerate(boxes):
         placed = [
             place(canvas, column, x, lane, rank) for column, x in zip(columns, edges, strict=True)
@@ -132,7 +135,7 @@ def draw_pass(
     return bottom
 
 
-def ranks_of(columns: Sequence[Column]) -> int:
+def ranks_of(columns: Sequence[Column | None]) -> int:
     return max(len(column.parts) for column in columns if isinstance(column, Tensor))
 
 
@@ -170,23 +173,33 @@ def label(canvas: Canvas, tensor: Tensor, box: Box) -> None:
     canvas.badge(box.cx + width / 2 + 1, y, tensor.letter)
 
 
-def draw_both(forward: Sequence[Column], backward: Sequence[Column]) -> str:
-    """The SVG of a forward pass and, column for column under it, the backward pass."""
-    pairs = zip(forward, backward, strict=True)
-    edges = places([max(pair, key=lambda column: column.w) for pair in pairs])
-    canvas = Canvas(2 * MARGIN + height_of(forward) + 24 + height_of(backward))
-    bottom = draw_pass(canvas, MARGIN, forward, edges, leftwards=False)
-    draw_pass(canvas, bottom + 24, backward, edges, leftwards=True)
-    return canvas.svg()
+Way = tuple[Sequence[Column], Sequence[Column | None]]
+"""A forward pass, and column for column under it the backward pass."""
 
 
-def draw_rows(*rows: Sequence[Column]) -> str:
-    """The SVG of a forward pass that is too long for one line."""
-    return rows_with_room(0, *rows)[0].svg()
+def draw_both(forward: Sequence[Column], backward: Sequence[Column | None]) -> str:
+    """The SVG of both passes."""
+    return draw_ways((forward, backward))
+
+
+def draw_ways(*ways: Way) -> str:
+    """The SVG of several parts of a model, each with its backward pass under it."""
+    return ways_with_room(0, *ways)[0].svg()
+
+
+def ways_with_room(room: float, *ways: Way) -> tuple[Canvas, float]:
+    """The canvas of such parts, with room under it, and where the room begins."""
+    passes = [columns for way in ways for columns in way]
+    canvas = Canvas(2 * MARGIN + sum(map(height_of, passes)) + 24 * (len(passes) - 1) + room)
+    top: float = MARGIN
+    for way in ways:
+        for columns in way:
+            top = draw_pass(canvas, top, columns, places(*way), columns is way[1]) + 24
+    return canvas, top - 24
 
 
 def rows_with_room(room: float, *rows: Sequence[Column]) -> tuple[Canvas, float]:
-    """The canvas of such a pass, with room under it, and where the room begins."""
+    """The canvas of forward passes under each other, with room under them, and where it begins."""
     canvas = Canvas(2 * MARGIN + sum(map(height_of, rows)) + 24 * (len(rows) - 1) + room)
     top: float = MARGIN
     for columns in rows:
@@ -194,5 +207,5 @@ def rows_with_room(room: float, *rows: Sequence[Column]) -> tuple[Canvas, float]
     return canvas, top - 24
 
 
-def height_of(columns: Sequence[Column]) -> float:
+def height_of(columns: Sequence[Column | None]) -> float:
     return ranks_of(columns) * (lane_height(columns) + 4) - 4

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pictures.attention import columns_of, heads, pieces
 from pictures.canvas import WIDTH, Box, Canvas
-from pictures.flow import MARGIN, Column, Gate, Tensor, draw_both, rows_with_room
+from pictures.flow import MARGIN, Column, Gate, Tensor, draw_both, rows_with_room, ways_with_room
 from pictures.grids import Grid, cut, partial, plus, whole
 from pictures.values import found, whole_number
 
@@ -80,18 +80,35 @@ def recomputed() -> str:
 def mixed_precision() -> str:
     """Step 17: the bits of a number, and which kind travels where in the feed-forward half."""
     size = 13.4
-    canvas, bottom = rows_with_room(
+    bf16 = [Grid([[f"p{r}"]], [["bf16"]], WORD) for r in range(2)]
+    canvas, bottom = ways_with_room(
         118,
-        [
-            Tensor("x", "", word("fp32")),
-            Tensor("norm", "", word("fp32")),
-            Tensor("", "", word("bf16")),
-            Tensor("W", "", stacked()),
-            Tensor("y", "P", [Grid([[f"p{r}"]], [["bf16"]], (42, 22)) for r in range(2)]),
-            Gate("all-reduce"),
-            Tensor("y", "", word("bf16")),
-            Tensor("x + y", "", word("fp32")),
-        ],
+        (
+            [
+                Tensor("x", "I", word("fp32")),
+                Tensor("norm", "", word("fp32")),
+                Tensor("", "I", word("bf16")),
+                Gate("", "f"),
+                Tensor("", "R", word("bf16")),
+                Tensor("W", "", stacked("bf16")),
+                Tensor("y", "P", bf16),
+                Gate("all-reduce", "g"),
+                Tensor("y", "I", word("bf16")),
+                Tensor("x + y", "", word("fp32")),
+            ],
+            [
+                Tensor("dx", "I", word("fp32")),
+                Tensor("norm", "", word("fp32")),
+                Tensor("", "I", word("bf16")),
+                Gate("all-reduce", "f"),
+                Tensor("", "P", bf16),
+                Tensor("dW", "", stacked("bf16")),
+                Tensor("dy", "R", word("bf16")),
+                Gate("", "g"),
+                Tensor("dy", "I", word("bf16")),
+                Tensor("dx", "", word("fp32")),
+            ],
+        ),
     )
     for row, (name, exponent, fraction) in enumerate((("fp32", 8, 23), ("bf16", 8, 7))):
         y = bottom + 26 + row * 46
@@ -104,13 +121,16 @@ def mixed_precision() -> str:
     return canvas.svg()
 
 
+WORD = (36, 22)  # the size of a cell that names a dtype
+
+
 def word(kind: str) -> list[Grid]:
-    return [Grid([["w"]], [[kind]], (42, 22))] * 2
+    return [Grid([["w"]], [[kind]], WORD)] * 2
 
 
-def stacked() -> list[Grid]:
-    """The weight as it is kept, and as it multiplies."""
-    return [Grid([[f"r{rank}"]] * 2, [["fp32"], ["bf16"]], (42, 22)) for rank in range(2)]
+def stacked(kind: str) -> list[Grid]:
+    """The weight as it is kept, and as it multiplies; of its gradient, the sum and the product."""
+    return [Grid([[f"r{rank}"]] * 2, [["fp32"], [kind]], WORD) for rank in range(2)]
 
 
 def overlap() -> str:

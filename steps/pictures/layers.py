@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pictures.flow import Gate, Tensor, draw_both, draw_rows
+from dataclasses import replace
+
+from pictures.flow import Column, Gate, Tensor, draw_both, draw_ways
 from pictures.grids import blank, blank_partial, cut, partial, plus, times, transposed, whole
 from pictures.values import whole_number
 
@@ -103,22 +105,39 @@ def feed_forward() -> str:
 def gathered_layers() -> str:
     """Step 05: two layers of a block are cut, and what they make is whole again at once."""
     d = whole_number("05", "config.py", "d_model")
-    rows = []
+    stream, widths = blank((3, d // 32), None), [f"{d}"] * 2
+    ways = []
     for cut_layer, width, whole_layer in (
         ("query_key_value", 3 * d, "dense"),
         ("dense_h_to_4h", 4 * d, "dense_4h_to_h"),
     ):
-        narrow, wide = d // 32, width // 32
+        narrow, wide, cell = d // 32, width // 32, (7, 11)
         halves = [f"0:{width // 2}", f"{width // 2}:{width}"]
-        rows.append(
-            [
-                Tensor("x", "I", blank((3, narrow), None), [f"{d}"] * 2),
-                Tensor(cut_layer, "", blank((wide, narrow), 0), halves),
-                Tensor("", "V", blank((3, wide), 1), [f"{width // 2}"] * 2),
-                Gate("all-gather"),
-                Tensor("", "I", blank((3, wide), None), [f"{width}"] * 2),
-                Tensor(whole_layer, "", blank((narrow, 8 if wide == 8 else narrow), None)),
-                Tensor("", "I", blank((3, narrow), None), [f"{d}"] * 2),
-            ]
-        )
-    return draw_rows(*rows)
+        cut_weight = Tensor("", "", blank((wide, narrow), 0), halves)
+        inputs = wide if width == 4 * d else narrow
+        weight = Tensor("", "", blank((narrow, inputs), None, cell))
+        part, hidden = blank((3, wide), 1, cell), blank((3, wide), None, cell)
+        forward: list[Column] = [
+            Tensor("x", "I", stream, widths),
+            Gate("", "f"),
+            Tensor("x", "R", stream),
+            replace(cut_weight, name=cut_layer),
+            Tensor("h", "V", part, [f"{width // 2}"] * 2),
+            Gate("all-gather"),
+            Tensor("h", "I", hidden, [f"{width}"] * 2),
+            replace(weight, notes=[whole_layer] * 2),
+            Tensor("y", "I", stream),
+        ]
+        backward: list[Column] = [
+            Tensor("dx", "I", stream, widths),
+            Gate("all-reduce", "f"),
+            Tensor("dx", "P", blank_partial((3, narrow))),
+            cut_weight,
+            Tensor("dh", "V", part, [f"{width // 2}"] * 2),
+            Gate(""),
+            Tensor("dh", "I", hidden, [f"{width}"] * 2),
+            weight,
+            Tensor("dy", "I", stream),
+        ]
+        ways.append((forward, backward))
+    return draw_ways(*ways)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import math
+from dataclasses import replace
 
 from pictures.canvas import Box, Canvas
-from pictures.flow import MARGIN, Gate, Tensor, draw_rows
-from pictures.grids import Grid, blank, cut, whole
+from pictures.flow import MARGIN, Gate, Tensor, draw_both, draw_ways
+from pictures.grids import Grid, blank, blank_partial, cut, whole
 from pictures.values import found, whole_number
 
 
@@ -61,26 +62,52 @@ def vocabulary() -> str:
         )
         for rank in range(2)
     ]
-    found_rows = [Grid([["w"]] * 2, [[row] for row in rows], (50, 20))] * 2
-    x = blank((2, 3), None)
-    half = padded // 2
-    return draw_rows(
-        [
-            Tensor("ids", "I", whole([[n] for n in ids])),
-            Tensor("W", "", table),
-            Tensor("x", "P", terms),
-            Gate("all-reduce", "g"),
-            Tensor("x", "I", found_rows),
-        ],
-        [
-            Tensor("x", "I", x),
-            Gate("", "f"),
-            Tensor("x", "R", x),
-            Tensor("W", "", table),
-            Tensor("z", "V", blank((2, 8), 1, (12, 12)), [f"0:{half}", f"{half}:{size}"]),
-            Gate("all-gather"),
-            Tensor("z", "I", blank((2, 8), None, (12, 12)), [f"0:{size}"] * 2),
-        ],
+    found_rows = Grid([["w"]] * 2, [[row] for row in rows], (50, 20))
+    upstream = [replace(found_rows, entries=[["dx[0]"], ["dx[1]"]])] * 2
+    gained = [
+        replace(part, entries=[["", "dx[0]", "", "dx[1]"][n : n + 1] for n in (1, 0, 3, 2)])
+        for part in table
+    ]
+    x, half = blank((2, 3), None), padded // 2
+    part, whole_row = blank((2, 8), 1, (12, 12)), blank((2, 8), None, (12, 12))
+    notes = [f"0:{half}", f"{half}:{size}"]
+    return draw_ways(
+        (
+            [
+                Tensor("ids", "I", whole([[n] for n in ids])),
+                Tensor("W", "", table),
+                Tensor("x", "P", terms),
+                Gate("all-reduce", "g"),
+                Tensor("x", "I", [found_rows] * 2),
+            ],
+            [
+                None,
+                Tensor("dW", "", gained),
+                Tensor("dx", "R", upstream),
+                Gate("", "g"),
+                Tensor("dx", "I", upstream),
+            ],
+        ),
+        (
+            [
+                Tensor("x", "I", x),
+                Gate("", "f"),
+                Tensor("x", "R", x),
+                Tensor("W", "", table),
+                Tensor("z", "V", part, notes),
+                Gate("all-gather"),
+                Tensor("z", "I", whole_row, [f"0:{size}"] * 2),
+            ],
+            [
+                Tensor("dx", "I", x),
+                Gate("all-reduce", "f"),
+                Tensor("dx", "P", blank_partial((2, 3))),
+                Tensor("W", "", table),
+                Tensor("dz", "V", part, notes),
+                Gate(""),
+                Tensor("dz", "I", whole_row, [f"0:{size}"] * 2),
+            ],
+        ),
     )
 
 
@@ -97,7 +124,12 @@ def loss_of_slices() -> str:
     def pair(kind: str, first: str, second: str) -> Grid:
         return Grid([[kind]] * 2, [[first], [second]], (38, 20))
 
-    return draw_rows(
+    chance = [math.exp(number - top) / total - (n == label) for n, number in enumerate(z)]
+    slopes = [
+        Grid([[f"r{r}"] * 4], [[f"{c:.2f}" for c in chance[4 * r : 4 * r + 4]]], (34, 20), True)
+        for r in range(2)
+    ]
+    return draw_both(
         [
             Tensor("z", "V", [Grid(g.kinds, g.entries, (17, 20)) for g in cut([z], 1)]),
             Tensor("max", "", [Grid([[f"r{rank}"]], [[n]]) for rank, n in enumerate(tops)]),
@@ -113,7 +145,17 @@ def loss_of_slices() -> str:
                 "",
                 [Grid([["w"]], [[f"{math.log(total) + top - z[label]:.2f}"]], (40, 20))] * 2,
             ),
-        ]
+        ],
+        [
+            Tensor("dz", "V", slopes),
+            None,
+            Gate(""),
+            None,
+            None,
+            Gate(""),
+            None,
+            Tensor("d loss", "", whole([[1]])),
+        ],
     )
 
 

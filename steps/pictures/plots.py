@@ -114,10 +114,22 @@ def with_and_without_f(step: Path) -> str:
     return parted(step, {"f on": ("1", "f on"), "f off": ("1", "f off")}, -8)
 
 
-def two_ranks_and_one(step: Path) -> str:
-    """Step 09: two ranks against one, in two dtypes."""
-    pairs = {dtype: (f"{dtype} 1", f"{dtype} 2") for dtype in ("float32", "float64")}
+def with_the_bias_twice(step: Path) -> str:
+    """Step 06: two ranks against one, with b after the sum and before it, in step 07's model."""
+    return parted(step, {"b × 1": ("1", "b × 1"), "b × 2": ("1", "b × 2")}, -8)
+
+
+def in_two_dtypes(step: Path) -> str:
+    """Two ranks against one, or against two of an earlier step, in fp32 and in fp64."""
+    runs = list(kept(step)[1])
+    pairs = {runs[n].split()[0]: (runs[n], runs[n + 1]) for n in (0, 2)}
     return parted(step, pairs, -17)
+
+
+def rounded(step: Path) -> str:
+    """Step 17: fp32 and bf16, each against fp64."""
+    pairs = {dtype: ("float64", dtype) for dtype in ("float32", "bfloat16")}
+    return parted(step, pairs, -9)
 
 
 def two_codes(step: Path) -> str:
