@@ -39,6 +39,8 @@ STEP_PLOTS: dict[str, Callable[[Path], str]] = {
     "03": plots.in_two_dtypes,
     "04": plots.with_and_without_f,
     "05": plots.in_two_dtypes,
+    "06": plots.with_the_bias_twice,
+    "07": plots.in_two_dtypes,
     "09": plots.in_two_dtypes,
 }
 
