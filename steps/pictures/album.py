@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ladder import STEPS, StepError, folders
 
-from pictures import attention, first, later, layers, mesh, pipeline, plots, road
+from pictures import attention, first, kept, later, layers, mesh, pipeline, plots, road
 
 STEP_PICTURES: dict[str, Callable[[], str]] = {
     "00": first.two_ranks,
@@ -34,15 +34,19 @@ STEP_PICTURES: dict[str, Callable[[], str]] = {
     "21": pipeline.all_forward_and_in_turn,
     "22": pipeline.weights_fill_the_gaps,
 }
-STEP_PLOTS: dict[str, Callable[[Path], str]] = {
+STEP_PLOTS: dict[str, Callable[[Path], str]] = {  # of what steps/plots.py measured
     "02": plots.with_floor,
     "03": plots.in_two_dtypes,
     "04": plots.with_and_without_f,
     "05": plots.in_two_dtypes,
     "06": plots.with_the_bias_twice,
     "07": plots.in_two_dtypes,
+    "08": plots.in_two_dtypes,
     "09": plots.in_two_dtypes,
+    "17": plots.rounded,
 }
+STEP_BYTES: dict[str, Callable[[], str]] = {"15": kept.of_a_block, "16": kept.for_time}
+"""Of figures that the pages print."""
 
 
 def drawn(steps: list[Path]) -> Iterator[tuple[Path, str]]:
@@ -50,8 +54,10 @@ def drawn(steps: list[Path]) -> Iterator[tuple[Path, str]]:
     for step in steps:
         if draw := STEP_PICTURES.get(step.name[:2]):
             yield step / "picture.svg", draw()
-        if plot := STEP_PLOTS.get(step.name[:2]):
-            yield step / "plot.svg", plot(step)
+        if (step / "plot.json").exists():
+            yield step / "plot.svg", STEP_PLOTS[step.name[:2]](step)
+        if draw := STEP_BYTES.get(step.name[:2]):
+            yield step / "plot.svg", draw()
         if (step / "pair.json").exists():
             yield step / "pair.svg", plots.two_codes(step)
     if steps == folders():

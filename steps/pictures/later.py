@@ -80,6 +80,7 @@ def recomputed() -> str:
 def mixed_precision() -> str:
     """Step 17: the bits of a number, and which kind travels where in the feed-forward half."""
     size = 13.4
+    both = [Grid([[f"r{r}"]] * 2, [["fp32"], ["bf16"]], WORD) for r in range(2)]
     bf16 = [Grid([[f"p{r}"]], [["bf16"]], WORD) for r in range(2)]
     canvas, bottom = ways_with_room(
         118,
@@ -90,7 +91,7 @@ def mixed_precision() -> str:
                 Tensor("", "I", word("bf16")),
                 Gate("", "f"),
                 Tensor("", "R", word("bf16")),
-                Tensor("W", "", stacked("bf16")),
+                Tensor("W", "", both),
                 Tensor("y", "P", bf16),
                 Gate("all-reduce", "g"),
                 Tensor("y", "I", word("bf16")),
@@ -102,7 +103,7 @@ def mixed_precision() -> str:
                 Tensor("", "I", word("bf16")),
                 Gate("all-reduce", "f"),
                 Tensor("", "P", bf16),
-                Tensor("dW", "", stacked("bf16")),
+                Tensor("dW", "", both),
                 Tensor("dy", "R", word("bf16")),
                 Gate("", "g"),
                 Tensor("dy", "I", word("bf16")),
@@ -126,11 +127,6 @@ WORD = (36, 22)  # the size of a cell that names a dtype
 
 def word(kind: str) -> list[Grid]:
     return [Grid([["w"]], [[kind]], WORD)] * 2
-
-
-def stacked(kind: str) -> list[Grid]:
-    """The weight as it is kept, and as it multiplies; of its gradient, the sum and the product."""
-    return [Grid([[f"r{rank}"]] * 2, [["fp32"], [kind]], WORD) for rank in range(2)]
 
 
 def overlap() -> str:
