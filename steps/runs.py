@@ -33,22 +33,24 @@ DATA_PARALLEL, MESH = (
 )
 
 
-def in_two_dtypes(*sides: Run) -> tuple[Run, ...]:
-    """Each of these runs in fp32 and in fp64, which tells a mistake from a rounding."""
+BOTH = ("float32", "float64")  # the second tells a mistake from a rounding
+
+
+def in_dtypes(dtypes: tuple[str, ...], *sides: Run) -> tuple[Run, ...]:
     return tuple(
         replace(side, name=f"{dtype} {side.name}", dtype=dtype)
-        for dtype in ("float32", "float64")
+        for dtype in dtypes
         for side in sides
     )
 
 
 def one_rank_and_two(step: str, start: str = Run.start) -> tuple[Run, ...]:
-    return in_two_dtypes(*(Run(str(ranks), step, ranks, start=start) for ranks in (1, 2)))
+    return in_dtypes(BOTH, *(Run(str(ranks), step, ranks, start=start) for ranks in (1, 2)))
 
 
-def before_and_after(step: str, before: str) -> tuple[Run, ...]:
-    """Two ranks that train with the step's model, and with an earlier step's."""
-    return in_two_dtypes(Run(before, before, 2), Run(step, step, 2))
+def before_and_after(step: str, before: str, dtypes: tuple[str, ...] = BOTH) -> tuple[Run, ...]:
+    """Two ranks that train with an earlier step's model, and with the step's."""
+    return in_dtypes(dtypes, Run(before, before, 2), Run(step, step, 2))
 
 
 PLOTS = {
@@ -69,7 +71,7 @@ PLOTS = {
         Run("b × 2", "07", 2, "float32", "tensor_parallel.py", B, B_BEFORE_THE_SUM),
     ),
     "07": before_and_after("07", "05"),
-    "08": before_and_after("08", "07"),
+    "08": before_and_after("08", "07", ("float32",)),
     "09": one_rank_and_two("09"),
     "17": tuple(
         Run(dtype, "17", 1, dtype, start=MESH) for dtype in ("float64", "float32", "bfloat16")

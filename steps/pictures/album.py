@@ -36,13 +36,13 @@ STEP_PICTURES: dict[str, Callable[[], str]] = {
 }
 STEP_PLOTS: dict[str, Callable[[Path], str]] = {  # of what steps/plots.py measured
     "02": plots.with_floor,
-    "03": plots.in_two_dtypes,
+    "03": plots.run_against_run,
     "04": plots.with_and_without_f,
-    "05": plots.in_two_dtypes,
+    "05": plots.run_against_run,
     "06": plots.with_the_bias_twice,
-    "07": plots.in_two_dtypes,
-    "08": plots.in_two_dtypes,
-    "09": plots.in_two_dtypes,
+    "07": plots.run_against_run,
+    "08": plots.run_against_run,
+    "09": plots.run_against_run,
     "17": plots.rounded,
 }
 STEP_BYTES: dict[str, Callable[[], str]] = {"15": kept.of_a_block, "16": kept.for_time}

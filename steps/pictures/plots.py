@@ -119,11 +119,11 @@ def with_the_bias_twice(step: Path) -> str:
     return parted(step, {"b × 1": ("1", "b × 1"), "b × 2": ("1", "b × 2")}, -8)
 
 
-def in_two_dtypes(step: Path) -> str:
-    """Two ranks against one, or against two of an earlier step, in fp32 and in fp64."""
+def run_against_run(step: Path) -> str:
+    """Two ranks against one, or against two of an earlier step, in each dtype that was measured."""
     runs = list(kept(step)[1])
-    pairs = {runs[n].split()[0]: (runs[n], runs[n + 1]) for n in (0, 2)}
-    return parted(step, pairs, -17)
+    pairs = {first.split()[0]: (first, runs[n + 1]) for n, first in enumerate(runs) if n % 2 == 0}
+    return parted(step, pairs, -17 if "float64" in pairs else -8)
 
 
 def rounded(step: Path) -> str:
