@@ -34,6 +34,10 @@ def prose(text: str) -> str:
     return re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
 
 
+def links(text: str) -> list[str]:
+    return re.findall(r"\]\(([^)\s]+)\)", prose(text))
+
+
 @pytest.mark.parametrize("page", PAGES, ids=str)
 def test_both_languages_have_the_same_code_headings_and_tables(page: Path) -> None:
     english, chinese = read(page)
@@ -53,11 +57,19 @@ def test_both_languages_have_the_same_figures(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=str)
+def test_both_languages_link_the_same_papers(page: Path) -> None:
+    web = [sorted(t for t in links(text) if t.startswith("https://")) for text in read(page)]
+    assert web[0] == web[1]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
 def test_links_lead_to_files_and_headings(page: Path) -> None:
     for text in read(page):
         headings = re.findall(r"^#+ (.+)$", prose(text), re.MULTILINE)
         anchors = {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
-        for target in re.findall(r"\]\(([^)\s]+)\)", prose(text)):
+        for target in links(text):
+            if target.startswith("https://"):
+                continue  # a paper's, which no test fetches
             file, _, anchor = target.partition("#")
             if file:
                 assert (ROOT / page.parent / file).exists(), target
