@@ -22,15 +22,22 @@ ASKED = 0.15  # of a row's tokens, at least one
 EVALUATION = 2**63  # in place of the seed and above every one: its masks are always the same
 
 
-class MaskedCorpus(Corpus):
+class ObjectiveCorpus(Corpus):
+    """The windows of a corpus, of which something else is asked: no floor is known, nor bytes."""
+
+    def __init__(self, corpus: Corpus) -> None:
+        plain = replace(corpus.meta, bytes_per_token=None, chain=None, floor_nats=None)
+        super().__init__(corpus.folder, plain, [corpus._train, corpus._val], corpus.context_length)
+
+
+class MaskedCorpus(ObjectiveCorpus):
     """Batches of the same windows, in which tokens are hidden; labels are what stood there.
 
     Of the tokens asked for, 80 % are replaced by mask_token, 10 % by a random token, and 10 % stay.
     """
 
     def __init__(self, corpus: Corpus, mask_token: int) -> None:
-        plain = replace(corpus.meta, bytes_per_token=None, chain=None, floor_nats=None)
-        super().__init__(corpus.folder, plain, [corpus._train, corpus._val], corpus.context_length)
+        super().__init__(corpus)
         self.mask_token = mask_token
 
     def train_batch(

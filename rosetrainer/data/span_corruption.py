@@ -15,7 +15,7 @@ import numpy as np
 
 from rosetrainer.config import IGNORED, GPTConfig
 from rosetrainer.data.batches import Corpus
-from rosetrainer.data.masked_tokens import EVALUATION
+from rosetrainer.data.masked_tokens import EVALUATION, ObjectiveCorpus
 from rosetrainer.data.token_file import Int64s
 from rosetrainer.validation import ConfigError
 
@@ -33,7 +33,7 @@ class SpecialTokens:
     """Of the first span; the ids before it, downwards, are those of the next ones."""
 
 
-class SpanCorpus(Corpus):
+class SpanCorpus(ObjectiveCorpus):
     """Batches of the same windows, each a source without its spans, and these as target.
 
     Of "a b c d e f g" without "b c" and "f" the source is "a X d e Y g end", and the target "X b c
@@ -41,8 +41,7 @@ class SpanCorpus(Corpus):
     """
 
     def __init__(self, corpus: Corpus, special: SpecialTokens) -> None:
-        plain = replace(corpus.meta, bytes_per_token=None, chain=None, floor_nats=None)
-        super().__init__(corpus.folder, plain, [corpus._train, corpus._val], corpus.context_length)
+        super().__init__(corpus)
         self.special = special
         self.cut = max(round(CUT * corpus.context_length), 1)
         self.spans = max(round(self.cut / SPAN), 1)
