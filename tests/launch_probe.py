@@ -131,11 +131,12 @@ def one_deaf(words: list[str]) -> None:
 
 
 def slow_step(words: list[str]) -> None:
-    """Told to end, rank 0 says how many seconds that takes; both save when the test lets them."""
+    """Told to end, half of its first step is done; a save then takes as long as a step."""
 
     def finish(signum: int) -> None:
-        if RANK == 0:
-            stop.report_stop(seconds=float(words[0]))
+        stop.STOP.waits_for_step = True
+        stop.STOP.step_began = time.monotonic() - float(words[0]) / 2
+        stop.STOP._obey(signal.Signals(signum))
         save_and_leave(signum)
 
     on_signals(finish)
@@ -286,8 +287,10 @@ if __name__ == "__main__":
         signal.signal(signal.SIGINT, signal.default_int_handler)
         nohup = "PROBE_NOHUP" in os.environ
         signal.signal(signal.SIGHUP, signal.SIG_IGN if nohup else signal.SIG_DFL)
-        for name in ("POLL_SECONDS", "TERMINATE_SECONDS", "STOP_SECONDS", "SECOND_SIGNAL_SECONDS"):
+        for name in ("POLL_SECONDS", "TERMINATE_SECONDS"):
             setattr(launcher, name, float(os.environ.get(name, getattr(launcher, name))))
+        again = os.environ.get("SECOND_SIGNAL_SECONDS", stop.SECOND_SIGNAL_SECONDS)
+        stop.SECOND_SIGNAL_SECONDS = float(again)
         threads = int(os.environ.get("PROBE_THREADS", "0"))
         stop.STOP.grace = float(os.environ.get("PROBE_GRACE", stop.GRACE))
         sys.exit(launcher.launch(int(sys.argv[2]), sys.argv[3:], threads, "launch_probe"))

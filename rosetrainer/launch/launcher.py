@@ -6,6 +6,7 @@ in a folder, so nothing has to listen on a port. For more than one machine there
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -16,19 +17,19 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rosetrainer.environment import LAUNCHED, usable_cores
+from rosetrainer.environment import LAUNCHED, name_ranks, usable_cores
 from rosetrainer.launch.interfaces import INTERFACE, local_interface
 from rosetrainer.launch.rank import ERROR_FILE, PIPE_CLOSED, RENDEZVOUS_DIR, memory_advice
-from rosetrainer.launch.stop import SECOND_SIGNAL_SECONDS, STOP, STOP_FILE, STOP_MARGIN, on_signals
+from rosetrainer.launch.stop import STOP, on_signals
 from rosetrainer.validation import ConfigError
 
 POLL_SECONDS = 0.05
 TERMINATE_SECONDS = 3  # for a rank to end by itself after another one has failed
-STOP_SECONDS = 9  # at least, for the ranks to save and leave after a signal
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 Ranks = list[subprocess.Popen[bytes]]
-Received = list[tuple[signal.Signals, float]]  # signals to the launcher, and when they have come
+Received = list[signal.Signals]  # signals to the launcher
+Statuses = list[int | None]  # the exit status of each rank, or None while it runs
 
 
 def launch(nproc: int, argv: list[str], threads: int = 0, module: str = "rosetrainer") -> int:
@@ -43,7 +44,7 @@ def launch(nproc: int, argv: list[str], threads: int = 0, module: str = "rosetra
     if nproc < 1:
         raise ConfigError(f"nproc={nproc} must be 1 or more")
     ranks, received = Ranks(), Received()
-    on_signals(lambda signum: received.append((signum, time.monotonic())), *SIGNALS)
+    on_signals(received.append, *SIGNALS)
     with tempfile.TemporaryDirectory(prefix="rosetrainer_", ignore_cleanup_errors=True) as folder:
         environment = _rank_environment(nproc, threads) | {RENDEZVOUS_DIR: folder}
         try:
@@ -56,13 +57,18 @@ def launch(nproc: int, argv: list[str], threads: int = 0, module: str = "rosetra
             while None in _statuses(ranks) and not any(_statuses(ranks)) and not received:
                 time.sleep(POLL_SECONDS)
             time.sleep(POLL_SECONDS)  # the cause may be seen later than what follows from it
-            statuses = _statuses(ranks)
+            failed, stopped = _statuses(ranks), bool(received)
             for process in ranks:
                 process.terminate()  # does nothing to one that has ended
                 process.send_signal(signal.SIGCONT)  # one that is suspended would not see it
-            if received:
-                return _stop(ranks, folder, received)
-            return _fail(ranks, folder, statuses) if any(statuses) else 0
+            end = time.monotonic() + (STOP.grace if stopped else TERMINATE_SECONDS)
+            while None in _statuses(ranks) and time.monotonic() < end and len(received) < 2:
+                time.sleep(POLL_SECONDS)
+            now = _statuses(ranks)
+            why, status = _stopped(received, now, folder) if stopped else _failed(failed, folder)
+            if why:  # on a terminal below the progress bar that may stand there
+                print("\n" * sys.stderr.isatty() + why, file=sys.stderr)
+            return status
         finally:
             for process in ranks:
                 process.kill()
@@ -86,27 +92,33 @@ def _rank_environment(nproc: int, threads: int) -> dict[str, str]:
     return environment
 
 
-def _statuses(ranks: Ranks) -> list[int | None]:
-    """The exit status of each, or None while it runs."""
+def _statuses(ranks: Ranks) -> Statuses:
     return [rank.poll() for rank in ranks]
 
 
-def _fail(ranks: Ranks, folder: str, statuses: list[int | None]) -> int:
-    """Waits for the others' end, and prints why, by the statuses before, the first has failed."""
-    end = time.monotonic() + TERMINATE_SECONDS
-    while None in _statuses(ranks) and time.monotonic() < end:
-        time.sleep(POLL_SECONDS)
+def _stopped(received: Received, statuses: Statuses, folder: str) -> tuple[str, int]:
+    """What to tell of a stop, by rank 0's words, and the exit status. Who still runs is killed."""
+    signum, *again = received
+    said = "interrupted" if signum == signal.SIGINT else f"stopped by {signum.name}"
+    fate = _read_error(folder, 0).get("message", "")
+    if left := [rank for rank, status in enumerate(statuses) if status is None]:
+        after = "" if again else f" after {STOP.grace:g} s; --grace gives more"
+        fate += f"{'; ' * bool(fate)}{name_ranks(left)} been killed{after}"
+    ended_well = signum == signal.SIGTERM and set(statuses) == {0}
+    return f"{said}; {fate or 'all ranks have ended'}", 0 if ended_well else 128 + signum
+
+
+def _failed(statuses: Statuses, folder: str) -> tuple[str, int]:
+    """Why the first of those has failed that had when it was seen, and the exit status."""
     failures = [_failure(folder, rank, status) for rank, status in enumerate(statuses) if status]
-    _, _, status, why = min(failures)
-    if status != PIPE_CLOSED:
-        _say(why)
-    return status if status in (2, PIPE_CLOSED) else 1
+    _, _, status, why = min(failures, default=(0.0, 0, 0, ""))
+    return "" if status == PIPE_CLOSED else why, status if status in (0, 2, PIPE_CLOSED) else 1
 
 
 def _failure(folder: str, rank: int, status: int) -> tuple[float, int, int, str]:
     """(when, rank, status, why). One that was killed or has crashed leaves no error: it is first,
     for that follows from no other rank's end."""
-    if error := _read(f"{folder}/error_{rank}.json").get("message"):
+    if error := _read_error(folder, rank):
         return error["extraInfo"]["timestamp"], rank, status, error["message"]
     why = f"error: rank {rank} ended with exit status {status}"
     if status < 0:
@@ -117,39 +129,8 @@ def _failure(folder: str, rank: int, status: int) -> tuple[float, int, int, str]
     return 0.0, rank, status, why
 
 
-def _stop(ranks: Ranks, folder: str, received: Received) -> int:
-    """Lets the ranks save and leave, and prints one line; those that are left then are killed.
-
-    They have as long as rank 0 has measured, at most the grace time.
-    """
-    (signum, since), grace = received[0], STOP.grace
-    said = "interrupted" if signum == signal.SIGINT else f"stopped by {signum.name}"
-    needed, seconds = 0.0, float(STOP_SECONDS)
-    while None in _statuses(ranks) and time.monotonic() < since + min(seconds, grace):
-        if received[-1][1] > since + SECOND_SIGNAL_SECONDS:
-            _say(f"{said}; all ranks were killed")
-            return 128 + signum
-        report = _read(f"{folder}/{STOP_FILE}")
-        if not needed and (needed := report.get("seconds", 0.0)):
-            seconds = max(STOP_SECONDS, STOP_MARGIN * needed)
-            if needed >= STOP_SECONDS:
-                _say(report["wait"] + f"; --grace gives {grace:g} s" * (needed > grace))
-        time.sleep(POLL_SECONDS)
-    statuses = _statuses(ranks)
-    fate = _read(f"{folder}/{STOP_FILE}").get("end") or "all ranks have ended"
-    if left := [str(rank) for rank, status in enumerate(statuses) if status is None]:
-        names = f"ranks {', '.join(left)} were" if len(left) > 1 else f"rank {left[0]} was"
-        after = f" after {grace:g} s; --grace gives them longer" * (needed > grace)
-        fate += f", {names} killed{after}"
-    _say(f"{said}; {fate}")
-    return 0 if signum == signal.SIGTERM and not any(statuses) and not left else 128 + signum
-
-
-def _read(path: str) -> dict[str, Any]:
-    """What launch.rank.leave has written, if it has."""
-    return dict(json.loads(Path(path).read_text())) if os.path.exists(path) else {}
-
-
-def _say(text: str) -> None:
-    """Prints to standard error; on a terminal below the progress bar that may stand there."""
-    print("\n" * sys.stderr.isatty() + text, file=sys.stderr)
+def _read_error(folder: str, rank: int) -> dict[str, Any]:
+    """What launch.rank.record has left of this rank's end, if it has."""
+    with contextlib.suppress(OSError, ValueError):
+        return dict(json.loads(Path(folder, f"error_{rank}.json").read_text())["message"])
+    return {}

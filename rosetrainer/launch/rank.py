@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from errno import EACCES, EDQUOT, EFBIG, ENOSPC, EROFS
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from rosetrainer import environment
 from rosetrainer.durable_files import room, short
@@ -100,26 +100,19 @@ def end_rank(error: Exception) -> NoReturn:
 
 
 def record(text: str, when: float) -> bool:
-    """Leaves an error in torchrun's format; whether a launcher is there that will report it.
+    """Leaves what has ended this rank, in torchrun's format; whether a launcher will report it.
 
     See torch.distributed.elastic.multiprocessing.errors.
     """
-    extra = {"py_callstack": text, "timestamp": when}
+    error = {"message": text, "extraInfo": {"py_callstack": text, "timestamp": when}}
     try:
-        leave(os.environ[ERROR_FILE], message={"message": text, "extraInfo": extra})
+        Path(os.environ[ERROR_FILE]).write_text(json.dumps({"message": error}))
     except (KeyError, OSError):
         return False
     # torchrun starts ranks again without a word of what has ended them.
     counts = ("TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS")
     made, most = (int(os.environ.get(name, "0")) for name in counts)
     return environment.LAUNCHED in os.environ or made >= most
-
-
-def leave(path: str, **values: Any) -> None:
-    """For the launcher, which may read at any time; a signal may come in the middle."""
-    part = Path(f"{path}.part")  # not synced: that can take seconds, and others end meanwhile
-    part.write_text(json.dumps(values))
-    part.replace(path)
 
 
 def explain(error: Exception, folder: Path | None) -> tuple[str, int]:

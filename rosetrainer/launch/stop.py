@@ -13,19 +13,19 @@ import time
 from collections.abc import Callable
 
 from rosetrainer.environment import LAUNCHED, reports_for_machine
-from rosetrainer.launch.rank import RENDEZVOUS_DIR, leave
+from rosetrainer.launch.rank import record
 
 GRACE = 120  # seconds that ranks have, if they need them, for a step and a save after a signal
 STOP_MARGIN = 1.5  # times what they were measured to take, for they may be slower then
 SECOND_SIGNAL_SECONDS = 1.0
 """A terminal and a launcher may both send a signal; one that comes later means: end at once."""
-STOP_FILE = "stop.json"  # in RENDEZVOUS_DIR: what rank 0 says of its stop
 
 
 def on_signals(call: Callable[[signal.Signals], None], *signums: signal.Signals) -> None:
-    """Calls it from now on for each that comes. One that is ignored, as under nohup, stays so.
+    """Calls it for the first that comes, and for each that comes SECOND_SIGNAL_SECONDS later.
 
-    A thread does that, for the main one may hang in another rank's absence.
+    One that is ignored, as under nohup, stays so. A thread does that, for the main one may hang in
+    another rank's absence.
     """
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
@@ -35,8 +35,11 @@ def on_signals(call: Callable[[signal.Signals], None], *signums: signal.Signals)
             signal.signal(signum, lambda *_: None)  # Python then writes it into the pipe
 
     def read() -> None:
+        first = math.inf
         while received := os.read(reading, 1):
-            if received[0] in signums:
+            now = time.monotonic()
+            if received[0] in signums and not first <= now <= first + SECOND_SIGNAL_SECONDS:
+                first = min(first, now)
                 call(signal.Signals(received[0]))
 
     threading.Thread(target=read, name="signals", daemon=True).start()
@@ -53,21 +56,25 @@ class StopRequest:
         self.grace: float = GRACE
         self.waits_for_step = False  # the training loop looks at `signal`: all have come to it
         self.step_began = self.save_seconds = self._step_seconds = 0.0
-        self._since, self._warned = 0.0, False
+        self._warned = False
 
     def listen(self) -> None:
         on_signals(self._obey, signal.SIGINT, signal.SIGTERM)
 
     def _obey(self, signum: signal.Signals) -> None:
-        now = time.monotonic()
         if not self.waits_for_step:
             report_stop("before it went a step, so there is nothing to save")
             os._exit(stop_status(signum))
-        if self.signal is None:
-            self.signal, self._since = signum, now
-            report_stop(seconds=self.seconds_left(now))
-        elif now > self._since + SECOND_SIGNAL_SECONDS:
+        if self.signal is not None:
             os._exit(128 + signum)
+        self.signal, need = signum, self.seconds_left(time.monotonic())
+        if need >= 1 and reports_for_machine():
+            short = f"; --grace gives {self.grace:g} s" * (need > self.grace)
+            print(
+                f"finishing the step under way, then saving: about {need:.0f} s{short}; a second "
+                f"signal, or Ctrl-C, ends at once",
+                flush=True,
+            )
 
     def end_step(self, now: float) -> str:
         """Once, as soon as it is known, a line if a stop takes longer than there will be time."""
@@ -103,16 +110,7 @@ def stop_status(signum: signal.Signals | None) -> int:
     return 130 if signum == signal.SIGINT else 0
 
 
-def report_stop(message: str = "", seconds: float = 0.0) -> None:
-    """How a stop has ended, or how long it will take: to our launcher, or to the user."""
-    if not reports_for_machine():
-        return
-    wait = (
-        f"finishing the step under way, then saving: about {seconds:.0f} s; a second signal, or "
-        f"Ctrl-C, ends at once"
-    )
-    if LAUNCHED in os.environ:
-        file = f"{os.environ[RENDEZVOUS_DIR]}/{STOP_FILE}"
-        leave(file, end=message, wait=wait, seconds=seconds)
-    elif message or seconds >= 1:
-        print(f"stopped; {message}" if message else wait, flush=True)
+def report_stop(message: str) -> None:
+    """How a stop has ended: to our launcher, which reports it, or else to the user."""
+    if reports_for_machine() and not (LAUNCHED in os.environ and record(message, time.time())):
+        print(f"stopped; {message}", flush=True)

@@ -155,12 +155,10 @@ def compiles() -> bool:
 
 def at_fault(alive: dict[int, RankState], here: set[int], world_size: int) -> tuple[int, str]:
     """The rank that hangs, and how one can tell. here: those that have ever come."""
-    for rank in range(world_size):
-        if rank not in here:
-            return rank, "has not come to the others"
-    for rank in range(world_size):
-        if rank not in alive:
-            return rank, "gives no sign of life"
+    if missing := set(range(world_size)) - here:
+        return min(missing), "has not come to the others"
+    if silent := here - set(alive):
+        return min(silent), "gives no sign of life"
     # Of those that have started equally many the one that does not wait: not all is counted.
     rank = min(alive, key=lambda r: alive[r][:2])
     if all(state[:2] == alive[rank][:2] for state in alive.values()) and alive[rank].waits:

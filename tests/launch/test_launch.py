@@ -22,18 +22,16 @@ import torch.distributed as dist
 from launch_probe import state
 from ranks import LONGEST_SECONDS
 
-from rosetrainer.environment import LAUNCHED, usable_cores
-from rosetrainer.launch import launcher
+from rosetrainer.environment import usable_cores
 from rosetrainer.launch.launcher import launch
 from rosetrainer.launch.rank import (
     ERROR_FILE,
     ERROR_REPORT,
     LATER,
-    RENDEZVOUS_DIR,
     explain,
     record,
 )
-from rosetrainer.launch.stop import STOP, StopRequest, report_stop
+from rosetrainer.launch.stop import StopRequest
 from rosetrainer.launch.watch import HangWatch
 from rosetrainer.validation import ConfigError
 
@@ -91,8 +89,8 @@ def start(tmp_path: Path) -> Iterator[Start]:
         environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
         environment["PROBE_PIDS"] = str(folder)
         environment["TMPDIR"] = str(tmp_path)  # a killed launcher leaves its folder
-        limits = ("TERMINATE_SECONDS", "STOP_SECONDS", "SECOND_SIGNAL_SECONDS")
-        environment |= dict.fromkeys([*limits, "PROBE_GRACE"], "1e6")
+        limits = ("TERMINATE_SECONDS", "SECOND_SIGNAL_SECONDS", "PROBE_GRACE")
+        environment |= dict.fromkeys(limits, "1e6")
         process = subprocess.Popen(
             [sys.executable, "-m", "launch_probe", *words],
             cwd=ROOT,
@@ -360,11 +358,11 @@ def test_ranks_save_before_they_leave(start: Start) -> None:
 
 
 def test_a_long_wait_for_a_step_and_a_save_is_announced(start: Start) -> None:
-    probe = start("launch", "2", "slow_step", "34", STOP_SECONDS="1", PROBE_GRACE="1e6")
+    probe = start("launch", "2", "slow_step", "34")
     probe.started(2)
     probe.process.send_signal(signal.SIGINT)
-    assert probe.process.stderr is not None
-    assert probe.process.stderr.readline() == (
+    assert probe.process.stdout is not None
+    assert probe.process.stdout.readline() == (
         "finishing the step under way, then saving: about 34 s; a second signal, or Ctrl-C, ends "
         "at once\n"
     )
@@ -373,81 +371,25 @@ def test_a_long_wait_for_a_step_and_a_save_is_announced(start: Start) -> None:
     assert probe.ended() == expected
 
 
-@dataclass
-class VirtualRank:
-    """A rank that a signal stops in the middle of a step, in the time of a `VirtualTime`."""
-
-    time: VirtualTime
-    seconds: float
-    """From the signal until it has saved."""
-    pid: int = 0
-    signalled: float | None = None
-    returncode: int | None = None
-
-    def terminate(self) -> None:
-        self.signalled = self.time.now
-
-    def send_signal(self, signum: int) -> None:
-        """It is not suspended."""
-
-    def poll(self) -> int | None:
-        since = self.time.now if self.signalled is None else self.signalled
-        if self.returncode is None and self.time.now >= since + self.seconds:
-            self.returncode = 0
-        return self.returncode
-
-
-class VirtualTime:
-    now = 0.0
-
-    def monotonic(self) -> float:
-        return self.now
-
-    def sleep(self, seconds: float) -> None:
-        self.now += seconds
-
-
 @pytest.mark.parametrize(
-    ("told", "takes", "grace", "status", "ends"),
+    ("need", "said"),
     [
-        (0.0, 8.0, 120.0, 0, "all ranks have ended"),
-        (0.0, 10.0, 120.0, 143, "all ranks have ended, ranks 0, 1 were killed"),  # not told: 9 s
-        (34.0, 50.0, 120.0, 0, "all ranks have ended"),  # half as much again
-        (34.0, 52.0, 120.0, 143, "all ranks have ended, ranks 0, 1 were killed"),
-        (2.0, 8.0, 120.0, 0, "all ranks have ended"),
-        (100.0, 119.0, 120.0, 0, "all ranks have ended"),
-        (200.0, 200.0, 250.0, 0, "all ranks have ended"),
-        (200.0, 200.0, 30.0, 143, "were killed after 30 s; --grace gives them longer"),
-        (34.0, 6.0, 5.0, 143, "were killed after 5 s; --grace gives them longer"),
+        (0.5, ""),
+        (34.0, "finishing the step under way, then saving: about 34 s; a second signal, or"),
+        (34.0, "about 34 s; --grace gives 30 s; a second signal, or Ctrl-C, ends at once"),
     ],
 )
-def test_ranks_are_waited_for_as_long_as_a_step_and_a_save_take(
-    told: float,
-    takes: float,
-    grace: float,
-    status: int,
-    ends: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+def test_what_a_stop_will_take_is_told_when_it_is_asked_for(
+    need: float, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    virtual = VirtualTime()
-    monkeypatch.setattr(launcher, "time", virtual)
-    monkeypatch.setattr(STOP, "grace", grace)
-    ranks = [VirtualRank(virtual, takes) for _ in range(2)]
-    monkeypatch.setenv(LAUNCHED, "1")
-    monkeypatch.setenv(RENDEZVOUS_DIR, str(tmp_path))
-    if told:
-        report_stop(seconds=told)
-    received = [(signal.SIGTERM, 0.0)]
-    for rank in ranks:
-        rank.terminate()
-    assert launcher._stop(cast(launcher.Ranks, ranks), str(tmp_path), received) == status
-    errors = capsys.readouterr().err
-    assert errors.endswith(f"{ends}\n")
-    assert ("finishing the step under way" in errors) == (told >= 9)
-    assert (f"ends at once; --grace gives {grace:g} s\n" in errors) == (told >= 9 and told > grace)
-    assert status or virtual.now < takes + 0.1  # never longer than needed
+    stop = StopRequest()
+    stop.grace, stop.waits_for_step = 30.0 if "grace" in said else 120.0, True
+    monkeypatch.setattr(stop, "seconds_left", lambda now: need)
+    stop._obey(signal.SIGTERM)
+    assert stop.signal == signal.SIGTERM
+    told = capsys.readouterr().out
+    assert said in told
+    assert bool(told) == bool(said)
 
 
 def test_how_long_a_stop_takes_follows_what_was_measured() -> None:
@@ -504,6 +446,7 @@ def test_signal_while_ranks_start(start: Start) -> None:
 
 
 def test_second_signal_ends_ranks_at_once(start: Start) -> None:
+    killed = "ranks 0 and 1 have been killed\n"
     names = ("SIGINT", "SIGTERM")
     probes = {name: start("launch", "2", "deaf", SECOND_SIGNAL_SECONDS="0.2") for name in names}
     for name, probe in probes.items():
@@ -513,21 +456,21 @@ def test_second_signal_ends_ranks_at_once(start: Start) -> None:
     for probe in probes.values():
         assert len(probe.alive()) == 2
         probe.process.send_signal(signal.SIGINT)
-    assert probes["SIGINT"].ended() == (130, "", "interrupted; all ranks were killed\n")
-    assert probes["SIGTERM"].ended() == (143, "", "stopped by SIGTERM; all ranks were killed\n")
+    assert probes["SIGINT"].ended() == (130, "", "interrupted; " + killed)
+    assert probes["SIGTERM"].ended() == (143, "", "stopped by SIGTERM; " + killed)
     assert not any(probe.alive() for probe in probes.values())
 
 
 def test_rank_that_does_not_leave_is_killed_and_named(start: Start) -> None:
     """When the time for saving is over."""
     cases = {
-        "one": (["one_deaf"], 1.0, "rank 0 was", "saved after SIGTERM\n"),
-        "all": (["suspended"], 2.0, "ranks 0, 1 were", ""),
-        "in a collective": (["collective"], 2.0, "ranks 0, 1 were", ""),
+        "one": (["one_deaf"], 1.0, "rank 0 has", "saved after SIGTERM\n"),
+        "all": (["suspended"], 2.0, "ranks 0 and 1 have", ""),
+        "in a collective": (["collective"], 2.0, "ranks 0 and 1 have", ""),
     }
     begun = time.monotonic()
     probes = {
-        name: start("launch", "2", *words, STOP_SECONDS=str(seconds))
+        name: start("launch", "2", *words, PROBE_GRACE=str(seconds))
         for name, (words, seconds, _, _) in cases.items()
     }
     for probe in probes.values():
@@ -537,8 +480,9 @@ def test_rank_that_does_not_leave_is_killed_and_named(start: Start) -> None:
     for probe in probes.values():
         probe.saved()
         probe.process.terminate()
-    for name, (_, seconds, killed, output) in cases.items():
-        line = f"stopped by SIGTERM; all ranks have ended, {killed} killed\n"
+    for name, (_, seconds, who, output) in cases.items():
+        killed = f"{who} been killed after {seconds:g} s; --grace gives more"
+        line = f"stopped by SIGTERM; {killed}\n"
         assert probes[name].ended() == (143, output, line)
         assert seconds - 0.1 < time.monotonic() - begun < seconds + 1 + 10 * pace, name
         assert not probes[name].alive()
