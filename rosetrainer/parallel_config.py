@@ -33,7 +33,7 @@ class ParallelConfig:
     recompute: Literal["none", "attention", "block"] = "none"
     """What the backward pass computes again instead of keeping: less memory, more time."""
     overlap: bool = True
-    """The backward pass computes while its tensor-parallel collectives are under way."""
+    """The backward pass computes while its collectives are under way, over tp and over dp."""
     pp_size: Count = 1
     """Pipeline-parallel size: so many ranks divide the layers among them."""
     pp_schedule: Literal["afab", "1f1b", "interleaved", "zero-bubble", "zero-bubble-v"] = "1f1b"

@@ -2,7 +2,7 @@
 (which part of a parameter a rank holds), tensor_parallel; shared_heads is one of its layers, held
 by several ranks alike.
 
-vocab_parallel cuts embedding, head and loss; data_parallel sums gradients; pipeline/ divides the
-layers; overlap hides a collective behind a product. dropout and recompute hold in every layout, and
-replicas compares what ranks hold alike.
+vocab_parallel cuts embedding, head and loss; data_parallel sums gradients while others are made;
+pipeline/ divides the layers; overlap hides a collective behind a product. dropout and recompute
+hold in every layout, and replicas compares what ranks hold alike.
 """

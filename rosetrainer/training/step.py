@@ -15,7 +15,12 @@ from rosetrainer.data.batches import Corpus, rows_of_rank
 from rosetrainer.optim.non_finite import check_gradients
 from rosetrainer.optim.precision import Autocast
 from rosetrainer.parallel.context import ParallelContext
-from rosetrainer.parallel.data_parallel import accumulate_gradients, reduce_gradients
+from rosetrainer.parallel.data_parallel import (
+    GradientSum,
+    accumulate_gradients,
+    plain_backward,
+    reduce_gradients,
+)
 from rosetrainer.parallel.dropout import Seed
 from rosetrainer.parallel.pipeline.runner import accumulate_in_stages, sum_tied_gradients
 
@@ -32,12 +37,17 @@ def compute_gradients(
     As accumulate_gradients, then summed over the ranks. If the loss is not finite, no gradient is.
     Raises NonFiniteGradientError on every rank if a gradient of one is not finite.
     """
-    accumulate = accumulate_gradients if context.pp.size == 1 else accumulate_in_stages
-    loss = accumulate(model, batches, context, autocast, seed)
+    over_dp = GradientSum(model, context.dp)
+    if context.pp.size > 1:
+        loss = accumulate_in_stages(model, batches, context, autocast, seed)
+    else:
+        backward = over_dp.backward if context.parallel.overlap else plain_backward
+        loss = accumulate_gradients(model, batches, context, autocast, seed, backward)
+    over_dp.wait()
     if math.isfinite(loss):
         check_gradients(model, context)  # before the sum, which gives the nan to every rank
         sum_tied_gradients(model, context)
-        reduce_gradients(model, context)
+        reduce_gradients(model, context, over_dp)
     return loss
 
 
