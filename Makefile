@@ -12,7 +12,7 @@ BEGUN := $(shell date +%s)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help train plan test mutants test-steps test-hosts chaos lint bench speedrun bench-gpu clean remake environment
+.PHONY: help train plan test mutants mutate test-steps test-hosts chaos lint bench speedrun bench-gpu clean remake environment
 
 help:  ## List these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -48,6 +48,13 @@ test: .venv/.installed-dev  ## Run all tests but the planted mistakes: about ten
 mutants: .venv/.installed-dev  ## Plant each known mistake, see its test turn red: three minutes
 	@$(VENV_PYTHON) -m compileall -q benchmarks data rosetrainer steps tests
 	$(PYTEST) -m mutant
+
+# The same command goes on where it was stopped; another SEED draws others. See tests/mutate.py.
+BUDGET := 30m
+SEED := 1
+
+mutate: .venv/.installed-dev  ## Change the core by machine, count what no test notices: BUDGET=30m SEED=1
+	@$(VENV_PYTHON) tests/mutate.py --budget $(BUDGET) --seed $(SEED)
 
 test-steps: .venv/.installed-dev  ## Run each step's tests and a short training by torchrun
 	$(VENV_PYTHON) steps/steps.py rehearse

@@ -1,0 +1,240 @@
+"""Changes the trainer's core by machine, one small mistake at a time, and counts what no test sees.
+
+Run by `make mutate`. A mutant runs under the tests of its file, in a copy of the tree, and where
+those stay green, under some that go through all of the core. It is killed where an assertion fails;
+what only breaks, or never ends, is counted apart: that shows no test. Results are added to a file
+as they come, and a later run with the same seed goes on after them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import hashlib
+import json
+import os
+import re
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from queue import SimpleQueue
+from threading import Lock
+from typing import Any
+
+from mutations import Mutant, drawn, mutants_of
+from planted import ROOT, copy_tree, run_tests
+
+EXPLAINED = ROOT / "tests" / "mutants" / "SURVIVORS.md"
+RESULTS = ROOT / "out" / "mutate"
+MOST_CRASHES = 4  # tests that break before the others are not asked any more
+SPARE_SECONDS = 30
+
+COMM = ["tests/parallel/test_comm.py", "tests/parallel/test_layers.py"]
+MODEL = ["tests/models/test_model.py", "tests/training/test_training_parity.py"]
+TECHNIQUES = ["tests/parallel/test_techniques.py"]
+PIPELINE = ["tests/parallel/test_schedule.py", "tests/parallel/test_pipeline_beside_torch.py"]
+LLAMA = ["tests/models/test_llama.py"]
+TESTS: dict[str, list[str]] = {
+    "parallel/comm.py": [*COMM, *MODEL],
+    "parallel/context.py": ["tests/parallel/test_context.py", *COMM],
+    "parallel/data_parallel.py": ["tests/training/test_training_parity.py", *TECHNIQUES, *LLAMA],
+    "parallel/dropout.py": [*TECHNIQUES, "tests/parallel/test_seeds.py"],
+    "parallel/overlap.py": [*COMM, *MODEL, *TECHNIQUES],
+    "parallel/recompute.py": [*TECHNIQUES, *LLAMA],
+    "parallel/replicas.py": [*TECHNIQUES, "tests/parallel/test_sharding.py"],
+    "parallel/sharding.py": [*COMM, "tests/parallel/test_sharding.py", *MODEL],
+    "parallel/shared_heads.py": LLAMA,
+    "parallel/tensor_parallel.py": [*COMM, *MODEL],
+    "parallel/vocab_parallel.py": ["tests/parallel/test_head_loss.py", *COMM, *MODEL],
+    "parallel/pipeline/": [*PIPELINE, "tests/parallel/test_pipeline.py"],
+    "models/attention.py": [*MODEL, *TECHNIQUES, *LLAMA],
+    "models/bert.py": ["tests/models/test_bert.py"],
+    "models/build.py": ["tests/models/test_rotary.py", *LLAMA],
+    "models/encoder_decoder.py": ["tests/models/test_encoder_decoder.py"],
+    "models/generation.py": ["tests/commands/test_generate.py", *TECHNIQUES],
+    "models/gpt.py": [*MODEL, *TECHNIQUES],
+    "models/layers.py": ["tests/models/test_rotary.py"],
+    "models/llama.py": LLAMA,
+    "models/positions.py": ["tests/models/test_rotary.py", *LLAMA],
+    "models/relative_bias.py": ["tests/models/test_t5.py", "tests/proof/test_transformers.py"],
+    "models/rotary.py": ["tests/models/test_rotary.py"],
+    "models/t5.py": ["tests/models/test_t5.py", "tests/proof/test_transformers.py"],
+    "optim/adamw.py": ["tests/training/test_training_parity.py", "tests/optim"],
+    "optim/clip.py": ["tests/optim/test_clip.py", "tests/training/test_training_parity.py"],
+    "optim/muon.py": ["tests/optim/test_muon.py"],
+    "optim/non_finite.py": [*TECHNIQUES, "tests/optim/test_clip.py"],
+    "optim/optimizer.py": ["tests/training/test_training_parity.py", "tests/optim/test_muon.py"],
+    "optim/precision.py": ["tests/parallel/test_head_loss.py", *TECHNIQUES],
+    "checkpoint/slices.py": [
+        "tests/checkpoint/test_checkpoint.py",
+        "tests/parallel/test_sharding.py",
+    ],
+}
+WIDE = ["tests/proof/test_lattice.py", "tests/proof/test_transformers.py"]
+
+
+class RedError(RuntimeError):
+    """Tests fail in a tree without a mistake."""
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="make mutate", description=__doc__)
+    parser.add_argument("--budget", default="30m", help="time after which no mutant is begun")
+    parser.add_argument("--seed", type=int, default=1, help="which mutants, in which order")
+    parser.add_argument("--jobs", type=int, default=2, help="mutants at a time")
+    parser.add_argument("--only", default="", help="files whose path holds this text")
+    parser.add_argument("--again", action="store_true", help="what survived before, once more")
+    given = parser.parse_args(argv)
+    found = re.fullmatch(r"(\d+)([smh])", given.budget)
+    if not found:
+        print(f"error: BUDGET={given.budget} is no time; it can be 90s, 30m or 2h", file=sys.stderr)
+        return 2
+    end = time.monotonic() + int(found[1]) * {"s": 1, "m": 60, "h": 3600}[found[2]]
+    chosen = drawn([m for m in all_mutants() if given.only in m.file], given.seed)
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    results = RESULTS / f"seed_{given.seed}.jsonl"
+    known = read(results)
+    old = [m for m in chosen if (known.get(key(m)) or {}).get("outcome") == "survived"]
+    todo = old if given.again else [m for m in chosen if key(m) not in known]
+    print(f"{len(chosen)} mutants, {len(known)} known in {results.relative_to(ROOT)}")
+    try:
+        run(todo, results, given.jobs, end)
+    except KeyboardInterrupt:
+        print("stopped; what was found is kept, and the same command goes on")
+    except RedError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    known = read(results)
+    show([known[key(m)] for m in chosen if key(m) in known])
+    return 0
+
+
+@functools.cache
+def all_mutants() -> list[Mutant]:
+    found = []
+    for name in TESTS:
+        path = ROOT / "rosetrainer" / name
+        for file in sorted(path.glob("*.py")) if path.is_dir() else [path]:
+            relative = str(file.relative_to(ROOT / "rosetrainer"))
+            found += mutants_of(relative, file.read_bytes())
+    return found
+
+
+def source_of(mutant: Mutant) -> bytes:
+    return (ROOT / "rosetrainer" / mutant.file).read_bytes()
+
+
+def key(mutant: Mutant) -> str:
+    """Of the mutant and all of its file: a changed file is another one."""
+    return hashlib.sha256(mutant.applied(source_of(mutant))).hexdigest()[:16]
+
+
+def read(results: Path) -> dict[str, dict[str, Any]]:
+    """By key, the last word of each; a line that a kill cut off is none."""
+    lines = results.read_text().splitlines(keepends=True) if results.exists() else []
+    found = [json.loads(line) for line in lines if line.endswith("\n")]
+    return {one["key"]: one for one in found}
+
+
+def tests_of(file: str) -> list[str]:
+    return next(tests for name, tests in TESTS.items() if file.startswith(name))
+
+
+def run(todo: list[Mutant], results: Path, jobs: int, end: float) -> None:
+    """Tries them until `end`, `jobs` at a time, each in a tree of its own."""
+    with tempfile.TemporaryDirectory(prefix="mutate_") as folder:
+        trees: SimpleQueue[Path] = SimpleQueue()
+        for job in range(jobs):
+            copy_tree(Path(folder) / str(job))
+            trees.put(Path(folder) / str(job))
+        greens: dict[str, float] = {}
+        lock = Lock()
+
+        def limit(tests: list[str], tree: Path) -> float:
+            """By what they take without a mutant, which has to be green, or all would be killed."""
+            with lock:
+                if str(tests) not in greens:
+                    since = time.monotonic()
+                    outcome = run_tests(tree, tests)
+                    if outcome is None or outcome.failures or not outcome.passed:
+                        raise RedError(f"red without a mutant: {outcome or tests}")
+                    greens[str(tests)] = time.monotonic() - since
+            return SPARE_SECONDS + 4 * greens[str(tests)]
+
+        def one(mutant: Mutant) -> None:
+            if time.monotonic() > end:
+                return
+            tree, since = trees.get(), time.monotonic()
+            try:
+                outcome, where = try_mutant(mutant, tree, lambda tests: limit(tests, tree))
+            finally:
+                trees.put(tree)
+            note = {"key": key(mutant), "outcome": outcome, "where": where, **mutant._asdict()}
+            note |= {"shown": mutant.shown(source_of(mutant))}
+            note["seconds"] = round(time.monotonic() - since, 1)
+            with results.open("a") as file:
+                file.write(json.dumps(note) + "\n")
+            if outcome == "survived":
+                print(f"survived: line {mutant.line} of {note['shown']}", flush=True)
+
+        executor = ThreadPoolExecutor(jobs)
+        futures = [executor.submit(one, mutant) for mutant in todo]
+        try:
+            for future in futures:
+                future.result()
+        finally:
+            executor.shutdown(cancel_futures=True)
+
+
+def try_mutant(mutant: Mutant, tree: Path, limit: Callable[[list[str]], float]) -> tuple[str, str]:
+    """(what became of it, where); limit: the seconds that some tests may take."""
+    path, source = tree / "rosetrainer" / mutant.file, source_of(mutant)
+    for tests in (tests_of(mutant.file), WIDE):
+        seconds = limit(tests)
+        path.write_bytes(mutant.applied(source))
+        try:
+            outcome = run_tests(tree, tests, MOST_CRASHES, seconds)
+        finally:
+            path.write_bytes(source)
+        if outcome is None:
+            return "hung", f"after {seconds:.0f} s"
+        if outcome.asserted:
+            return "killed", outcome.asserted
+        if outcome.failures:
+            return "broken", next(iter(outcome.failures))
+    return "survived", ""
+
+
+def show(results: list[dict[str, Any]]) -> None:
+    explained = set(explanations())
+    counts = Counter(one["outcome"] for one in results)
+    survived = [one for one in results if one["outcome"] == "survived"]
+    judged = counts["killed"] + len(survived)
+    print(f"\n{len(results)} mutants tried")
+    print(f"{'':24}{'killed':>8}{'survived':>10}{'only broke':>12}{'hung':>6}")
+    for kind in sorted({one["kind"] for one in results}):
+        of = Counter(one["outcome"] for one in results if one["kind"] == kind)
+        row = [of[name] for name in ("killed", "survived", "broken", "hung")]
+        print(f"{kind:24}{row[0]:8}{row[1]:10}{row[2]:12}{row[3]:6}")
+    same = [one for one in survived if one["shown"] in explained]
+    share = f", {100 * counts['killed'] / judged:.1f} %" if judged else ""
+    print(f"killed by an assertion: {counts['killed']} of {judged} that run to their end{share}")
+    print(f"survived: {len(survived)}, of which {len(same)} are explained in {EXPLAINED.name}")
+    for one in survived:
+        if one["shown"] not in explained:
+            print(f"  not explained: line {one['line']} of {one['shown']}")
+
+
+def explanations() -> Iterator[str]:
+    """The survivors that SURVIVORS.md names."""
+    text = EXPLAINED.read_text() if EXPLAINED.exists() else ""
+    yield from re.findall(r"^- (\S+: `.*` is `.*`)$", text, re.MULTILINE)
+
+
+if __name__ == "__main__":
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the process that all are forked from
+    sys.exit(main(sys.argv[1:]))
