@@ -1,9 +1,9 @@
 """Changes the trainer's core by machine, one small mistake at a time, and counts what no test sees.
 
 Run by `make mutate`. A mutant runs under the tests of its file, in a copy of the tree, and where
-those stay green, under some that go through all of the core. It is killed where an assertion fails;
-what only breaks, or never ends, is counted apart: that shows no test. Results are added to a file
-as they come, and a later run with the same seed goes on after them.
+those stay green, under some that go through more of the core. It is killed where an assertion
+fails; what only breaks, or never ends, is counted apart: that shows no test. Results are added to a
+file as they come, and a later run with the same seed goes on after them.
 """
 
 from __future__ import annotations
@@ -33,48 +33,51 @@ RESULTS = ROOT / "out" / "mutate"
 MOST_CRASHES = 4  # tests that break before the others are not asked any more
 SPARE_SECONDS = 30
 
-COMM = ["tests/parallel/test_comm.py", "tests/parallel/test_layers.py"]
-MODEL = ["tests/models/test_model.py", "tests/training/test_training_parity.py"]
-TECHNIQUES = ["tests/parallel/test_techniques.py"]
-PIPELINE = ["tests/parallel/test_schedule.py", "tests/parallel/test_pipeline_beside_torch.py"]
-LLAMA = ["tests/models/test_llama.py"]
-TESTS: dict[str, list[str]] = {
-    "parallel/comm.py": [*COMM, *MODEL],
-    "parallel/context.py": ["tests/parallel/test_context.py", *COMM],
-    "parallel/data_parallel.py": ["tests/training/test_training_parity.py", *TECHNIQUES, *LLAMA],
-    "parallel/dropout.py": [*TECHNIQUES, "tests/parallel/test_seeds.py"],
-    "parallel/overlap.py": [*COMM, *MODEL, *TECHNIQUES],
-    "parallel/recompute.py": [*TECHNIQUES, *LLAMA],
-    "parallel/replicas.py": [*TECHNIQUES, "tests/parallel/test_sharding.py"],
-    "parallel/sharding.py": [*COMM, "tests/parallel/test_sharding.py", *MODEL],
-    "parallel/shared_heads.py": LLAMA,
-    "parallel/tensor_parallel.py": [*COMM, *MODEL],
-    "parallel/vocab_parallel.py": ["tests/parallel/test_head_loss.py", *COMM, *MODEL],
-    "parallel/pipeline/": [*PIPELINE, "tests/parallel/test_pipeline.py"],
-    "models/attention.py": [*MODEL, *TECHNIQUES, *LLAMA],
-    "models/bert.py": ["tests/models/test_bert.py"],
-    "models/build.py": ["tests/models/test_rotary.py", *LLAMA],
-    "models/encoder_decoder.py": ["tests/models/test_encoder_decoder.py"],
-    "models/generation.py": ["tests/commands/test_generate.py", *TECHNIQUES],
-    "models/gpt.py": [*MODEL, *TECHNIQUES],
-    "models/layers.py": ["tests/models/test_rotary.py"],
-    "models/llama.py": LLAMA,
-    "models/positions.py": ["tests/models/test_rotary.py", *LLAMA],
-    "models/relative_bias.py": ["tests/models/test_t5.py", "tests/proof/test_transformers.py"],
-    "models/rotary.py": ["tests/models/test_rotary.py"],
-    "models/t5.py": ["tests/models/test_t5.py", "tests/proof/test_transformers.py"],
-    "optim/adamw.py": ["tests/training/test_training_parity.py", "tests/optim"],
-    "optim/clip.py": ["tests/optim/test_clip.py", "tests/training/test_training_parity.py"],
-    "optim/muon.py": ["tests/optim/test_muon.py"],
-    "optim/non_finite.py": [*TECHNIQUES, "tests/optim/test_clip.py"],
-    "optim/optimizer.py": ["tests/training/test_training_parity.py", "tests/optim/test_muon.py"],
-    "optim/precision.py": ["tests/parallel/test_head_loss.py", *TECHNIQUES],
-    "checkpoint/slices.py": [
-        "tests/checkpoint/test_checkpoint.py",
-        "tests/parallel/test_sharding.py",
-    ],
+COMM = ["parallel/test_comm.py", "parallel/test_layers.py"]
+MODEL = ["models/test_model.py", "training/test_training_parity.py"]
+EVERY = ["parallel/test_techniques.py::test_every_technique_equals_dense"]
+LAYOUT = "models/test_llama.py::test_a_layout_equals_the_oracle"
+LLAMA = [f"{LAYOUT}[tp4-two-hold-a-head]", f"{LAYOUT}[tp2-dp2-sequence-parallel]"]
+PIPELINE = ["parallel/test_schedule.py", "parallel/test_pipeline_beside_torch.py"]
+SINGLE = ["parallel/test_pipeline.py::test_a_schedule_computes_what_one_process_does"]
+LATTICE = ["proof/test_lattice.py"]
+THEIRS = ["proof/test_transformers.py"]
+MUON = ["proof/test_parity.py::test_a_right_layout_is_proved_right_in_each_dtype[muon]"]
+
+TESTS: dict[str, tuple[list[str], list[str]]] = {
+    "parallel/comm.py": ([*COMM, *MODEL, *EVERY], LATTICE),
+    "parallel/context.py": (["parallel/test_context.py", *COMM, *EVERY], LATTICE),
+    "parallel/data_parallel.py": (["training/test_training_parity.py", *EVERY, *LLAMA], LATTICE),
+    "parallel/dropout.py": ([*EVERY, "parallel/test_seeds.py"], LATTICE),
+    "parallel/overlap.py": (["parallel/test_layers.py", *EVERY], LATTICE),
+    "parallel/recompute.py": (EVERY, LATTICE),
+    "parallel/replicas.py": (["parallel/test_sharding.py", "parallel/test_techniques.py"], []),
+    "parallel/sharding.py": (["parallel/test_sharding.py", *COMM, *MODEL], LATTICE),
+    "parallel/shared_heads.py": (["models/test_llama.py"], LATTICE),
+    "parallel/tensor_parallel.py": (["parallel/test_layers.py", *MODEL], LATTICE),
+    "parallel/vocab_parallel.py": (["parallel/test_head_loss.py", *MODEL, *EVERY], LATTICE),
+    "parallel/pipeline/": ([*PIPELINE, *SINGLE], ["parallel/test_pipeline.py"]),
+    "models/attention.py": ([*MODEL, *EVERY], LATTICE),
+    "models/bert.py": (["models/test_bert.py"], THEIRS),
+    "models/build.py": (["models/test_rotary.py", *LLAMA, *SINGLE], THEIRS),
+    "models/encoder_decoder.py": (["models/test_encoder_decoder.py"], LATTICE),
+    "models/generation.py": (["commands/test_generate.py"], THEIRS),
+    "models/gpt.py": ([*MODEL, *EVERY], LATTICE),
+    "models/layers.py": (["models/test_rotary.py"], []),
+    "models/llama.py": (["models/test_llama.py"], THEIRS),
+    "models/positions.py": (["models/test_rotary.py", "models/test_llama.py"], []),
+    "models/relative_bias.py": (["models/test_t5.py"], THEIRS),
+    "models/rotary.py": (["models/test_rotary.py"], []),
+    "models/t5.py": (["models/test_t5.py"], THEIRS),
+    "optim/adamw.py": (["training/test_training_parity.py", "optim/test_clip.py"], LATTICE),
+    "optim/clip.py": (["optim/test_clip.py", "training/test_training_parity.py"], LATTICE),
+    "optim/muon.py": (["optim/test_muon.py"], MUON),
+    "optim/non_finite.py": (["parallel/test_techniques.py", "optim/test_clip.py"], []),
+    "optim/optimizer.py": (["training/test_training_parity.py", "optim/test_muon.py"], LATTICE),
+    "optim/precision.py": (["parallel/test_head_loss.py", "parallel/test_techniques.py"], []),
+    "checkpoint/slices.py": (["checkpoint/test_checkpoint.py", "parallel/test_sharding.py"], []),
 }
-WIDE = ["tests/proof/test_lattice.py", "tests/proof/test_transformers.py"]
+"""By a file, its tests, and those that are asked where these stay green."""
 
 
 class RedError(RuntimeError):
@@ -140,8 +143,9 @@ def read(results: Path) -> dict[str, dict[str, Any]]:
     return {one["key"]: one for one in found}
 
 
-def tests_of(file: str) -> list[str]:
-    return next(tests for name, tests in TESTS.items() if file.startswith(name))
+def tests_of(file: str) -> list[list[str]]:
+    both = next(tests for name, tests in TESTS.items() if file.startswith(name))
+    return [[f"tests/{name}" for name in tests] for tests in both if tests]
 
 
 def run(todo: list[Mutant], results: Path, jobs: int, end: float) -> None:
@@ -193,7 +197,7 @@ def run(todo: list[Mutant], results: Path, jobs: int, end: float) -> None:
 def try_mutant(mutant: Mutant, tree: Path, limit: Callable[[list[str]], float]) -> tuple[str, str]:
     """(what became of it, where); limit: the seconds that some tests may take."""
     path, source = tree / "rosetrainer" / mutant.file, source_of(mutant)
-    for tests in (tests_of(mutant.file), WIDE):
+    for tests in tests_of(mutant.file):
         seconds = limit(tests)
         path.write_bytes(mutant.applied(source))
         try:

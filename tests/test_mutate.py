@@ -92,8 +92,7 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         monkeypatch.setattr(module, "ROOT", tree)
     monkeypatch.setattr(mutate, "RESULTS", tree / "out")
     monkeypatch.setattr(mutate, "EXPLAINED", tree / "SURVIVORS.md")
-    monkeypatch.setattr(mutate, "TESTS", {"optim/larger.py": ["tests/optim/test_larger.py"]})
-    monkeypatch.setattr(mutate, "WIDE", ["tests/optim"])
+    monkeypatch.setattr(mutate, "TESTS", {"optim/": (["optim/test_larger.py"], ["optim"])})
     return tree
 
 

@@ -63,7 +63,7 @@ class RMSNorm(nn.Module):
 
 
 class HeadNorm(nn.Module):
-    """(.., h, K): RMSNorm of each head with the same K weights.
+    """(.., h, K) V -> (.., h, K) V: RMSNorm of each head with the same K weights.
 
     A rank has its own heads alone, so that its gradient of the weights is P over tp.
     """

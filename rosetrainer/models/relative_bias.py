@@ -20,6 +20,8 @@ from rosetrainer.parallel.sharding import Cut, ShardSpec, new_parameter
 class RelativeBias(nn.Module):
     """A learned bias for each head and each distance, which shares a bucket with like ones.
 
+    (T) I -> (1, H/tp, T, T) V.
+
     The table (buckets, H) is cut by heads: (buckets, H/tp) on a rank. Its layers are all of one
     side, and so its gradient is whole.
     """

@@ -72,18 +72,20 @@ def own_slice(tensor: Tensor, axis: Axis, dim: int = -1) -> Tensor:
     return tensor.narrow(dim, axis.rank * width, width).contiguous()
 
 
+# Letters, of what a rank has: I the same on each, its gradient whole; R the same on each, its
+# gradient still to be summed; V a part of its own; P a partial sum.
 def copy_to_tensor_parallel_region(x: Tensor, axis: Axis) -> Tensor:
-    """`f`. forward: x as it is; backward: all-reduce, as every rank's slice used all of x."""
+    """`f`, I -> R. forward: x as it is; backward: all-reduce, for every rank's slice used all."""
     return x if axis.size == 1 else _Copy.apply(x, axis)
 
 
 def reduce_from_tensor_parallel_region(x: Tensor, axis: Axis) -> Tensor:
-    """`g`. forward: all-reduce of the partial sums; backward: the gradient as it is."""
+    """`g`, P -> I. forward: all-reduce of the partial sums; backward: the gradient as it is."""
     return x if axis.size == 1 else _Reduce.apply(x, axis)
 
 
 def gather_from_tensor_parallel_region(x: Tensor, axis: Axis) -> Tensor:
-    """(.., d) -> (.., n*d). forward: all-gather; backward: this rank's slice, not summed.
+    """(.., d) V -> (.., n*d) I. forward: all-gather; backward: this rank's slice, not summed.
 
     What was gathered is replicated, so every rank's gradient of it is already the whole one.
     """
@@ -91,13 +93,13 @@ def gather_from_tensor_parallel_region(x: Tensor, axis: Axis) -> Tensor:
 
 
 def scatter_to_tensor_parallel_region(x: Tensor, axis: Axis) -> Tensor:
-    """(.., n*d) -> (.., d). forward: this rank's slice; backward: all-gather."""
+    """(.., n*d) I -> (.., d) V. forward: this rank's slice; backward: all-gather."""
     return x if axis.size == 1 else _Scatter.apply(x, axis)
 
 
 def enter_tensor_parallel_region(x: Tensor, axis: Axis) -> Tensor:
-    """What a layer cut over the axis reads: (B, T, D). `f`; under sequence parallelism from
-    (B, T/n, D), forward: all-gather of the tokens; backward: reduce-scatter.
+    """What a layer cut over the axis reads: (B, T, D) R. `f`; under sequence parallelism from
+    (B, T/n, D) V, forward: all-gather of the tokens; backward: reduce-scatter.
     """
     if axis.sequence_parallel and axis.size > 1:
         return _GatherTokens.apply(x, axis)
@@ -105,8 +107,8 @@ def enter_tensor_parallel_region(x: Tensor, axis: Axis) -> Tensor:
 
 
 def leave_tensor_parallel_region(x: Tensor, axis: Axis) -> Tensor:
-    """What a layer cut over the axis gives: the sum of partial (B, T, D). `g`; under sequence
-    parallelism (B, T/n, D) of it, forward: reduce-scatter; backward: all-gather.
+    """What a layer cut over the axis gives: the sum of (B, T, D) P. `g`; under sequence
+    parallelism (B, T/n, D) V of it, forward: reduce-scatter; backward: all-gather.
     """
     if axis.sequence_parallel and axis.size > 1:
         return _ScatterTokens.apply(x, axis)
