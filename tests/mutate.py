@@ -9,7 +9,6 @@ file as they come, and a later run with the same seed goes on after them.
 from __future__ import annotations
 
 import argparse
-import functools
 import hashlib
 import json
 import os
@@ -116,7 +115,6 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-@functools.cache
 def all_mutants() -> list[Mutant]:
     found = []
     for name in TESTS:
