@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from rosetrainer.optim.clip import clip_gradients
 from rosetrainer.parallel.comm import all_reduce, broadcast_
 from rosetrainer.parallel.context import Axis, ParallelContext
 from rosetrainer.parallel.sharding import ShardSpec, load_whole, shard_spec
@@ -27,7 +26,6 @@ from rosetrainer.proof.module_results import (
     OUTPUT,
     STAGES,
     Plan,
-    plan_step,
     results,
 )
 from rosetrainer.proof.tolerances import BOUND, Difference, ParityError, check_traffic
@@ -97,7 +95,7 @@ def prove_module(
         )
     dense, inputs = alike_on_all_ranks(dense, inputs, context)
     plan, weights = Plan(), {n: p.detach().clone() for n, p in dense.named_parameters()}
-    expected = results(dense, inputs, lambda: plan_step(dense, plan), plan)
+    expected = results(dense, inputs, plan)
     compared = []
     for size in (n for n in range(1, context.tp.size + 1) if context.tp.size % n == 0):
         part = of_size(size, context)
@@ -167,7 +165,7 @@ def compare(
 ) -> Compared:
     """Raises ParityError, on every rank, if shapes differ or the layout does nothing."""
     part.tp.ledger.clear()
-    ours = results(module, inputs, lambda: clip_gradients(module, part, plan.clip_norm), plan)
+    ours = results(module, inputs, plan, part)
     specs = [shard_spec(p) for p in module.parameters()]
     if part.tp.size > 1 and not any(spec.is_cut_over(part.tp) for spec in specs):
         raise ParityError(f"tp_size={part.tp.size}, but every rank holds every weight whole")

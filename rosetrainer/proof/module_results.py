@@ -6,12 +6,15 @@ gathered by the shard specs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+from rosetrainer.optim.clip import clip_gradients
+from rosetrainer.parallel.context import ParallelContext
+from rosetrainer.parallel.data_parallel import reduce_gradients
 from rosetrainer.proof.tolerances import ParityError
 from rosetrainer.proof.trajectory import MOVED, NOISE, Results
 
@@ -40,11 +43,11 @@ def run(module: nn.Module, inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def results(
-    module: nn.Module, inputs: Sequence[Tensor], clip: Callable[[], float], plan: Plan
+    module: nn.Module, inputs: Sequence[Tensor], plan: Plan, context: ParallelContext | None = None
 ) -> Results:
     """Two passes, and between them a step of SGD. Whole tensors, in float64.
 
-    clip: halves the gradients, returns their norm; the dense module's makes the plan of the step.
+    The dense module has no context, and comes first: it makes the plan of the step.
     """
     found: Results = {}
     specs = {n: getattr(p, "shard_spec", None) for n, p in module.named_parameters()}
@@ -60,14 +63,22 @@ def results(
         for number, leaf in enumerate(leaves):
             if leaf.grad is not None:
                 found[stage, f"gradient of input {number}"] = leaf.grad
-        for name, parameter in module.named_parameters():
+        for parameter in module.parameters():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
+        if context:
+            reduce_gradients(module, context)
+        for name, parameter in module.named_parameters():
+            assert parameter.grad is not None
             found[stage, f"gradient of {name}"] = whole(name, parameter.grad)
         if stage == AGAIN:
             break
         found |= {(OUTPUT, "the output"): output.detach(), (LOSS, "the loss"): loss.detach()}
-        found[NORM, "the gradient norm"] = output.new_tensor(clip())
+        if context:
+            norm = clip_gradients(module, context, plan.clip_norm)
+        else:
+            norm = plan_step(module, plan)
+        found[NORM, "the gradient norm"] = output.new_tensor(norm)
         with torch.no_grad():
             for name, parameter in module.named_parameters():
                 assert parameter.grad is not None

@@ -6,6 +6,7 @@ import contextlib
 import io
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from rosetrainer.launch.rank import RankError
 from rosetrainer.parallel.comm import reduce_from_tensor_parallel_region
 from rosetrainer.parallel.context import Axis, ParallelContext, init_tensor_parallel
 from rosetrainer.parallel.replicated import mark_replicated
-from rosetrainer.parallel.sharding import shard_spec
+from rosetrainer.parallel.sharding import ShardSpec, new_parameter, shard_spec
 from rosetrainer.parallel.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from rosetrainer.proof.module import prove_module
 from rosetrainer.validation import ConfigError
@@ -99,6 +100,29 @@ class DenseLoss(Dense):
         return y, (y**2).sum()
 
 
+class DenseScaled(Dense):
+    """All groups of features share a scale, as heads share a norm of queries."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(3))
+
+    def hidden(self, x: Tensor) -> Tensor:
+        return (super().hidden(x).unflatten(-1, (-1, 3)) * self.scale).flatten(-2)
+
+
+class Scaled(DenseScaled):
+    """Its gradient is a partial sum on each rank, and its spec says so."""
+
+    def __init__(self, tp: Axis, told: bool = True) -> None:
+        super().__init__()
+        self.first = ColumnParallelLinear(IN, WIDE, tp=tp)  # type: ignore[assignment]
+        self.second = RowParallelLinear(WIDE, IN, tp=tp)  # type: ignore[assignment]
+        if told:
+            self.scale = new_parameter(ShardSpec((3,), partial_over=("tp",)))
+        mark_replicated(self)
+
+
 class Unread(Dense):
     def __init__(self) -> None:
         super().__init__()
@@ -130,6 +154,8 @@ CASES: dict[str, tuple[Callable[[Axis], nn.Module], type[nn.Module]]] = {
     "slice": (OwnSlice, Dense),
     "norm": (CountedTwice, Dense),
     "loss": (LossOfASlice, DenseLoss),
+    "scaled": (Scaled, DenseScaled),
+    "scaled alone": (partial(Scaled, told=False), DenseScaled),
     "whole": (whole, Dense),
     "unread": (Parallel, Unread),
     "renamed": (Renamed, Dense),
@@ -172,7 +198,7 @@ def of(found: list[dict[str, tuple[str, str]]], case: str) -> str:
 
 
 def test_a_right_module_is_proven_at_each_size_and_rank_0_shows_it(found: Any) -> None:
-    assert of(found, "right") == ""
+    assert of(found, "right") == of(found, "scaled") == ""
     assert [one["right"][0] for one in found[1:]] == [""] * 3
     lines = found[0]["right"][0].splitlines()
     assert lines[0].split() == ["tp", "1", "tp", "2", "tp", "4", "allowed"]
@@ -199,8 +225,9 @@ def test_a_right_module_is_proven_at_each_size_and_rank_0_shows_it(found: Any) -
         ("twin", "at tp_size=1: the output differs by .* before anything is divided"),
         ("norm", "at tp_size=2: the gradient norm differs by .* what is cut"),
         ("loss", "at tp_size=2: the loss differs by .* the output is right"),
+        ("scaled alone", "at tp_size=2: gradient of scale differs by .* the forward pass is right"),
     ],
-    ids=["bias", "f", "twin", "norm", "loss"],
+    ids=["bias", "f", "twin", "norm", "loss", "scaled alone"],
 )
 def test_a_mistake_is_told_by_the_first_thing_that_is_wrong(
     found: Any, case: str, text: str
