@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from chinese import check_chinese
+from guide import check_guide
 from ladder import STEPS, StepError, added_code, find, folders, python_files
 from pages import SECTIONS, heading, headings, pages, predictions, says, written_anew
 from pictures.album import check_pictures
@@ -47,12 +48,14 @@ for folder, *modules in (sys.argv[1:5], sys.argv[5:]):
 
 
 def check(which: str | None = None) -> list[Path]:
-    """All of it, one step's own files and pages (its number), or the `core` alone.
+    """All of it, one step's own files and pages (its number), the `guide` or the `core` alone.
 
     Returns the steps that were looked at. Raises StepError with the first thing that does not hold.
     """
-    steps = [] if which == "core" else [find(which)] if which else folders()
+    steps = [] if which in ("core", "guide") else [find(which)] if which else folders()
     check_steps(steps)
+    if which in (None, "guide"):
+        check_guide()
     if which in (None, "core"):
         check_shared()
     return steps

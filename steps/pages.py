@@ -43,16 +43,22 @@ def excerpt(path: Path, name: str) -> str:
     return "".join(read(path)[node.lineno - 1 : node.end_lineno])
 
 
+def with_excerpts(text: str, folder: Path) -> str:
+    """A page's text, with the code that its lines <!-- code: --> ask for."""
+
+    def excerpt_block(match: re.Match[str]) -> str:
+        source = excerpt(folder / match[2], match[3])
+        return f"{match[1]}```python\n{source}```\n<!-- /code -->"
+
+    marked = r"(<!-- code: (\S+) (\S+) -->\n).*?<!-- /code -->"
+    return re.sub(marked, excerpt_block, text, flags=re.DOTALL)
+
+
 def written_anew(page: Path) -> str:
     """The page with all that a program writes on it, from the real files.
 
     Raises StepError if it has no diff block.
     """
-
-    def excerpt_block(match: re.Match[str]) -> str:
-        source = excerpt(page.parent / match[2], match[3])
-        return f"{match[1]}```python\n{source}```\n<!-- /code -->"
-
     text = page.read_text()
     block = re.compile(r"(<!-- diff((?: \S+\.py)*) -->\n).*?(<!-- /diff -->)", re.DOTALL)
     if not block.search(text):
@@ -68,8 +74,7 @@ def written_anew(page: Path) -> str:
     text = block.sub(lambda match: match[1] + ending(page) + match[2], text)
     block = re.compile(r"(<!-- pair -->\n).*?(<!-- /pair -->)", re.DOTALL)
     text = block.sub(lambda match: match[1] + pair(page.parent) + match[2], text)
-    marked = r"(<!-- code: (\S+) (\S+) -->\n).*?<!-- /code -->"
-    return re.sub(marked, excerpt_block, text, flags=re.DOTALL)
+    return with_excerpts(text, page.parent)
 
 
 def pages(step: Path) -> list[Path]:

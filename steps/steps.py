@@ -5,13 +5,16 @@ for readers
   start NN DIR        the step before, with this step's tests: write the step yourself in DIR
   test --mine DIR NN  runs the tests of step NN on what you wrote
   break NN            plants a known mistake, and shows what turns red and what stays green
+  guide N DIR         the guide's own model after its first N edits, with its proof, in DIR
+  guide break N       plants the guide's mistake N, and shows what its command prints
 
 for keepers
   readme [NN]         writes each page's diff, excerpts and picture from the real files
+  readme guide        runs the guide's commands, and writes its diffs and their output
   propagate [COMMIT]  carries a fix, what changed since COMMIT (HEAD), from its step to those that
                       grow out of it, and to the package
   check [NN | core]   all of it holds, or what one step has to itself, or what the package shares:
-                      fresh pages, both languages, 200 lines; the core, propagate
+                      fresh pages, both languages, 200 lines; the core, propagate; or the `guide`
   rehearse            runs each step's tests and a short training, on 1, 2 and 4 ranks
   new NN_NAME [NN]    the next step, a copy of the last one (or of NN) with pages to fill in
 """
@@ -24,6 +27,7 @@ import sys
 from pathlib import Path
 
 from checks import check
+from guide import break_guide, start_guide, write_guide
 from ladder import STEPS, StepError, added_code, find, folders, python_files
 from pages import SECTIONS, readme
 from tries import command, copy, environment, has_ranks, plant, start, test, test_files, test_mine
@@ -85,6 +89,12 @@ def main(argv: list[str]) -> int:
             start(number, Path(folder))
         case ["break", number]:
             return plant(number)
+        case ["guide", "break", number] if number.isdecimal():
+            return break_guide(int(number))
+        case ["guide", count, folder] if count.isdecimal():
+            start_guide(int(count), Path(folder))
+        case ["readme", "guide"]:
+            write_guide()
         case ["readme"]:
             readme(folders())
         case ["readme", number]:

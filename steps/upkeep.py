@@ -74,16 +74,21 @@ def with_mistake(step: Path) -> dict[str, str]:
             "under it `git diff --relative` of a mistake that the step's test catches: readers "
             "plant it with steps.py break"
         )
+    return apply_patch(patch, {name: (step / name).read_text() for name in python_files(step)})
+
+
+def apply_patch(patch: Path, files: dict[str, str]) -> dict[str, str]:
+    """The files by name with the patch applied. Raises StepError if it does not fit them."""
     with tempfile.TemporaryDirectory() as folder:
-        for name in python_files(step):
-            (Path(folder) / name).write_text((step / name).read_text())
+        for name, text in files.items():
+            (Path(folder) / name).write_text(text)
         done = git("apply", str(patch), cwd=Path(folder))
         if done.returncode:
             reason = done.stderr.partition("\n")[0].removeprefix("error: ")
             raise StepError(
-                f"{step.name}/mistake.patch does not apply: {reason}; make the mistake in the step "
-                "once more, write `git diff --relative` under the patch's first paragraph, and "
-                "take it back: readers plant it with steps.py break"
+                f"{patch.parent.name}/{patch.name} does not apply: {reason}; make its change once "
+                "more, write `git diff --relative` under the patch's first paragraph, and take it "
+                "back: readers try it with steps.py"
             )
         return {path.name: path.read_text() for path in Path(folder).glob("*.py")}
 

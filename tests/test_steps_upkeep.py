@@ -296,9 +296,9 @@ def test_check_fails_on_a_missing_page(root: Path) -> None:
 def test_check_fails_on_a_mistake_that_does_not_apply(root: Path) -> None:
     edit(root / "steps/09_parallel_attention/mistake.patch", "stride=3, tp=tp", "stride=4, tp=tp")
     assert re.fullmatch(
-        r"09_parallel_attention/mistake.patch does not apply: patch failed: model.py:\d+; make the "
-        "mistake in the step once more, write `git diff --relative` under the patch's first "
-        "paragraph, and take it back: readers plant it with steps.py break",
+        r"09_parallel_attention/mistake.patch does not apply: patch failed: model.py:\d+; make its "
+        "change once more, write `git diff --relative` under the patch's first paragraph, and take "
+        "it back: readers try it with steps.py",
         refused(root, "09"),
     )
 
