@@ -1,8 +1,8 @@
 """Measures the curves of the pages: python steps/plots.py [NN ...]
 
-It trains with a step's own code and keeps the losses in NN_name/plot.json and pair.json; `steps.py
-readme` draws plot.svg and pair.svg from them. The last decimals depend on the machine, so runs are
-made when asked for.
+It trains with a step's own code and keeps the losses in NN_name/plot.json and pair.json, and when
+its ranks wait in timeline.json; `steps.py readme` draws plot.svg, pair.svg and timeline.svg from
+them. The last decimals and all times depend on the machine, so runs are made when asked for.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 from ladder import StepError, find, python_files
 from pictures.album import write_pictures
 from runs import PAIRS, PLOTS, Run
+from timelines import TIMELINES, measured
 from tries import capture, command
 
 STEPS_OF_A_RUN = 200
@@ -66,7 +67,7 @@ def losses_of(run: Run) -> dict:
 
 def measure(numbers: list[str]) -> None:
     """Runs what the plots of these steps (all of them if none is named) show, and draws them."""
-    known = sorted(PLOTS.keys() | PAIRS.keys())
+    known = sorted(PLOTS.keys() | PAIRS.keys() | TIMELINES.keys())
     for number in numbers or known:
         if number not in known:
             raise StepError(f"step {number} has no plot; it can be {', '.join(known)}")
@@ -74,6 +75,9 @@ def measure(numbers: list[str]) -> None:
         for name, runs in (("plot.json", PLOTS.get(number)), ("pair.json", both(number))):
             if runs:
                 keep(step / name, runs)
+        if number in TIMELINES:
+            (step / "timeline.json").write_text(json.dumps(measured(number)) + "\n")
+            print(f"{step.name}/timeline.svg: {', '.join(TIMELINES[number].variants)}")
         write_pictures([step])
 
 

@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 STEPS = sorted(path for path in (ROOT / "steps").glob("[0-9][0-9]_*"))
 PICTURES = sorted((ROOT / "steps").glob("**/*.svg"))
 ENGLISH = {"rank", "all", "reduce", "gather", "scatter"}  # what a Chinese page writes so too
+PLOTS = ("plot.svg", "pair.svg", "timeline.svg")  # of runs
 SMALLEST = 12 * 358 / 480  # pixels of a letter on a telephone, 390 wide with 16 of margin
 
 
@@ -42,7 +43,7 @@ def test_a_page_shows_its_picture_in_both_languages(step: Path, page: str) -> No
     assert "```mermaid" not in text
 
 
-@pytest.mark.parametrize("plot", sorted((ROOT / "steps").glob("*/p[la][oi][tr].svg")), ids=str)
+@pytest.mark.parametrize("plot", [p for p in PICTURES if p.name in PLOTS], ids=str)
 def test_a_plot_stands_on_its_page_in_both_languages(plot: Path) -> None:
     for page in ("README.md", "README.zh.md"):
         assert (plot.parent / page).read_text().count(f"]({plot.name})\n") == 1
@@ -58,6 +59,15 @@ def test_a_pair_tells_the_losses_that_its_runs_kept(kept: Path) -> None:
         for curve in losses.values():
             assert f"{curve[0]:.4f}" in told
             assert f"{curve[-1]:.4f}" in told
+
+
+@pytest.mark.parametrize("kept", sorted((ROOT / "steps").glob("*/timeline.json")), ids=str)
+def test_a_timeline_s_page_tells_how_long_its_rounds_took(kept: Path) -> None:
+    for page in ("README.md", "README.zh.md"):
+        told = (kept.parent / page).read_text().split("](timeline.svg)")[1]
+        for ranks in json.loads(kept.read_text()).values():
+            assert f"{max(rank['end'] for rank in ranks):.1f}" in told
+            assert all(rank["waits"] for rank in ranks)
 
 
 def test_the_plot_of_step_02_shows_the_runs_that_its_page_prints() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ladder import STEPS, StepError, folders
 
-from pictures import attention, first, kept, later, layers, mesh, pipeline, plots, road
+from pictures import attention, first, kept, later, layers, mesh, pipeline, plots, road, timeline
 
 STEP_PICTURES: dict[str, Callable[[], str]] = {
     "00": first.two_ranks,
@@ -58,6 +58,8 @@ def drawn(steps: list[Path]) -> Iterator[tuple[Path, str]]:
             yield step / "plot.svg", STEP_PLOTS[step.name[:2]](step)
         if draw := STEP_BYTES.get(step.name[:2]):
             yield step / "plot.svg", draw()
+        if (step / "timeline.json").exists():
+            yield step / "timeline.svg", timeline.of_two_ranks(step)
         if (step / "pair.json").exists():
             yield step / "pair.svg", plots.two_codes(step)
     if steps == folders():

@@ -17,6 +17,11 @@ MARGIN, LABEL, PAD, NOTE = 10, 24, 8, 16
 GATE = 26  # the width of a collective
 
 
+def width_of(name: str) -> int:
+    """Of a short name above a grid; m and W are the widest of letters."""
+    return sum(13 if letter in "mW" else 8 for letter in name)
+
+
 @dataclass(frozen=True)
 class Tensor:
     """A column: the name and the letter (R, I, V, P) of a tensor, and what each rank has of it."""
@@ -29,7 +34,7 @@ class Tensor:
     @property
     def w(self) -> float:
         """Of the widest part; the letter needs room too."""
-        return max(*(part.w for part in self.parts), 8 * len(self.name) + 22 if self.letter else 0)
+        return max(*(part.w for part in self.parts), width_of(self.name) + 22 if self.letter else 0)
 
     @property
     def h(self) -> float:
@@ -168,9 +173,8 @@ def label(canvas: Canvas, tensor: Tensor, box: Box) -> None:
     if not tensor.letter:
         canvas.text(box.cx, y, tensor.name)
         return
-    width = 8 * len(tensor.name)
     canvas.text(box.cx - 11, y, tensor.name)
-    canvas.badge(box.cx + width / 2 + 1, y, tensor.letter)
+    canvas.badge(box.cx + width_of(tensor.name) / 2 + 1, y, tensor.letter)
 
 
 Way = tuple[Sequence[Column], Sequence[Column | None]]

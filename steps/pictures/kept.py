@@ -54,10 +54,10 @@ def for_time() -> str:
     for _, mode, seconds, mib in rows:
         x, y = panel.x(10 * float(seconds)), panel.y(float(mib))
         canvas.parts.append(f'<circle class="box" cx="{x:.1f}" cy="{y:.1f}" r="4"/>')
-        left = mode != "attention"
+        left = mode == "none"
         canvas.text(x + (-8 if left else 8), y - 10, mode, "small", "end" if left else "start")
     for tenths in range(0, 12, 3):
         canvas.text(panel.x(tenths), panel.box.bottom + 12, f"{tenths / 10:g} s", "small")
-    canvas.text(LEFT - 6, panel.box.y + 2, "MiB", "small", "end")
+    canvas.text(LEFT - 6, panel.box.bottom, "MiB", "small", "end")
     legend(canvas, LEFT + 16, 34, [f"dropout {rate}" for rate in rates])
     return canvas.svg()

@@ -31,11 +31,11 @@ class Panel:
         ends = [(self.box.x, self.y(value)), (self.box.right, self.y(value))]
         self.canvas.line(*ends, kind="grid", head=False)
 
-    def level(self, value: float, words: str, above: bool = True) -> None:
-        """A dashed line across, with what it is at its right end."""
+    def level(self, value: float, words: str, told_at: float) -> None:
+        """A dashed line across, with what it is at its right end, at a height where no curve is."""
         y = self.y(value)
         self.canvas.line((self.box.x, y), (self.box.right, y), kind="thin", head=False)
-        self.canvas.text(self.box.right - 6, y - 10 if above else y + 10, words, "small", "end")
+        self.canvas.text(self.box.right - 6, self.y(told_at), words, "small", "end")
 
     def curve(self, values: Sequence[float], kind: str) -> None:
         """One value a step; the first one is step 1."""
@@ -79,8 +79,8 @@ def with_floor(step: Path) -> str:
     panel = Panel(canvas, Box(LEFT, 14, WIDTH - LEFT - RIGHT, 226), steps, 0, 2.25)
     for value in (0, 1, 2):
         panel.tick(value, str(value))
-    panel.level(math.log(letters), f"ln V {math.log(letters):.4f}")
-    panel.level(floor, f"floor {floor:.4f}", above=False)
+    panel.level(math.log(letters), f"ln V {math.log(letters):.4f}", told_at=2.17)
+    panel.level(floor, f"floor {floor:.4f}", told_at=1.1)
     for n, values in enumerate(losses.values()):
         panel.curve(values, f"c{n}")
     legend(canvas, 300, panel.y(0.75), list(losses))
@@ -141,7 +141,7 @@ def two_codes(step: Path) -> str:
     panel = Panel(canvas, Box(LEFT, 14, WIDTH - LEFT - RIGHT, 170), steps, low, 2.2)
     for value in (low, 1.5, 2.0):
         panel.tick(value, str(value))
-    panel.level(floor, f"floor {floor:.4f}", above=False)
+    panel.level(floor, f"floor {floor:.4f}", told_at=1.1)
     for n, values in enumerate(losses.values()):
         panel.curve(values, f"c{n}")
     legend(canvas, 330, 34, list(losses))

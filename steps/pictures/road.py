@@ -51,7 +51,7 @@ def the_ladder() -> str:
         y = 24 + row * RUNG
         x = RAIL + (26 if aside else 0)
         if aside:
-            canvas.line((RAIL, last), (x, last + 12), (x, y - 12), kind="thin")
+            canvas.line((RAIL + 13, last), (x, last), (x, y - 12), kind="thin")
         elif row:
             canvas.line((RAIL, last + 12), (RAIL, y - 11))
         kind = "r0" if number in route else "r1" if number > "10" else "w"
