@@ -15,6 +15,7 @@ from rosetrainer.parallel.context import Axis, ParallelContext
 from rosetrainer.parallel.pipeline.stage import layers_of_stages, owners_of_stages
 from rosetrainer.parallel.sharding import ShardSpec, shard_spec
 from rosetrainer.proof.batches import ROWS, UPDATES, micro_batches_of
+from rosetrainer.proof.letters import first_wrong_letter
 from rosetrainer.proof.pretrained import PretrainedProof
 from rosetrainer.proof.tolerances import (
     Column,
@@ -117,7 +118,8 @@ def show_proof(
             print(f"no gradient in truth, so not proven: {', '.join(idle)}")
     for column in columns:
         if wrong := column.wrong:
-            raise ParityError(verdict(column, wrong[0]))
+            where = first_wrong_letter(proof)
+            raise ParityError("; ".join(filter(None, [verdict(column, wrong[0]), where])))
     if context.rank == 0:
         print("\nyes: what is left is rounding\n")
 

@@ -19,7 +19,7 @@ from rosetrainer.launch.rank import explain
 from rosetrainer.optim import optimizer
 from rosetrainer.parallel import comm, overlap
 from rosetrainer.parallel.context import ParallelContext, init_parallel
-from rosetrainer.proof import report, trajectory
+from rosetrainer.proof import letters, report, trajectory
 from rosetrainer.proof.batches import MICRO_BATCHES, ROWS
 from rosetrainer.proof.tolerances import ParityError, check_traffic, not_proven, prove
 from rosetrainer.proof.trajectory import Proof
@@ -140,6 +140,35 @@ def without_f() -> str:
 def test_a_missing_f_is_found_by_the_gradients_while_logits_agree() -> None:
     for text in run_ranks(2, without_f):
         assert text.startswith("not the same as one process: gradient of ")
+        assert text.endswith(
+            "a bug; the first wrong letter: the gradient of the output of "
+            "blocks.1.feed_forward_norm, which blocks.1.feed_forward.dense_h_to_4h reads, should "
+            "be I over tp and is P, a part of the sum"
+        )
+
+
+def first_wrong_letters() -> list[str | None]:
+    """Of right layouts, of one in which `g` sums nothing, and of one that keeps others' tokens."""
+    plain = Proof(MODEL, init_parallel(ParallelConfig()), OptimConfig())
+    by_tokens = replace(plain.context.tp, sequence_parallel=True, overlap=False)
+    sequence = replace(plain, context=replace(plain.context, tp=by_tokens))
+    found = [letters.first_wrong_letter(proof) for proof in (plain, sequence)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(comm._Reduce, "forward", lambda ctx, x, axis: x.clone())
+        found.append(letters.first_wrong_letter(plain))
+    with pytest.MonkeyPatch.context() as patch:
+        first = lambda x, axis, phase, dim: x.detach().chunk(axis.size, dim)[0]  # noqa: E731
+        patch.setattr(comm, "reduce_scatter", first)
+        found.append(letters.first_wrong_letter(sequence))
+    return found
+
+
+def test_the_first_wrong_letter_is_named_and_a_right_layout_has_none() -> None:
+    for right, right_by_tokens, no_sum, others_tokens in run_ranks(2, first_wrong_letters):
+        assert right is right_by_tokens is None
+        start = "the first wrong letter: the output of token_embedding should be "
+        assert no_sum == f"{start}I over tp and is P, a part of the sum"
+        assert others_tokens == f"{start}V over tp, a rank's own tokens, and is not"
 
 
 def nothing_moves() -> None:
