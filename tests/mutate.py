@@ -17,11 +17,10 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
-from threading import Lock
 from typing import Any
 
 from mutations import Mutant, drawn, mutants_of
@@ -30,7 +29,8 @@ from planted import ROOT, copy_tree, run_tests
 EXPLAINED = ROOT / "tests" / "mutants" / "SURVIVORS.md"
 RESULTS = ROOT / "out" / "mutate"
 MOST_CRASHES = 4  # tests that break before the others are not asked any more
-SPARE_SECONDS = 30
+LONGEST = 600.0
+"""Seconds of a mutant's tests: ranks that wait for each other are ended then."""
 
 COMM = ["parallel/test_comm.py", "parallel/test_layers.py"]
 MODEL = ["models/test_model.py", "training/test_training_parity.py"]
@@ -107,11 +107,14 @@ def main(argv: list[str]) -> int:
         run(todo, results, given.jobs, end)
     except KeyboardInterrupt:
         print("stopped; what was found is kept, and the same command goes on")
+    known = read(results)
+    tried = [known[key(m)] for m in chosen if key(m) in known]
+    show(tried)
+    try:
+        check_green(tried)
     except RedError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    known = read(results)
-    show([known[key(m)] for m in chosen if key(m) in known])
     return 0
 
 
@@ -153,26 +156,13 @@ def run(todo: list[Mutant], results: Path, jobs: int, end: float) -> None:
         for job in range(jobs):
             copy_tree(Path(folder) / str(job))
             trees.put(Path(folder) / str(job))
-        greens: dict[str, float] = {}
-        lock = Lock()
-
-        def limit(tests: list[str], tree: Path) -> float:
-            """By what they take without a mutant, which has to be green, or all would be killed."""
-            with lock:
-                if str(tests) not in greens:
-                    since = time.monotonic()
-                    outcome = run_tests(tree, tests)
-                    if outcome is None or outcome.failures or not outcome.passed:
-                        raise RedError(f"red without a mutant: {outcome or tests}")
-                    greens[str(tests)] = time.monotonic() - since
-            return SPARE_SECONDS + 4 * greens[str(tests)]
 
         def one(mutant: Mutant) -> None:
             if time.monotonic() > end:
                 return
             tree, since = trees.get(), time.monotonic()
             try:
-                outcome, where = try_mutant(mutant, tree, lambda tests: limit(tests, tree))
+                outcome, where = try_mutant(mutant, tree)
             finally:
                 trees.put(tree)
             note = {"key": key(mutant), "outcome": outcome, "where": where, **mutant._asdict()}
@@ -192,23 +182,32 @@ def run(todo: list[Mutant], results: Path, jobs: int, end: float) -> None:
             executor.shutdown(cancel_futures=True)
 
 
-def try_mutant(mutant: Mutant, tree: Path, limit: Callable[[list[str]], float]) -> tuple[str, str]:
-    """(what became of it, where); limit: the seconds that some tests may take."""
+def try_mutant(mutant: Mutant, tree: Path, seconds: float = LONGEST) -> tuple[str, str]:
+    """(what became of it, where)"""
     path, source = tree / "rosetrainer" / mutant.file, source_of(mutant)
-    for tests in tests_of(mutant.file):
-        seconds = limit(tests)
-        path.write_bytes(mutant.applied(source))
-        try:
+    path.write_bytes(mutant.applied(source))
+    try:
+        for tests in tests_of(mutant.file):
             outcome = run_tests(tree, tests, MOST_CRASHES, seconds)
-        finally:
-            path.write_bytes(source)
-        if outcome is None:
-            return "hung", f"after {seconds:.0f} s"
-        if outcome.asserted:
-            return "killed", outcome.asserted
-        if outcome.failures:
-            return "broken", next(iter(outcome.failures))
+            if outcome is None:
+                return "hung", f"after {seconds:.0f} s"
+            if outcome.asserted:
+                return "killed", outcome.asserted.partition(" of ")[2]
+            if outcome.failures:
+                return "broken", next(iter(outcome.failures))
+    finally:
+        path.write_bytes(source)
     return "survived", ""
+
+
+def check_green(results: list[dict[str, Any]]) -> None:
+    """Raises RedError if a test that killed a mutant fails without one, too."""
+    tests = sorted({one["where"] for one in results if one["outcome"] == "killed"})
+    with tempfile.TemporaryDirectory(prefix="mutate_") as folder:
+        copy_tree(Path(folder))
+        outcome = run_tests(Path(folder), tests, len(tests), 10 * LONGEST) if tests else None
+    if outcome and outcome.failures:
+        raise RedError(f"red without a mutant, so no kill of theirs counts: {outcome.failures}")
 
 
 def show(results: list[dict[str, Any]]) -> None:

@@ -12,6 +12,7 @@ import gc
 import multiprocessing
 import os
 import re
+import resource
 import shutil
 import signal
 import sys
@@ -21,6 +22,7 @@ from typing import Any, NamedTuple
 import ranks
 
 ROOT = Path(__file__).resolve().parent.parent
+MOST_CPU_SECONDS = 200  # of a process: a loop that never ends is ended, however slow the machine
 PARTS = ("rosetrainer", "data", "tests", "pyproject.toml")
 ASSERTED = re.compile(r"AssertionError|^E +assert |Failed: DID NOT", re.MULTILINE)
 
@@ -72,7 +74,8 @@ def run_pytest_in(sender: Any, tree: str, tests: list[str], most: int, seconds: 
     os.setsid()  # ended together with its ranks
     gc.freeze()
     ranks.FORKSERVER = multiprocessing.get_context("fork")  # type: ignore[assignment]
-    ranks.LONGEST_SECONDS = seconds
+    ranks.LONGEST_SECONDS = seconds / 2
+    resource.setrlimit(resource.RLIMIT_CPU, (MOST_CPU_SECONDS,) * 2)
     os.chdir(tree)
     sys.dont_write_bytecode = True
     for name in ("CI", "BUILD_NUMBER"):  # with one, pytest takes minutes over long lists
