@@ -1,7 +1,7 @@
 """Layouts that meet every pair of settings, each trained for a few steps beside one process.
 
-One process is the dense oracle for a GPT, and our own model at tp 1 for an encoder-decoder, whose
-own test holds it against torch's layers.
+One process is the dense oracle of the family, and our own model at tp 1 for the encoder-decoder
+with GPT-2's blocks, whose own test holds it against torch's layers.
 """
 
 from __future__ import annotations
@@ -59,12 +59,12 @@ class Layout:
     vocab_size: int
     encoder_decoder: bool
     micro_batches: int
-    llama: tuple[tuple[str, Any], ...] = ()
-    """Choices of the Llama family; without any it is GPT-2."""
+    choices: tuple[tuple[str, Any], ...] = ()
+    """Of another family than GPT-2, by the config's names, the architecture first."""
 
     def __str__(self) -> str:
-        on = ["encoder-decoder" if self.encoder_decoder else "Llama" if self.llama else "GPT"]
-        on += [f"{name} {value}" for name, value in self.llama]
+        on = ["encoder-decoder"] * self.encoder_decoder + ["GPT"] * (not self.choices)
+        on += [f"{name} {value}" for name, value in self.choices]
         on += [f"tp {self.ranks[0]} x dp {self.ranks[1]}", f"V {self.vocab_size}"]
         on += ["tied"] * self.tied + ["sequence-parallel"] * self.sequence_parallel
         on += [f"recompute {self.recompute}"] * (self.recompute != "none")
@@ -80,11 +80,8 @@ class Layout:
     def model(self) -> GPTConfig:
         shape = {"context_length": S, "n_layers": 2, "n_heads": 8, "d_model": 24, "d_head": 5}
         how = {"d_ff": 40, "tied": self.tied, "dropout": self.dropout}
-        gpt2 = GPTConfig(self.vocab_size, **shape, **how)  # type: ignore[arg-type]
-        if not self.llama:
-            return gpt2
-        choices: dict[str, Any] = {"d_head": 6, "bias": False, **dict(self.llama)}
-        return replace(gpt2, architecture="llama", **choices)
+        choices: dict[str, Any] = dict(self.choices)
+        return GPTConfig(self.vocab_size, **{**shape, **how, **choices})
 
     @property
     def function(self) -> Layout:
@@ -93,23 +90,39 @@ class Layout:
         return replace(plain, ranks=(1, 1), micro_batches=1)
 
 
-LLAMAS = (
+LLAMA = (("architecture", "llama"), ("d_head", 6), ("bias", False))
+BERT = (("architecture", "bert"),)
+T5 = (("architecture", "t5"), ("bias", False), ("relative_buckets", 8), ("relative_distance", 9))
+FAMILIES = (
     Layout(
         *((4, 1), True, "none", 0.0, True, False, 139, False, 2),
-        (("n_kv_heads", 2), ("qk_norm", True), ("qkv_bias", True)),
+        (*LLAMA, ("n_kv_heads", 2), ("qk_norm", True), ("qkv_bias", True)),
     ),
-    Layout(*((2, 2), False, "attention", 0.1, True, True, 29, False, 1), (("n_kv_heads", 1),)),
+    Layout(
+        *((2, 2), False, "attention", 0.1, True, True, 29, False, 1),
+        (*LLAMA, ("n_kv_heads", 1)),
+    ),
     Layout(
         *((4, 2), True, "block", 0.0, False, False, 256, False, 1),
-        (("n_kv_heads", 4), ("norm", "layernorm"), ("bias", True), ("activation", "relu")),
+        (*LLAMA[:2], ("n_kv_heads", 4), ("norm", "layernorm"), ("activation", "relu")),
+    ),
+    Layout(*((2, 2), True, "block", 0.1, True, True, 139, False, 1), BERT),
+    Layout(
+        *((4, 1), False, "attention", 0.0, False, True, 29, False, 2),
+        (*BERT, ("activation", "relu"), ("norm_eps", 0.01)),
+    ),
+    Layout(*((2, 2), True, "block", 0.1, True, True, 29, False, 2), T5),
+    Layout(
+        *((4, 1), False, "attention", 0.0, True, False, 139, False, 1),
+        (*T5, ("activation", "geglu_tanh")),
     ),
 )
 
 
 @functools.cache
 def layouts() -> list[Layout]:
-    """Those that meet every pair of settings, and some of the Llama family."""
-    return [*(Layout(*row) for row in pairwise.rows(list(FACTORS.values()))), *LLAMAS]
+    """Those that meet every pair of settings, and some of each other family."""
+    return [*(Layout(*row) for row in pairwise.rows(list(FACTORS.values()))), *FAMILIES]
 
 
 def build(layout: Layout, context: ParallelContext) -> nn.Module:
@@ -129,17 +142,23 @@ def batch(layout: Layout, step: int) -> tuple[Tensor, ...]:
     target, labels, source = drawn[0, :, :T], drawn[1, :, :T].clone(), drawn[2]
     for row in range(ROWS):
         labels[row, : row + 1] = IGNORED  # the last row has none
+    source_mask, target_mask = torch.ones_like(source), torch.ones_like(target)
+    source_mask[2, 9:] = target_mask[3, 6:] = 0
+    if layout.model.architecture == "t5":
+        return source, source_mask, target, labels
     if not layout.encoder_decoder:
         return target, labels
-    source_mask, target_mask = torch.ones_like(source), torch.ones_like(target)
-    source_mask[1, :3] = source_mask[2, 9:] = target_mask[3, 6:] = 0
+    source_mask[1, :3] = 0
     return source, target, source_mask, target_mask, labels.masked_fill(target_mask == 0, IGNORED)
 
 
 def oracle_optimizer(dense: nn.Module) -> torch.optim.AdamW:
     """torch's own, for what OPTIM says."""
-    decayed = [p for n, p in dense.named_parameters() if p.dim() == 2 and "position" not in n]
-    others = [p for n, p in dense.named_parameters() if p.dim() != 2 or "position" in n]
+    tables = ("position", "token_type", "coder_bias")  # of what is added, not multiplied with
+    every = list(dense.named_parameters())
+    is_matrix = [p.dim() == 2 and not any(one in n for one in tables) for n, p in every]
+    decayed = [p for (_, p), matrix in zip(every, is_matrix, strict=True) if matrix]
+    others = [p for (_, p), matrix in zip(every, is_matrix, strict=True) if not matrix]
     groups = [{"params": decayed, "weight_decay": 0.3}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=1e-3, betas=(OPTIM.beta1, OPTIM.beta2))
 
@@ -155,9 +174,9 @@ def one_process(layout: Layout) -> dict[str, Any]:
     found: dict[str, Any] = {"losses": [], "norms": []}
     for step in range(STEPS):
         optimizer.zero_grad()
-        inputs, labels = batch(layout, step)
+        *inputs, labels = batch(layout, step)
         dropout = ReferenceDropout(layout.dropout, 1, step)
-        logits, loss = dense(inputs, labels=labels, dropout=dropout)
+        logits, loss = dense(*inputs, labels=labels, dropout=dropout)
         loss.backward()
         gradients = {n: p.grad.clone() for n, p in dense.named_parameters() if p.grad is not None}
         norm = torch.cat([g.flatten() for g in gradients.values()]).norm()

@@ -225,10 +225,12 @@ def train(layout: Layout, context: ParallelContext) -> dict[str, Any]:
         if step == 0:
             with torch.no_grad():
                 found["logits"] = [
-                    last_logits(model, ids[p], context, replace(seed, first_row=p.start))
+                    last_logits(
+                        model, ids[p], context=context, seed=replace(seed, first_row=p.start)
+                    )
                     for p in parts
                 ]
-                found["hidden"] = last_hidden(model, ids[parts[0]], context)
+                found["hidden"] = last_hidden(model, ids[parts[0]], context=context)
         for axis in context.axes:
             axis.ledger.clear()
         batches = [(part.start, ids[part], labels[part]) for part in parts]

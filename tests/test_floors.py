@@ -99,6 +99,9 @@ def test_the_oracle_imports_no_layer_of_ours() -> None:
     assert imports("proof.reference") == {"config"}
     assert imports("proof.reference_rotary") == {"config", "proof.reference"}
     assert imports("proof.reference_llama") == {"config", "proof.reference"}
+    for family in ("bert", "t5"):
+        names = {"config", "proof.reference", "proof.reference_llama"}
+        assert imports(f"proof.reference_{family}") == names
 
 
 @pytest.mark.parametrize("module", MODULES)

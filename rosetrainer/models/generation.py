@@ -67,7 +67,8 @@ def generate(
     generator = torch.Generator().manual_seed(sampling.seed)
     ids = prompt
     for _ in range(sampling.tokens):
-        logits = last_logits(model, ids[None, -model.config.context_length :], context)
+        seen = ids[None, -model.config.context_length :]
+        logits = last_logits(model, seen, context=context)
         token = torch.zeros_like(ids[:1])
         if logits is not None:
             token = choose(logits[0, -1].float().cpu(), sampling, generator).to(ids.device)

@@ -13,6 +13,8 @@ from rosetrainer.parallel.context import ParallelContext
 
 SHORT = 32  # tokens of the updates after the first
 MICRO_BATCHES, ROWS, UPDATES = 2, 2, 3  # of a rank, of a micro-batch, of the optimizer
+Batch = tuple[Tensor, ...]
+"""What a model takes, as its forward method names it, and the labels last."""
 
 
 def micro_batches_of(parallel: ParallelConfig) -> int:
@@ -23,10 +25,8 @@ def micro_batches_of(parallel: ParallelConfig) -> int:
     return 2 * ranks if parallel.pp_schedule == "interleaved" else ranks + 1
 
 
-def random_batches(
-    config: GPTConfig, context: ParallelContext, seed: int
-) -> list[tuple[Tensor, Tensor]]:
-    """Global batches (R, T), one of full length, then short ones.
+def random_batches(config: GPTConfig, context: ParallelContext, seed: int) -> list[Batch]:
+    """Global batches, one of full length, then short ones.
 
     Rows have unequally many labels, the last row none; in the short ones the last dp rank has
     none either, where there are several.
@@ -35,7 +35,7 @@ def random_batches(
     generator = torch.Generator().manual_seed(seed)
     rows = micro_batches_of(context.parallel) * dp.size * ROWS
     short = min(config.context_length, max(SHORT // tp.size, 1) * tp.size)
-    batches: list[tuple[Tensor, Tensor]] = []
+    batches: list[Batch] = []
     for length in (config.context_length, *[short] * UPDATES):
         shape = (2, rows, length)
         ids, labels = torch.randint(config.vocab_size, shape, generator=generator)
@@ -44,5 +44,28 @@ def random_batches(
             silent = dp.size > 1 and row // ROWS % dp.size == dp.size - 1
             if batches and silent:
                 labels[row] = IGNORED
-        batches.append((ids.to(context.device), labels.to(context.device)))
+        whole = (*inputs_of(config, ids, generator), labels)
+        batches.append(tuple(tensor.to(context.device) for tensor in whole))
     return batches
+
+
+def inputs_of(config: GPTConfig, ids: Tensor, generator: torch.Generator) -> Batch:
+    """What the model takes for ids (R, T) to be read or, by an encoder-decoder, written."""
+    if config.architecture != "t5":
+        return (ids,)
+    source = torch.randint(config.vocab_size, ids.shape, generator=generator)
+    rows, length = source.shape
+    lengths = length - torch.arange(rows)[:, None] * length // (2 * rows)  # of at least half
+    return source, (torch.arange(length) < lengths).long(), ids
+
+
+def with_another_end(config: GPTConfig, batch: Batch) -> tuple[Batch, Tensor]:
+    """The batch with other tokens from a place of each row on, and which (R, T) stand before it."""
+    one_after_the_other = 2 if config.architecture == "t5" else 0
+    ids = batch[one_after_the_other]
+    rows, length = ids.shape
+    odd = torch.arange(1, 2 * rows, 2, device=ids.device)[:, None]
+    places = (odd * length // (2 * rows)).clamp(min=1)  # (R, 1)
+    before = torch.arange(length, device=ids.device) < places
+    others = torch.where(before, ids, (ids + 1) % config.vocab_size)
+    return (*batch[:one_after_the_other], others, *batch[one_after_the_other + 1 :]), before

@@ -11,6 +11,7 @@ from rosetrainer.proof.reference import ReferenceGPT
 from rosetrainer.proof.reference_bert import ReferenceBert
 from rosetrainer.proof.reference_llama import GATED, NORMS, PLAIN, ReferenceLlama
 from rosetrainer.proof.reference_rotary import ReferenceRotaryGPT
+from rosetrainer.proof.reference_t5 import ReferenceT5
 from rosetrainer.validation import ConfigError, unknown_setting
 
 ORACLES: dict[str, type[ReferenceGPT]] = {
@@ -18,6 +19,7 @@ ORACLES: dict[str, type[ReferenceGPT]] = {
     "rotary": ReferenceRotaryGPT,
     "llama": ReferenceLlama,
     "bert": ReferenceBert,
+    "t5": ReferenceT5,
 }
 KNOWN: dict[str, tuple[str | None, ...] | None] = {  # the settings that the oracles compute
     **dict.fromkeys(("vocab_size", "context_length", "n_layers", "n_heads", "d_model", "d_head")),

@@ -50,15 +50,15 @@ def part_of(spec: ShardSpec, rank: int) -> str:
 def who_holds_what(model: GPTModel, tp_size: int) -> str:
     """A table: each weight's whole shape, and the slice of it that each tp rank holds."""
     last = model.config.n_layers - 1
-    blocks = f"blocks.0-{last}." if last else "blocks.0."
+    numbers = f".0-{last}." if last else ".0."
     rows = [("weight", "whole", *(f"rank {rank}" for rank in range(tp_size)))]
     for name, parameter in model.named_parameters():
-        if name.startswith("blocks.") and not name.startswith("blocks.0."):
+        if name.startswith(("blocks.", "encoder.")) and ".0." not in name:
             continue  # every block is cut alike
         spec = shard_spec(parameter)
         slices = [part_of(spec, rank) for rank in range(tp_size)]
         whole = " x ".join(map(str, spec.shape))
-        rows.append((name.replace("blocks.0.", blocks), whole, *slices))
+        rows.append((name.replace(".0.", numbers, 1), whole, *slices))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()

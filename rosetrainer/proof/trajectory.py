@@ -27,7 +27,14 @@ from rosetrainer.parallel.context import ParallelContext
 from rosetrainer.parallel.dropout import DropoutSeed
 from rosetrainer.parallel.pipeline.runner import last_logits
 from rosetrainer.parallel.sharding import draw_whole, gather_whole, load_whole, shard_spec
-from rosetrainer.proof.batches import ROWS, UPDATES, micro_batches_of, random_batches
+from rosetrainer.proof.batches import (
+    ROWS,
+    UPDATES,
+    Batch,
+    micro_batches_of,
+    random_batches,
+    with_another_end,
+)
 from rosetrainer.proof.oracles import build_reference
 from rosetrainer.proof.reference import ReferenceDropout
 from rosetrainer.training.step import compute_gradients
@@ -75,7 +82,7 @@ class Proof:
         return {name: draw_whole(spec, self.seed, name) for name, spec in noisy.items()}
 
     @cached_property
-    def batches(self) -> list[tuple[Tensor, Tensor]]:
+    def batches(self) -> list[Batch]:
         return random_batches(self.config, self.context, self.seed)
 
     def parts(self, context: ParallelContext) -> list[slice]:
@@ -96,21 +103,21 @@ class Proof:
             dense.load_state_dict(gather_whole(carrier))
             dense.zero_grad()
             dropout = ReferenceDropout(self.config.dropout, self.seed, step)
-            ids, labels = self.batches[step]
-            tokens, total = int((labels != IGNORED).sum()), 0.0
-            for row in range(len(ids)):  # one at a time: its activations are large
-                one = slice(row, row + 1)
-                found, mean = dense(ids[one], labels=labels[one], dropout=dropout, first_row=row)
-                part = mean * (int((labels[one] != IGNORED).sum()) / tokens)
+            whole = self.batches[step]
+            tokens, total = int((whole[-1] != IGNORED).sum()), 0.0
+            for row in range(len(whole[-1])):  # one at a time: its activations are large
+                *inputs, labels = (tensor[row : row + 1] for tensor in whole)
+                found, mean = dense(*inputs, labels=labels, dropout=dropout, first_row=row)
+                part = mean * (int((labels != IGNORED).sum()) / tokens)
                 part.backward()
                 total += float(part.detach())
                 if step == 0 and row in own:
                     logits[row] = found.detach()
             gradients = dict(dense.named_parameters())
             for name, parameter in carrier.named_parameters():
-                whole = gradients[name].grad
-                assert whole is not None
-                parameter.grad = shard_spec(parameter).shard(whole)
+                gradient = gradients[name].grad
+                assert gradient is not None
+                parameter.grad = shard_spec(parameter).shard(gradient)
             return total
 
         def clip(step: int) -> float:
@@ -197,8 +204,8 @@ class Proof:
         model, autocast = self.model(context, dtype, whole), autocast_for(dtype, context.device)
 
         def gradient(step: int) -> float:
-            ids, labels = self.batches[step]
-            own = [(rows.start, ids[rows], labels[rows]) for rows in self.parts(context)]
+            whole = self.batches[step]
+            own = [(rows.start, *(t[rows] for t in whole)) for rows in self.parts(context)]
             return compute_gradients(model, own, context, autocast, DropoutSeed(self.seed, step))
 
         def clip(step: int) -> float:
@@ -217,21 +224,20 @@ class Proof:
         Each row is computed twice, from its own place on with other tokens: before that place the
         logits of a causal model must not change, not by a bit.
         """
-        ids, masks = self.batches[0][0], DropoutSeed(self.seed, 0)
-        rows, length = ids.shape
-        odd = torch.arange(1, 2 * rows, 2, device=ids.device)[:, None]
-        places = (odd * length // (2 * rows)).clamp(min=1)  # (R, 1)
-        before = torch.arange(length, device=ids.device) < places  # (R, T)
-        others = torch.where(before, ids, (ids + 1) % self.config.vocab_size)
+        batch, masks = self.batches[0], DropoutSeed(self.seed, 0)
+        again, before = with_another_end(self.config, batch)
         whole, changes = [], []
         for part in self.parts(self.context):
             seed = replace(masks, first_row=part.start)
             with autocast():
-                some, again = (last_logits(model, x[part], context, seed) for x in (ids, others))
+                some, other = (
+                    last_logits(model, *(t[part] for t in one[:-1]), context=context, seed=seed)
+                    for one in (batch, again)
+                )
             if some is None:
                 continue
             whole.append(some.double())
-            changes.append((again - some)[before[part]].abs().max().double())
+            changes.append((other - some)[before[part]].abs().max().double())
         if not whole:
             return {}
         logits = torch.cat(whole)

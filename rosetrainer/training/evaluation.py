@@ -39,7 +39,7 @@ def evaluate(
         target = torch.from_numpy(labels)
         ids, *others = (torch.from_numpy(a).to(context.device) for a in (inputs, *more))
         with autocast():
-            x = last_hidden(model, ids, context, others=others)
+            x = last_hidden(model, ids, *others, context=context)
             if x is None:
                 continue  # the last stage's ranks know the losses
             _, losses = model.output_head.loss(x, target.to(context.device))

@@ -7,20 +7,47 @@ from typing import Any
 import pytest
 import torch
 from oracle import tiny_config
+from ranks import run_ranks
 from torch import Tensor
 
-from rosetrainer.config import ConfigError, GPTConfig, ParallelConfig
+from rosetrainer.config import ConfigError, GPTConfig, OptimConfig, ParallelConfig
 from rosetrainer.model_size import parameter_count
 from rosetrainer.models.build import build_model
 from rosetrainer.models.relative_bias import RelativeBias
 from rosetrainer.models.t5 import T5
-from rosetrainer.parallel.context import Axis
+from rosetrainer.parallel.context import Axis, ParallelContext, init_parallel
 from rosetrainer.parallel.sharding import init_weights
+from rosetrainer.proof.tolerances import not_proven, prove
+from rosetrainer.proof.trajectory import Proof
+
+# tp, dp, what the layout adds, what the model adds, the optimizer.
+LAYOUTS: list[tuple[int, int, dict[str, Any], dict[str, Any], Any]] = [
+    (4, 1, {"sequence_parallel": True, "recompute": "block"}, {"dropout": 0.1}, "adamw"),
+    (
+        *(2, 2, {"recompute": "attention"}),
+        {"tied": False, "activation": "geglu_tanh", "norm_eps": 0.1, "relative_buckets": 8},
+        "muon",
+    ),
+]
 
 
 def t5(**changes: Any) -> GPTConfig:
     plain = {"context_length": 16, "architecture": "t5", "bias": False, "tied": True}
     return tiny_config(**{**plain, **changes})
+
+
+def check_layouts() -> None:
+    for tp, dp, how, changes, optimizer in LAYOUTS:
+        context = init_parallel(ParallelConfig(tp, dp, **how))
+        proof = Proof(t5(**changes), context, OptimConfig(optimizer=optimizer))
+        assert type(proof.model(ParallelContext(), torch.float64)) is T5
+        assert not_proven(proof) == []
+        assert [column.wrong for column in prove(proof)] == [[]]
+
+
+def test_layouts_equal_the_oracle() -> None:
+    """Logits, loss, every gradient, the norm, a clipped step of SGD, and updates, in float64."""
+    run_ranks(4, check_layouts)
 
 
 def test_near_distances_have_a_bucket_each_and_far_ones_share() -> None:

@@ -27,7 +27,7 @@ from rosetrainer.parallel.data_parallel import count_tokens, sum_over_dp
 from rosetrainer.parallel.dropout import Seed
 from rosetrainer.parallel.pipeline.schedule import Action, Schedule
 from rosetrainer.parallel.pipeline.simulation import checked_schedule
-from rosetrainer.parallel.pipeline.stage import Stage, owners_of_stages, stages_of_rank
+from rosetrainer.parallel.pipeline.stage import owners_of_stages, stages_of_rank
 from rosetrainer.parallel.sharding import shard_spec
 
 PHASES = {"F": "forward", "B": "backward", "I": "backward"}
@@ -211,11 +211,7 @@ def sum_tied_gradients(model: Any, context: ParallelContext) -> None:
 
 
 def last_hidden(
-    model: Any,
-    ids: Tensor,
-    context: ParallelContext,
-    seed: Seed = None,
-    others: Sequence[Tensor] = (),
+    model: Any, ids: Tensor, *others: Tensor, context: ParallelContext, seed: Seed = None
 ) -> Any:
     """What the output head reads, on the last stage's ranks; None on others. No gradient.
 
@@ -224,8 +220,7 @@ def last_hidden(
     if context.pp.size == 1:
         return model.hidden(ids, *others, seed=seed)
     pp = context.pp
-    stages: dict[int, Stage] = stages_of_rank(model, context)
-    owners = owners_of_stages(context.parallel)
+    stages, owners = stages_of_rank(model, context), owners_of_stages(context.parallel)
     x, sending = None, []
     for number, stage in sorted(stages.items()):
         if number and owners[number - 1] != pp.rank:
@@ -239,11 +234,13 @@ def last_hidden(
     return x if owners[-1] == pp.rank else None
 
 
-def last_logits(model: Any, ids: Tensor, context: ParallelContext, seed: Seed = None) -> Any:
-    """(B, T, V) on the last stage's ranks; None on others."""
+def last_logits(
+    model: Any, ids: Tensor, *others: Tensor, context: ParallelContext, seed: Seed = None
+) -> Any:
+    """(B, T, V) on the last stage's ranks; None on others. others: as of last_hidden."""
     if context.pp.size == 1:
-        return model(ids, seed=seed)[0]
-    x = last_hidden(model, ids, context, seed)
+        return model(ids, *others, seed=seed)[0]
+    x = last_hidden(model, ids, context=context, seed=seed)
     if x is None:
         return None
     logits = gather_from_tensor_parallel_region(model.output_head.logits(x), context.tp)
