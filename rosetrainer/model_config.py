@@ -24,10 +24,12 @@ from rosetrainer.validation import (
 CHOICES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("n_kv_heads", "norm", "qkv_bias", "dense_bias", "qk_norm"), ("llama",)),
     **dict.fromkeys(("rotary_fraction", "rotary_pairs"), ("llama",)),
-    **dict.fromkeys(("norm_eps", "activation"), ("llama", "bert", "t5")),
-    **dict.fromkeys(("token_types", "mask_token"), ("bert",)),
-    **dict.fromkeys(("relative_buckets", "relative_distance"), ("t5",)),
-    **dict.fromkeys(("start_token", "end_token", "sentinel_token"), ("t5",)),
+    "norm_eps": ("llama", "bert", "t5"),
+    "activation": ("llama", "bert", "t5", "glm"),
+    "token_types": ("bert",),
+    "mask_token": ("bert", "glm"),
+    **dict.fromkeys(("start_token", "end_token"), ("t5", "glm")),
+    **dict.fromkeys(("relative_buckets", "relative_distance", "sentinel_token"), ("t5",)),
 }
 """Fields that some architectures read, and which; the others have these things fixed."""
 GATED = ("swiglu", "geglu", "geglu_tanh", "reglu")
@@ -60,11 +62,12 @@ class GPTConfig:
     """The output head shares the token embedding's weights."""
     dropout: BelowOne = 0.0
     """Share of activations that training drops: embeddings, attention, and what blocks add."""
-    architecture: Literal["gpt2", "rotary", "llama", "bert", "t5"] = "gpt2"
+    architecture: Literal["gpt2", "rotary", "llama", "bert", "t5", "glm"] = "gpt2"
     """rotary: rotary positions, squared ReLU, norms without weights, outputs that begin at zero.
     llama: rotary positions and the choices below, by default those of Llama.
     bert: an encoder, trained to fill in hidden tokens.
-    t5: an encoder and a decoder, trained to write the spans that are cut out of a text."""
+    t5: an encoder and a decoder, trained to write the spans that are cut out of a text.
+    glm: the original one, that reads the text and writes the spans in one sequence."""
     rotary_base: Positive = 10000.0
     """Rotary positions: the slowest pair of a head turns once in about 6 times as many tokens."""
     rotary_fraction: Annotated[float, Bounds(1e-3, 1)] = 1.0
@@ -81,7 +84,7 @@ class GPTConfig:
     1e-6 in t5."""
     activation: Activation | None = None
     """llama: swiglu unless given; the first four multiply by a gate of as many features.
-    bert: gelu unless given, and none of those four. t5: relu unless given."""
+    bert, glm: gelu unless given, and none of those four. t5: relu unless given."""
     qkv_bias: bool = False
     """llama: biases of queries, keys and values where --no-bias leaves out the others."""
     dense_bias: bool = False
@@ -91,15 +94,17 @@ class GPTConfig:
     token_types: Count | None = None
     """bert: kinds of tokens, each with an embedding; 2 unless given, the first and second text."""
     mask_token: CountOrZero | None = None
-    """bert: the id that stands where a token is hidden; one behind the corpus's unless given."""
+    """bert, glm: the id that stands where a token or a span is hidden; the first behind the
+    corpus's unless given."""
     relative_buckets: Annotated[int, Bounds(4)] | None = None
     """t5: kinds of distances between two tokens, each with a bias a head; 32 unless given."""
     relative_distance: Count | None = None
     """t5: the distance from which on all are of one kind; 128 unless given."""
     start_token: CountOrZero | None = None
-    """t5: the id that a target begins with; the first behind the corpus's unless given."""
+    """t5, glm: the id that a target, or a span, begins with; the next behind the corpus's unless
+    given."""
     end_token: CountOrZero | None = None
-    """t5: the id that ends a source and a target; the second behind the corpus's unless given."""
+    """t5, glm: the id that ends a source and a target, or a span; the next one unless given."""
     sentinel_token: CountOrZero | None = None
     """t5: the id in the place of the first span that is cut out; those before it, downwards, are
     for the next ones. The last of 100 more ids unless given."""
@@ -194,6 +199,12 @@ class GPTConfig:
             self._check_bert()
         elif self.architecture == "t5":
             self._check_t5()
+        if self.architecture in ("bert", "glm") and self.activation in GATED:
+            plain = one_of(name for name in get_args(Activation) if name not in GATED)
+            raise ConfigError(
+                f"activation={self.activation} has a gate, and architecture={self.architecture} "
+                f"has none; it can be {plain}"
+            )
 
     def _check_llama(self) -> None:
         if self.n_heads % self.kv_heads:
@@ -217,11 +228,6 @@ class GPTConfig:
         for name, there in (("bias", self.bias), ("tied", self.tied)):
             if not there:
                 raise ConfigError(f"architecture=bert is {name}=True; leave out --no-{name}")
-        if self.activation in GATED:
-            raise ConfigError(
-                f"activation={self.activation} has a gate, and architecture=bert has none; it can "
-                f"be {one_of(name for name in get_args(Activation) if name not in GATED)}"
-            )
 
     def _check_t5(self) -> None:
         if self.bias:

@@ -25,6 +25,8 @@ def parameter_count(config: Any) -> int:
     norm = plain * D * (1 + config.bias)
     block = 4 * D * width + 2 * D * F + 2 * norm + config.bias * (3 * width + F + 2 * D)
     tables = config.vocab_size * D * (1 + (not config.tied)) + plain * config.context_length * D
+    if config.architecture == "glm":  # whose positions have a second dimension
+        tables += config.context_length * D
     if config.architecture == "bert":  # its transform before the output head, and its bias
         tables += (config.token_types or 2) * D + D * (D + 1) + norm + config.vocab_size
     return tables + config.n_layers * block + norm

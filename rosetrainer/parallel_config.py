@@ -76,7 +76,7 @@ class ParallelConfig:
                         f"pp_size can be 2 or more, or leave it out"
                     )
             return
-        if model.architecture in ("bert", "t5"):
+        if model.architecture in ("bert", "t5", "glm"):
             raise ConfigError(
                 f"architecture={model.architecture} runs in no pipeline, and "
                 f"pp_size={self.pp_size}; it can be 1"

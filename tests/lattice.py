@@ -29,6 +29,7 @@ from rosetrainer.optim.optimizer import build_optimizer
 from rosetrainer.parallel.context import ParallelContext, init_parallel
 from rosetrainer.parallel.dropout import DropoutSeed
 from rosetrainer.parallel.sharding import draw_whole, gather_whole, load_whole, shard_spec
+from rosetrainer.proof.batches import inputs_of
 from rosetrainer.proof.oracles import build_reference
 from rosetrainer.proof.reference import ReferenceDropout
 from rosetrainer.training.step import compute_gradients
@@ -92,6 +93,7 @@ class Layout:
 
 LLAMA = (("architecture", "llama"), ("d_head", 6), ("bias", False))
 BERT = (("architecture", "bert"),)
+GLM = (("architecture", "glm"),)
 T5 = (("architecture", "t5"), ("bias", False), ("relative_buckets", 8), ("relative_distance", 9))
 FAMILIES = (
     Layout(
@@ -110,6 +112,11 @@ FAMILIES = (
     Layout(
         *((4, 1), False, "attention", 0.0, False, True, 29, False, 2),
         (*BERT, ("activation", "relu"), ("norm_eps", 0.01)),
+    ),
+    Layout(*((2, 2), True, "block", 0.1, True, True, 139, False, 2), GLM),
+    Layout(
+        *((4, 1), False, "attention", 0.0, True, False, 29, False, 1),
+        (*GLM, ("activation", "relu"), ("bias", False)),
     ),
     Layout(*((2, 2), True, "block", 0.1, True, True, 29, False, 2), T5),
     Layout(
@@ -146,6 +153,8 @@ def batch(layout: Layout, step: int) -> tuple[Tensor, ...]:
     source_mask[2, 9:] = target_mask[3, 6:] = 0
     if layout.model.architecture == "t5":
         return source, source_mask, target, labels
+    if layout.model.architecture == "glm":
+        return (*inputs_of(layout.model, target, generator), labels)
     if not layout.encoder_decoder:
         return target, labels
     source_mask[1, :3] = 0

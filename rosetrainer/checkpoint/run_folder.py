@@ -163,7 +163,7 @@ def read_run(folder: Path) -> tuple[TrainConfig, Tokenizer]:
     """
     config = read_config(folder)
     config.model.check()
-    if config.model.architecture in ("bert", "t5"):
+    if config.model.architecture in ("bert", "t5", "glm"):
         raise ConfigError(
             f"{folder} is a {config.model.architecture}, which goes on with no text; `convert "
             f"to-hf` makes a folder of it for Hugging Face's library"

@@ -17,6 +17,9 @@ PresetName = Literal[
     "bert-base",
     "t5-tiny",
     "t5-small",
+    "glm-tiny",
+    "glm-base",
+    "glm-large",
 ]
 # Of the third generation: eight heads of keys and values, and a slow turn.
 LLAMA = (
@@ -48,4 +51,11 @@ PRESETS: dict[PresetName, str] = {
     "--global-batch-size 32 --steps 300",
     "t5-small": "--architecture t5 --no-bias --context-length 512 --n-layers 6 --n-heads 8 "
     "--d-model 512 --dropout 0.1",
+    "glm-tiny": "--architecture glm --context-length 64 --n-layers 2 --n-heads 4 --d-model 128 "
+    "--optimizer muon --learning-rate 3e-3 --muon-learning-rate 0.05 --global-batch-size 32 "
+    "--steps 300",
+    "glm-base": "--architecture glm --context-length 512 --n-layers 12 --n-heads 12 "
+    "--d-model 768 --dropout 0.1",
+    "glm-large": "--architecture glm --context-length 512 --n-layers 24 --n-heads 16 "
+    "--d-model 1024 --dropout 0.1",
 }

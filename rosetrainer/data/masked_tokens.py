@@ -23,11 +23,15 @@ EVALUATION = 2**63  # in place of the seed and above every one: its masks are al
 
 
 class ObjectiveCorpus(Corpus):
-    """The windows of a corpus, of which something else is asked: no floor is known, nor bytes."""
+    """The windows of a corpus, of which something else is asked: no floor is known, nor bytes.
 
-    def __init__(self, corpus: Corpus) -> None:
+    window: their tokens, context_length unless given.
+    """
+
+    def __init__(self, corpus: Corpus, window: int | None = None) -> None:
         plain = replace(corpus.meta, bytes_per_token=None, chain=None, floor_nats=None)
-        super().__init__(corpus.folder, plain, [corpus._train, corpus._val], corpus.context_length)
+        files = [corpus._train, corpus._val]
+        super().__init__(corpus.folder, plain, files, window or corpus.context_length)
 
 
 class MaskedCorpus(ObjectiveCorpus):

@@ -85,22 +85,34 @@ class SpanCorpus(ObjectiveCorpus):
         return sources, masks, targets, labels
 
     def parts_of(self, window: Int64s, seed: int, number: int) -> tuple[list[int], list[int]]:
-        """The window without its spans, and these. Only before the first one may be no text, so
-        that no two spans touch."""
+        """The window without its spans, and these."""
         philox = np.random.Philox(key=np.array([seed, number], np.uint64), counter=[0, 0, 0, 2])
-        kept = len(window) - self.cut
-        cuts = divided(self.cut, self.spans, philox)
-        texts = divided(kept + 1, self.spans + 1, philox)
-        texts[0] -= 1
         source, target, place = [], [], 0
-        for number_of_span, (text, cut) in enumerate(zip(texts, [*cuts, 0], strict=True)):
-            source += window[place : place + text].tolist()
-            if cut:
-                sentinel = self.special.sentinel - number_of_span
-                source.append(sentinel)
-                target += [sentinel, *window[place + text : place + text + cut].tolist()]
-            place += text + cut
-        return [*source, self.special.end], [*target, self.special.end]
+        spans = places_of_spans(len(window), self.cut, self.spans, philox)
+        for number_of_span, (start, end) in enumerate(spans):
+            sentinel = self.special.sentinel - number_of_span
+            source += [*window[place:start].tolist(), sentinel]
+            target += [sentinel, *window[start:end].tolist()]
+            place = end
+        end_token = self.special.end
+        return [*source, *window[place:].tolist(), end_token], [*target, end_token]
+
+
+def places_of_spans(
+    length: int, cut: int, spans: int, philox: np.random.Philox
+) -> list[tuple[int, int]]:
+    """Start and end of each of so many spans of a text, which have `cut` tokens together.
+
+    Only before the first one may be no text, so that no two spans touch.
+    """
+    cuts = divided(cut, spans, philox)
+    texts = divided(length - cut + 1, spans + 1, philox)
+    texts[0] -= 1
+    found, place = [], 0
+    for text, of_span in zip(texts, cuts, strict=False):  # after the last span comes text
+        found.append((place + text, place + text + of_span))
+        place += text + of_span
+    return found
 
 
 def divided(total: int, parts: int, philox: np.random.Philox) -> list[int]:
@@ -117,22 +129,12 @@ def corrupt_spans(corpus: Corpus, model: GPTConfig, is_given: bool) -> tuple[GPT
     an id that it lacks, or a context too short to have something cut out.
     """
     size = corpus.meta.vocab_size
-    names = ("start_token", "end_token", "sentinel_token")
-    given = {name: getattr(model, name) for name in names}
-    if is_given:
-        own = model.vocab_size
-        if missing := [name for name, token in given.items() if token is None]:
-            flag = "--" + missing[0].replace("_", "-")
-            raise ConfigError(f"{missing[0]} is not said by the folder of --init-from; give {flag}")
-    else:
-        own = size + 2 + SENTINELS
-        behind = dict(zip(names, (size, size + 1, own - 1), strict=True))
-        given = {name: behind[name] if given[name] is None else given[name] for name in names}
-    for name, token in given.items():
-        if token >= own:
-            raise ConfigError(
-                f"{name}={token} is no id of the vocabulary; it can be 0 to {own - 1}"
-            )
+    own = model.vocab_size if is_given else size + 2 + SENTINELS
+    behind = {"start_token": size, "end_token": size + 1, "sentinel_token": own - 1}
+    if is_given and (missing := [name for name in behind if getattr(model, name) is None]):
+        flag = "--" + missing[0].replace("_", "-")
+        raise ConfigError(f"{missing[0]} is not said by the folder of --init-from; give {flag}")
+    given = ids_behind(model, behind, own)
     changed = SpanCorpus(corpus, SpecialTokens(*given.values()))
     longest = -(-changed.source_length // ROUNDED_TO) * ROUNDED_TO
     if longest > corpus.context_length or changed.spans > min(SENTINELS, given["sentinel_token"]):
@@ -141,3 +143,18 @@ def corrupt_spans(corpus: Corpus, model: GPTConfig, is_given: bool) -> tuple[GPT
             f"{changed.spans} spans cut out; it can be a multiple of {ROUNDED_TO} from 16 to 2000"
         )
     return replace(model, vocab_size=own, **given), changed
+
+
+def ids_behind(model: GPTConfig, behind: dict[str, int], own: int) -> dict[str, int]:
+    """Special tokens by their names in the config: what that says, else the id that `behind` has.
+
+    own: the size of the vocabulary. Raises ConfigError for one that is no id of it.
+    """
+    values = {name: getattr(model, name) for name in behind}
+    given = {n: behind[n] if value is None else int(value) for n, value in values.items()}
+    for name, token in given.items():
+        if token >= own:
+            raise ConfigError(
+                f"{name}={token} is no id of the vocabulary; it can be 0 to {own - 1}"
+            )
+    return given

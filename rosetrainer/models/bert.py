@@ -16,11 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rosetrainer.config import IGNORED, GPTConfig
+from rosetrainer.config import GPTConfig
 from rosetrainer.models.attention import positions_of
 from rosetrainer.models.gpt import GPTModel, LayerNorm, PositionEmbedding, TransformerBlock
+from rosetrainer.models.layers import read_out
 from rosetrainer.models.llama import ACTIVATIONS, PlainFeedForward
-from rosetrainer.parallel.comm import first_token, gather_from_tensor_parallel_region, own_tokens
+from rosetrainer.parallel.comm import first_token, own_tokens
 from rosetrainer.parallel.context import Axis, ParallelContext
 from rosetrainer.parallel.dropout import Seed
 from rosetrainer.parallel.sharding import new_parameter, replicated_parameter, shard_spec
@@ -138,16 +139,7 @@ class Bert(GPTModel):
         for a row that is all padding.
         """
         x = self.hidden(input_ids, attention_mask, seed, token_types)
-        logits = loss = None
-        if labels is not None:
-            if attention_mask is not None:
-                labels = labels.masked_fill(~attention_mask.bool(), IGNORED)
-            loss, _ = self.output_head.loss(x, labels)
-        if labels is None or return_logits:
-            local = self.output_head.logits(x)  # (B, T, V/tp)
-            logits = gather_from_tensor_parallel_region(local, self.tp)  # (B, T, V)    all-gather
-            logits = logits[..., : self.config.vocab_size]  # without the pad
-        return logits, loss
+        return read_out(self, x, labels, attention_mask, return_logits)
 
     def hidden(
         self,

@@ -8,6 +8,7 @@ import torch
 
 from rosetrainer.config import GPTConfig
 from rosetrainer.models.bert import Bert
+from rosetrainer.models.glm import Glm
 from rosetrainer.models.gpt import GPTModel
 from rosetrainer.models.llama import Llama
 from rosetrainer.models.rotary import RotaryGPT
@@ -23,6 +24,7 @@ ARCHITECTURES: dict[str, type[GPTModel]] = {
     "llama": Llama,
     "bert": Bert,
     "t5": T5,
+    "glm": Glm,
 }
 
 

@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rosetrainer.config import GPTConfig
+from rosetrainer.config import IGNORED, GPTConfig
 from rosetrainer.hardware.attention_blocks import prefers_fp32
-from rosetrainer.models.gpt import FeedForward, MultiHeadSelfAttention
+from rosetrainer.models.gpt import FeedForward, GPTModel, MultiHeadSelfAttention
 from rosetrainer.models.positions import apply_rotary
+from rosetrainer.parallel.comm import gather_from_tensor_parallel_region
 from rosetrainer.parallel.dropout import Seed
 
 
@@ -76,3 +77,26 @@ class _SquaredReLU(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         (positive,) = ctx.saved_tensors
         return (gradient * positive).mul_(2)
+
+
+def read_out(
+    model: GPTModel,
+    x: Tensor,
+    labels: Tensor | None,
+    attention_mask: Tensor | None = None,
+    return_logits: bool = True,
+) -> tuple[Tensor | None, Tensor | None]:
+    """(logits, loss) as GPTModel.forward's, of what the output head reads, (B, T, D).
+
+    labels: (B, T), of each place itself; ignored where attention_mask is 0.
+    """
+    logits = loss = None
+    if labels is not None:
+        if attention_mask is not None:
+            labels = labels.masked_fill(~attention_mask.bool(), IGNORED)
+        loss, _ = model.output_head.loss(x, labels)
+    if labels is None or return_logits:
+        local = model.output_head.logits(x)  # (B, T, V/tp)
+        logits = gather_from_tensor_parallel_region(local, model.tp)  # (B, T, V)    all-gather
+        logits = logits[..., : model.config.vocab_size]  # without the pad
+    return logits, loss

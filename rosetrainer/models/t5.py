@@ -14,13 +14,14 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from rosetrainer.config import IGNORED, GPTConfig
+from rosetrainer.config import GPTConfig
 from rosetrainer.models.attention import causal_padding_mask
 from rosetrainer.models.encoder_decoder import DecoderBlock
 from rosetrainer.models.gpt import GPTModel, TransformerBlock
+from rosetrainer.models.layers import read_out
 from rosetrainer.models.llama import GroupedQueryAttention, RMSNorm, feed_forward_of
 from rosetrainer.models.relative_bias import RelativeBias
-from rosetrainer.parallel.comm import first_token, gather_from_tensor_parallel_region
+from rosetrainer.parallel.comm import first_token
 from rosetrainer.parallel.context import Axis, ParallelContext
 from rosetrainer.parallel.dropout import Dropout, Seed, name_sites
 from rosetrainer.parallel.recompute import recompute
@@ -171,16 +172,7 @@ class T5(GPTModel):
         source_ids, source_mask: (B, S). target_ids, target_mask, labels: (B, T). logits: (B, T, V).
         """
         x = self.hidden(source_ids, source_mask, target_ids, seed, target_mask)
-        logits = loss = None
-        if labels is not None:
-            if target_mask is not None:
-                labels = labels.masked_fill(~target_mask.bool(), IGNORED)
-            loss, _ = self.output_head.loss(x, labels)
-        if labels is None or return_logits:
-            local = self.output_head.logits(x)  # (B, T, V/tp)
-            logits = gather_from_tensor_parallel_region(local, self.tp)  # (B, T, V)    all-gather
-            logits = logits[..., : self.config.vocab_size]  # without the pad
-        return logits, loss
+        return read_out(self, x, labels, target_mask, return_logits)
 
     def hidden(  # type: ignore[override]
         self,

@@ -32,7 +32,7 @@ COUNTED: dict[type, dict[str, tuple[Any, ...] | None]] = {
 }
 # Fields that change neither.
 WITHOUT_EFFECT: dict[type, tuple[str, ...]] = {
-    GPTConfig: (  # of bert and t5 those are that are refused as a whole
+    GPTConfig: (  # of bert, t5 and glm those are that are refused as a whole
         *("rotary_base", "rotary_pairs", "norm_eps", "token_types", "mask_token"),
         *("relative_buckets", "relative_distance"),
         *("start_token", "end_token", "sentinel_token"),

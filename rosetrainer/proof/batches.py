@@ -51,10 +51,17 @@ def random_batches(config: GPTConfig, context: ParallelContext, seed: int) -> li
 
 def inputs_of(config: GPTConfig, ids: Tensor, generator: torch.Generator) -> Batch:
     """What the model takes for ids (R, T) to be read or, by an encoder-decoder, written."""
+    rows, length = ids.shape
+    if config.architecture == "glm":
+        prefix = (torch.arange(rows)[:, None] % 3 + length // 3).clamp(1, length)  # of part A
+        behind = torch.arange(length) - prefix
+        span, place = behind // 3, behind % 3 + 1  # the third token of the last one is its end
+        of_mask = (7 * span + 2) % prefix
+        positions = torch.where(behind < 0, torch.arange(length), of_mask)
+        return ids, positions, place.masked_fill(behind < 0, 0)
     if config.architecture != "t5":
         return (ids,)
     source = torch.randint(config.vocab_size, ids.shape, generator=generator)
-    rows, length = source.shape
     lengths = length - torch.arange(rows)[:, None] * length // (2 * rows)  # of at least half
     return source, (torch.arange(length) < lengths).long(), ids
 
@@ -67,5 +74,7 @@ def with_another_end(config: GPTConfig, batch: Batch) -> tuple[Batch, Tensor]:
     odd = torch.arange(1, 2 * rows, 2, device=ids.device)[:, None]
     places = (odd * length // (2 * rows)).clamp(min=1)  # (R, 1)
     before = torch.arange(length, device=ids.device) < places
+    if config.architecture == "glm":
+        before |= batch[2] == 0  # part A, of which all is seen by all
     others = torch.where(before, ids, (ids + 1) % config.vocab_size)
     return (*batch[:one_after_the_other], others, *batch[one_after_the_other + 1 :]), before

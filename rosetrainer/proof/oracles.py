@@ -9,6 +9,7 @@ from torch import Tensor
 from rosetrainer.config import GPTConfig
 from rosetrainer.proof.reference import ReferenceGPT
 from rosetrainer.proof.reference_bert import ReferenceBert
+from rosetrainer.proof.reference_glm import ReferenceGlm
 from rosetrainer.proof.reference_llama import GATED, NORMS, PLAIN, ReferenceLlama
 from rosetrainer.proof.reference_rotary import ReferenceRotaryGPT
 from rosetrainer.proof.reference_t5 import ReferenceT5
@@ -20,6 +21,7 @@ ORACLES: dict[str, type[ReferenceGPT]] = {
     "llama": ReferenceLlama,
     "bert": ReferenceBert,
     "t5": ReferenceT5,
+    "glm": ReferenceGlm,
 }
 KNOWN: dict[str, tuple[str | None, ...] | None] = {  # the settings that the oracles compute
     **dict.fromkeys(("vocab_size", "context_length", "n_layers", "n_heads", "d_model", "d_head")),

@@ -16,6 +16,7 @@ from rosetrainer.checkpoint.run_folder import check_unlocked, describe_run
 from rosetrainer.checkpoint.saver import Saver, load_checkpoint
 from rosetrainer.config import GPTConfig, TrainConfig
 from rosetrainer.data.batches import Corpus, open_corpus
+from rosetrainer.data.blank_infilling import fill_blanks
 from rosetrainer.data.masked_tokens import hide_tokens
 from rosetrainer.data.span_corruption import corrupt_spans
 from rosetrainer.environment import choose_device, world_from_environment
@@ -64,7 +65,11 @@ from rosetrainer.training.trainer import Trainer, TrainingState
 from rosetrainer.validation import ConfigError
 
 Objective = Callable[[Corpus, GPTConfig, bool], tuple[GPTConfig, Corpus]]
-OBJECTIVES: dict[str, Objective] = {"bert": hide_tokens, "t5": corrupt_spans}
+OBJECTIVES: dict[str, Objective] = {
+    "bert": hide_tokens,
+    "t5": corrupt_spans,
+    "glm": fill_blanks,
+}
 """What is learned from a corpus where it is not the next token, by the architecture."""
 
 

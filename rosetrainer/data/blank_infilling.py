@@ -1,0 +1,130 @@
+"""The objective of GLM: spans are cut out of a text, and the model writes each after the text.
+
+"GLM: General Language Model Pretraining with Autoregressive Blank Infilling" (Du et al.).
+Shape letters: R rows of a batch, C context_length, W tokens of a window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import count
+from typing import Any
+
+import numpy as np
+
+from rosetrainer.config import IGNORED, GPTConfig
+from rosetrainer.data.batches import Corpus
+from rosetrainer.data.masked_tokens import EVALUATION, ObjectiveCorpus
+from rosetrainer.data.span_corruption import CUT, SPAN, ids_behind, places_of_spans
+from rosetrainer.data.token_file import Int64s
+from rosetrainer.validation import ConfigError
+
+
+@dataclass(frozen=True)
+class BlankTokens:
+    mask: int
+    """In the text, in the place of a span."""
+    start: int
+    """Before a span that is written."""
+    end: int
+    """What follows its last token."""
+
+
+class BlankCorpus(ObjectiveCorpus):
+    """Batches of windows, each part A, a text with masks, and part B, the spans behind it.
+
+    Of "a b c d e f g" without "b c" and "f" A is "a M d e M g", and B, in any order, "S f" and
+    "S b c", whose labels are "f E" and "b c E". All rows have as many spans, so they are as long.
+    """
+
+    def __init__(self, corpus: Corpus, special: BlankTokens) -> None:
+        self.row_length, self.special = corpus.context_length, special
+        window, self.cut, self.spans = sizes(corpus.context_length)
+        super().__init__(corpus, window)
+
+    def train_batch(
+        self, seed: int, step: int, global_batch_size: int, rows: range
+    ) -> tuple[Int64s, ...]:
+        """Ids, positions, span positions and labels, each (R, C), of some rows of a step.
+
+        As of Corpus.train_batch; what is cut out follows from (seed, step, row) alone too.
+        """
+        windows, _ = super().train_batch(seed, step, global_batch_size, rows)
+        return self.infilled(windows, seed, [step * global_batch_size + row for row in rows])
+
+    def val_batches(
+        self, tokens: int | None, batch_size: int, dp_rank: int = 0, dp_size: int = 1
+    ) -> Iterator[tuple[Any, ...]]:
+        """Ids, labels and floors, all 0, as Corpus.val_batches; then both positions."""
+        batches = super().val_batches(tokens, batch_size, dp_rank, dp_size)
+        for index, (windows, old_labels, _) in zip(count(), batches, strict=False):
+            first = (index * dp_size + dp_rank) * batch_size
+            numbers = list(range(first, first + batch_size))
+            ids, *positions, labels = self.infilled(windows, EVALUATION, numbers)
+            labels[(old_labels == IGNORED).all(axis=1)] = IGNORED  # no window
+            yield ids, labels, np.zeros(labels.shape), *positions
+
+    def infilled(self, windows: Int64s, seed: int, numbers: list[int]) -> tuple[Int64s, ...]:
+        """(R, W) windows -> ids, positions, span positions, labels. numbers: of each row in the
+        seed. What is left of C is of no part: it is not asked for, and nothing looks at it."""
+        shape = (len(windows), self.row_length)
+        ids, labels = np.full(shape, self.special.end), np.full(shape, IGNORED)
+        positions, span_positions = np.zeros(shape, np.int64), np.ones(shape, np.int64)
+        for row, number in enumerate(numbers):
+            text, spans = self.parts_of(windows[row], seed, number)
+            A = end = len(text)
+            ids[row, :A], positions[row, :A], span_positions[row, :A] = text, np.arange(A), 0
+            for place, span in spans:
+                here = slice(end, end + len(span) + 1)
+                ids[row, here], labels[row, here] = (
+                    [self.special.start, *span],
+                    [*span, self.special.end],
+                )
+                positions[row, here], span_positions[row, here] = (
+                    place,
+                    np.arange(len(span) + 1) + 1,
+                )
+                end = here.stop
+        return ids, positions, span_positions, labels
+
+    def parts_of(
+        self, window: Int64s, seed: int, number: int
+    ) -> tuple[list[int], list[tuple[int, list[int]]]]:
+        """Part A, and the spans in random order, each with the place of its mask in A."""
+        philox = np.random.Philox(key=np.array([seed, number], np.uint64), counter=[0, 0, 0, 3])
+        text, spans, place = [], [], 0
+        for start, end in places_of_spans(len(window), self.cut, self.spans, philox):
+            text += [*window[place:start].tolist(), self.special.mask]
+            spans.append((len(text) - 1, window[start:end].tolist()))
+            place = end
+        order = np.argsort(philox.random_raw(len(spans)), kind="stable")
+        return [*text, *window[place:].tolist()], [spans[i] for i in order]
+
+
+def sizes(context_length: int) -> tuple[int, int, int]:
+    """(W, how many of these are cut out, in how many spans) of the longest window that fits into
+    context_length with a mask and a start more for each span. Raises ConfigError if none does."""
+    for window in range(context_length, 1, -1):
+        cut = max(round(CUT * window), 1)
+        spans = max(round(cut / SPAN), 1)
+        if window + 2 * spans <= context_length:
+            return window, cut, spans
+    raise ConfigError(
+        f"context_length={context_length} has no place for a text, a span of it and their masks; "
+        f"it can be 4 or more"
+    )
+
+
+def fill_blanks(corpus: Corpus, model: GPTConfig, is_given: bool) -> tuple[GPTConfig, BlankCorpus]:
+    """The model with its vocabulary and its special tokens, and the corpus with that objective.
+
+    is_given: no checkpoint of others is such a model. Raises ConfigError for an id that the
+    vocabulary lacks, or a context too short to have something cut out.
+    """
+    assert not is_given, "no folder of --init-from is a GLM of this kind"
+    size = corpus.meta.vocab_size
+    behind = {"mask_token": size, "start_token": size + 1, "end_token": size + 2}
+    given = ids_behind(model, behind, size + 3)
+    tokens = BlankTokens(*given.values())
+    return replace(model, vocab_size=size + 3, **given), BlankCorpus(corpus, tokens)
