@@ -225,9 +225,8 @@ class GPTConfig:
             raise ConfigError(f"norm_eps is rmsnorm's, and norm={self.norm}; leave it out")
 
     def _check_bert(self) -> None:
-        for name, there in (("bias", self.bias), ("tied", self.tied)):
-            if not there:
-                raise ConfigError(f"architecture=bert is {name}=True; leave out --no-{name}")
+        if not self.bias:
+            raise ConfigError("architecture=bert has biases; leave out --no-bias")
 
     def _check_t5(self) -> None:
         if self.bias:

@@ -7,6 +7,7 @@ import signal
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from safetensors.torch import save_file
 
 from rosetrainer.checkpoint.manifest import check_files, read_manifest
 from rosetrainer.checkpoint.saver import read_whole
+from rosetrainer.commands import train as train_command
 from rosetrainer.config import GPTConfig, OptimConfig, ParallelConfig, TrainConfig
 from rosetrainer.launch.stop import STOP
 from rosetrainer.training import trainer
@@ -110,3 +112,25 @@ def state(folder: Path) -> dict[str, torch.Tensor]:
     manifest = read_manifest(folder)
     check_files(folder, manifest)
     return {name: read_whole(folder, manifest, name) for name in manifest.tensors}
+
+
+FLAGS = ("--global-batch-size", "4", "--context-length", "16", "--eval-tokens", "32")
+
+
+def losses(data: Path, folder: Path, out: Path, *more: str) -> list[float]:
+    """Of three steps, by the command's own flags."""
+    world = int(os.environ["WORLD_SIZE"])
+    argv = ["--data", str(data), "--init-from", str(folder), "--out", str(out), "--steps", "3"]
+    command = train_command.parse_command([*argv, *FLAGS, "--dtype", "float32", *more])
+    found, original = [], trainer.train_step
+
+    def train_step(*arguments: Any) -> dict[str, float]:
+        found.append(original(*arguments))
+        return found[-1]
+
+    with (
+        mock.patch.object(trainer, "train_step", train_step),
+        mock.patch("rosetrainer.training.setup.matmul_peak", lambda *_: 1.0),
+    ):
+        train(*check_config(command.config, world))
+    return [figures["train/loss"] for figures in found]

@@ -14,7 +14,7 @@ import torch
 from tyro.conf import Positional, subcommand
 
 from rosetrainer.checkpoint.export import whole_layers
-from rosetrainer.checkpoint.huggingface.families import model_of, written_as
+from rosetrainer.checkpoint.huggingface.families import model_of, special_ids, written_as
 from rosetrainer.checkpoint.huggingface.load import find_weights
 from rosetrainer.checkpoint.huggingface.run_from import write_run
 from rosetrainer.checkpoint.huggingface.write import write_folder
@@ -90,7 +90,8 @@ def to_hf(command: ToCommand) -> int:
 
     dtype: torch.dtype = getattr(torch, command.dtype)
     with new_folder(command.out) as part:
-        count = write_folder(part, config, layers, whole, dtype, command.shard_mb * 10**6)
+        special = special_ids(folder.parent)
+        count = write_folder(part, config, layers, whole, dtype, command.shard_mb * 10**6, special)
         if (tokenizer := folder.parent / TOKENIZER).exists():
             shutil.copyfile(tokenizer, part / TOKENIZER)
     print(f"{command.out}: {count} tensors of {folder.name}, {model_type}, {command.dtype}")

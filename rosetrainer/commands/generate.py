@@ -20,6 +20,13 @@ from rosetrainer.environment import choose_device, world_from_environment
 from rosetrainer.hardware.performance import set_threads
 from rosetrainer.launch.launcher import launch
 from rosetrainer.model_size import check_memory
+from rosetrainer.models.filling import (
+    BLANKS,
+    check_room,
+    fill_in,
+    pieces_with_blanks,
+    prompt_with_blanks,
+)
 from rosetrainer.models.generation import SamplingConfig, first_tokens, generate
 from rosetrainer.parallel.context import end_parallel, init_parallel
 from rosetrainer.training.trained import load_model
@@ -35,10 +42,12 @@ class GenerateCommand:
     """A run folder, whose newest sound checkpoint is taken, or one checkpoint in it; unless given,
     the run in out/ that saved last."""
     prompt: str | None = None
-    """The text that is continued; unless given, a new document, or after a line break, begins."""
+    """The text that is continued; unless given, a new document, or after a line break, begins.
+    A t5 answers it, and <extra_id_0>, <extra_id_1>, .. stand for what it lacks; a glm fills in
+    each [MASK]."""
     whole: bool = False
     """Let the model see all tokens so far, as Hugging Face's library does, and not only the last
-    context_length; for rotary positions."""
+    context_length; for rotary positions, and t5."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes CUDA when each local rank has a GPU of its own."""
     pp_size: Count = 1
@@ -50,10 +59,10 @@ class GenerateCommand:
 def without_window(model: GPTConfig, tokens: int) -> GPTConfig:
     """The model with a context of so many tokens at least. Raises ConfigError if it has a table of
     positions, which ends."""
-    if model.architecture not in ("rotary", "llama"):
+    if model.architecture not in ("rotary", "llama", "t5"):
         raise ConfigError(
-            f"whole is for rotary positions, and architecture={model.architecture} has a table of "
-            f"context_length={model.context_length}; leave --whole out"
+            f"whole is for rotary positions and t5, and architecture={model.architecture} has a "
+            f"table of context_length={model.context_length}; leave --whole out"
         )
     return replace(model, context_length=max(model.context_length, tokens))
 
@@ -68,9 +77,15 @@ def main(argv: list[str]) -> int:
     model = config.model
     model.check(parallel.resolve(world_size)[0])
     parallel.check_pipeline(model, 1)
-    prompt = first_tokens(command.prompt, tokenizer)
+    fills_in = model.architecture in BLANKS
+    if fills_in:
+        prompt = prompt_with_blanks(command.prompt, tokenizer, model)
+    else:
+        prompt = first_tokens(command.prompt, tokenizer)
     if command.whole:
         model = without_window(model, len(prompt) + command.sampling.tokens)
+    if fills_in:
+        check_room(prompt, model)
     if starts:
         return launch(world_size, ["generate", *argv])
     device = choose_device(command.device)
@@ -88,10 +103,15 @@ def main(argv: list[str]) -> int:
         if context.rank == 0:
             print(text, end="", flush=True)
 
-    write(command.prompt or "")
-    ids = torch.tensor(prompt, device=context.device)
-    tokens = generate(trained, ids, command.sampling, context, tokenizer.end_of_text)
-    for text in tokenizer.stream(tokens):
+    if fills_in:
+        tokenizer = pieces_with_blanks(tokenizer, model)
+        texts = fill_in(trained, prompt, tokenizer, command.sampling, context)
+    else:
+        write(command.prompt or "")
+        ids = torch.tensor(prompt, device=context.device)
+        tokens = generate(trained, ids, command.sampling, context, tokenizer.end_of_text)
+        texts = tokenizer.stream(tokens)
+    for text in texts:
         write(text)
     write("\n")
     end_parallel()

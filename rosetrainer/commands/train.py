@@ -5,13 +5,15 @@ OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node=2 -m rosetrainer train 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import TypeVar
 
 from rosetrainer.commands.presets import PRESETS, PresetName
-from rosetrainer.config import TrainConfig
+from rosetrainer.config import GPTConfig, TrainConfig
 from rosetrainer.environment import LAUNCHED, world_from_environment
 from rosetrainer.hardware.memory import keep_freed_memory, no_garbage_collection
 from rosetrainer.launch.stop import GRACE, STOP, stop_status
@@ -90,5 +92,21 @@ def parse_train_flags(cls: type[T], argv: list[str], name: str) -> T:
         )
     from rosetrainer.checkpoint.huggingface.families import model_of
 
-    config = replace(TrainConfig(), model=model_of(folder))
-    return parse_flags(cls, argv, prog, cls(config))
+    model = model_of(folder) if folder.exists() else begun_with(command.config) or model_of(folder)
+    return parse_flags(cls, argv, prog, cls(replace(TrainConfig(), model=model)))
+
+
+def begun_with(config: TrainConfig) -> GPTConfig | None:
+    """The model of a run that began with the folder of --init-from, which is not there any more:
+    its checkpoints have all that going on takes."""
+    from rosetrainer.checkpoint.run_folder import RUNS, read_config, run_of
+
+    runs = [config.run.out] if config.run.out else sorted(RUNS.glob("run-*"), reverse=True)
+    if config.checkpoint.resume not in ("auto", "never"):
+        runs.insert(0, run_of(Path(config.checkpoint.resume)))
+    for run in runs:
+        with contextlib.suppress(ConfigError):  # of another version, or no run
+            saved = read_config(run)
+            if saved.run.init_from == config.run.init_from:
+                return saved.model
+    return None

@@ -1,4 +1,4 @@
-"""Byte-level byte-pair encoding, by the library `tokenizers`."""
+"""Byte-level byte-pair encoding and WordPiece, by the library `tokenizers`."""
 
 from __future__ import annotations
 
@@ -18,23 +18,29 @@ class BPETokenizer(Tokenizer):
 
     `backend` is a tokenizers.Tokenizer. Sennrich et al., "Neural Machine Translation of Rare Words
     with Subword Units"; on bytes: Radford et al., "Language Models are Unsupervised Multitask
-    Learners" (GPT-2). Where `backend` has the special token END, that ends a document.
+    Learners" (GPT-2). Where `backend` has the special token END, that ends a document. It may be
+    BERT's WordPiece too, which reads words and forgets how they were spelled and set apart.
     """
 
     kind, FILE, END = "bpe", "tokenizer.json", "<|endoftext|>"
 
     def __init__(self, backend: Any):
-        byte_of = {char: byte for byte, char in enumerate(_gpt2_alphabet())}
         added = backend.get_added_tokens_decoder()
+        is_wordpiece = type(backend.model).__name__ == WordPiece.__name__
+        piece_of = WordPiece(backend.model) if is_wordpiece else ByteLevel()
         try:
             tokens = [backend.id_to_token(i) for i in range(backend.get_vocab_size())]
             pieces = [
-                added[i].content.encode() if i in added else bytes(byte_of[c] for c in token)
+                added[i].content.encode() if i in added else piece_of(token)
                 for i, token in enumerate(tokens)
             ]
-        except (KeyError, TypeError):
-            raise ConfigError("it is not a byte-level BPE whose ids are 0, 1, 2, …") from None
+        except (AttributeError, KeyError, TypeError):
+            raise ConfigError(
+                "it is neither a byte-level BPE nor a WordPiece whose ids are 0, 1, 2, …"
+            ) from None
         super().__init__(pieces)
+        backend.no_truncation()  # which is for batches of sentences, as padding is
+        backend.no_padding()
         special = {token.content: i for i, token in added.items() if token.special}
         self.end_of_text = special.get(self.END)
         if self.end_of_text is not None:
@@ -84,6 +90,27 @@ class BPETokenizer(Tokenizer):
     def encode(self, text: str) -> Ids:
         utf8(text)
         return self.as_ids(self._backend.encode(text, add_special_tokens=False).ids)
+
+
+class ByteLevel:
+    """The bytes that a token of GPT-2's alphabet stands for."""
+
+    def __init__(self) -> None:
+        self.byte_of = {char: byte for byte, char in enumerate(_gpt2_alphabet())}
+
+    def __call__(self, token: str) -> bytes:
+        return bytes(self.byte_of[char] for char in token)
+
+
+class WordPiece:
+    """A token that goes on with a word says so by its first characters; others have a space."""
+
+    def __init__(self, model: Any) -> None:
+        self.prefix: str = model.continuing_subword_prefix
+
+    def __call__(self, token: str) -> bytes:
+        goes_on = token.startswith(self.prefix) and token != self.prefix
+        return (token.removeprefix(self.prefix) if goes_on else f" {token}").encode()
 
 
 def find_tokenizer(name: str) -> Path | None:

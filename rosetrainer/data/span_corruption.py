@@ -145,7 +145,7 @@ def corrupt_spans(corpus: Corpus, model: GPTConfig, is_given: bool) -> tuple[GPT
     return replace(model, vocab_size=own, **given), changed
 
 
-def ids_behind(model: GPTConfig, behind: dict[str, int], own: int) -> dict[str, int]:
+def ids_behind(model: GPTConfig, behind: dict[str, int], own: int) -> dict[str, Any]:
     """Special tokens by their names in the config: what that says, else the id that `behind` has.
 
     own: the size of the vocabulary. Raises ConfigError for one that is no id of it.

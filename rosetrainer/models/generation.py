@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rosetrainer.data.tokenizer import Tokenizer
+from rosetrainer.models.glm import Filling
 from rosetrainer.models.gpt import GPTModel
 from rosetrainer.models.t5 import Answer
 from rosetrainer.parallel.comm import all_reduce, broadcast_
@@ -54,7 +55,7 @@ def first_tokens(prompt: str | None, tokenizer: Tokenizer) -> list[int]:
 
 @torch.no_grad()
 def generate(
-    model: GPTModel | Answer,
+    model: GPTModel | Answer | Filling,
     prompt: Tensor,
     sampling: SamplingConfig,
     context: ParallelContext,

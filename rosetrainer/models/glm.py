@@ -93,22 +93,33 @@ def prefix_mask(prefix: Tensor, attention_mask: Tensor | None = None) -> Tensor:
     return seen[:, None]
 
 
-class Filling(nn.Module):
-    """A model that goes on with a span, as generate takes it, after one text with masks.
+Parts = tuple[Tensor, Tensor, Tensor]
+"""Ids, positions and span positions of a sequence so far, (n,) each."""
 
-    text_ids: (A,). place: of the mask, in it, that the span belongs to.
+
+def text_alone(ids: Tensor) -> Parts:
+    """Part A, to which no span belongs yet."""
+    return ids, torch.arange(len(ids), device=ids.device), torch.zeros_like(ids)
+
+
+class Filling(nn.Module):
+    """A model that goes on with a span, as generate takes it.
+
+    before: a text with masks, and the spans that are there. place: of the new one's mask in it.
     """
 
-    def __init__(self, model: Glm, text_ids: Tensor, place: int) -> None:
+    def __init__(self, model: Glm, before: Parts, place: int) -> None:
         super().__init__()
-        self.model, self.config = model, model.config
-        self.text_ids, self.place = text_ids, place
+        self.model, self.config, self.before, self.place = model, model.config, before, place
 
     def forward(self, span_ids: Tensor, seed: Seed = None) -> tuple[Tensor | None, None]:
-        """span_ids: (1, n), the start token first. Logits: (1, A + n, V)."""
-        A, n = len(self.text_ids), span_ids.shape[1]
-        ids = torch.cat([self.text_ids[None], span_ids], dim=1)
-        places = torch.arange(A, device=ids.device)
-        positions = torch.cat([places, places.new_full((n,), self.place)])
-        span_positions = torch.cat([places * 0, torch.arange(1, n + 1, device=ids.device)])
-        return self.model(ids, positions[None], span_positions[None], seed=seed)[0], None
+        """span_ids: (1, n), the start token first. Logits of all before it, and of its n."""
+        parts = (part[None] for part in self.followed_by(span_ids[0]))
+        return self.model(*parts, seed=seed)[0], None
+
+    def followed_by(self, span_ids: Tensor) -> Parts:
+        n = len(span_ids)
+        places = torch.full_like(span_ids, self.place)
+        own = (span_ids, places, torch.arange(1, n + 1, device=span_ids.device))
+        ids, positions, span_positions = map(torch.cat, zip(self.before, own, strict=True))
+        return ids, positions, span_positions

@@ -62,11 +62,14 @@ class ReferenceHead(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.dense, self.norm = nn.Linear(config.d_model, config.d_model), norm(config)
+        if not config.tied:
+            self.table = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
         self.formula = PLAIN[config.activation or "gelu"]
 
-    def forward(self, x: Tensor, table: Tensor) -> Tensor:
-        return self.norm(self.formula(self.dense(x))) @ table.T + self.bias
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        rows = self.table.weight if hasattr(self, "table") else embedding
+        return self.norm(self.formula(self.dense(x))) @ rows.T + self.bias
 
 
 class ReferenceBert(ReferenceGPT):

@@ -92,7 +92,7 @@ def check_config(
     corpus = open_corpus(config.run.data, config.model.context_length, read_all=local_rank == 0)
     corpus.tokenizer()  # better found broken now than by whoever wants text of the trained model
     if config.run.init_from:
-        check_init_from(config.run.init_from, config, corpus)
+        check_tokens(config.run.init_from, config, corpus)
     if objective := OBJECTIVES.get(config.model.architecture):
         model, corpus = objective(corpus, config.model, config.run.init_from is not None)
         config = replace(config, model=model)
@@ -104,20 +104,21 @@ def check_config(
         copies = local_world_size / tp_size / config.parallel.pp_size
         check_memory(config.model, each, "weights, gradients and moments", copies)
     plan = find_resume_plan(config, corpus) if rank == 0 else ResumePlan()
+    if rank == 0 and config.run.init_from and not plan.candidates:
+        find_weights(config.run.init_from, config.model)  # better found lacking now than by all
     if plan.folder:
         check_unlocked(plan.folder)
     return config, corpus, plan, compiled
 
 
-def check_init_from(folder: Path, config: TrainConfig, corpus: Corpus) -> None:
-    """Raises ConfigError unless the folder holds this model, and the corpus its tokens."""
+def check_tokens(folder: Path, config: TrainConfig, corpus: Corpus) -> None:
+    """Raises ConfigError unless the corpus holds the tokens of the folder's model."""
     has, wants = corpus.meta.vocab_size, config.model.vocab_size
     if has != wants:
         raise ConfigError(
             f"{corpus.folder} has {has} token ids, and the model of {folder} {wants}; make a "
             f"corpus by its tokenizer: prepare file PATH... --tokenizer {folder}"
         )
-    find_weights(folder, config.model)
 
 
 def train(

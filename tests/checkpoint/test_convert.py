@@ -212,6 +212,9 @@ def test_the_tokenizer_comes_along(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "numbers" not in capsys.readouterr().out
     meta = json.loads((tmp_path / "run" / "meta.json").read_text())
     assert meta == {"tokenizer": "bpe", "end_of_text": tokenizer.end_of_text, **size}
+    written = json.loads((back / "config.json").read_text())
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        assert written[name] == tokenizer.end_of_text == 261
 
 
 def test_a_tokenizer_that_is_not_the_model_s_is_left_out(made: Made, tmp_path: Path) -> None:
@@ -234,6 +237,10 @@ def test_no_model_of_theirs_is_one_line(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
     with pytest.raises(ConfigError, match="computes bias=False of this one"):
         written_as(GPTConfig(bias=False))
+    with pytest.raises(ConfigError, match="computes tied=False of this one"):
+        written_as(GPTConfig(architecture="bert", tied=False))
+    with pytest.raises(ConfigError, match="computes architecture=glm of this one"):
+        written_as(GPTConfig(architecture="glm"))
     with pytest.raises(ConfigError, match="architecture=rotary"):
         written_as(GPTConfig(architecture="rotary", tied=False))
 

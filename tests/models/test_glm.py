@@ -13,7 +13,7 @@ from torch import Tensor
 from rosetrainer.config import ConfigError, GPTConfig, OptimConfig, ParallelConfig
 from rosetrainer.model_size import parameter_count
 from rosetrainer.models.build import build_model
-from rosetrainer.models.glm import Filling, Glm
+from rosetrainer.models.glm import Filling, Glm, text_alone
 from rosetrainer.parallel.context import ParallelContext, init_parallel
 from rosetrainer.parallel.sharding import init_weights
 from rosetrainer.proof.batches import inputs_of
@@ -104,7 +104,7 @@ def test_padding_anywhere_moves_nothing() -> None:
 
 def test_a_span_is_gone_on_with_where_its_mask_stands() -> None:
     model, ids, *_ = model_and_inputs()
-    found = Filling(model, ids[0, :4], 2)(ids[:, 4:7])[0]
+    found = Filling(model, text_alone(ids[0, :4]), 2)(ids[:, 4:7])[0]
     positions = torch.tensor([[0, 1, 2, 3, 2, 2, 2]]), torch.tensor([[0, 0, 0, 0, 1, 2, 3]])
     assert found is not None
     assert torch.equal(found, model(ids[:, :7], *positions)[0])

@@ -17,11 +17,13 @@ import pytest
 import torch
 from once import Once
 from ranks import run_ranks
+from runs import losses
 
 from rosetrainer.checkpoint.huggingface.families import model_of
 from rosetrainer.checkpoint.huggingface.load import find_weights, load_weights
-from rosetrainer.commands import convert
+from rosetrainer.commands import convert, prepare
 from rosetrainer.config import ParallelConfig
+from rosetrainer.data.batches import open_corpus
 from rosetrainer.models.bert import Bert
 from rosetrainer.parallel.context import init_parallel
 
@@ -107,3 +109,26 @@ def test_it_comes_back_with_a_head(
     same = dict(model.bert.named_parameters())
     assert all(torch.equal(same[n], p) for n, p in theirs.named_parameters() if "pooler" not in n)
     assert model_of(minilm).mask_token == 103
+
+
+def test_it_learns_to_fill_in_tokens_of_a_text_and_goes_back(minilm: Path, tmp_path: Path) -> None:
+    """Its WordPiece makes the corpus, its head is new, and what comes out of it loads."""
+    import transformers
+
+    text, corpus = tmp_path / "text.txt", tmp_path / "corpus"
+    text.write_text("every rank computes what one process computes, and no other thing\n" * 200)
+    prepare.main(["file", str(text), "--tokenizer", str(minilm), "--out", str(corpus)])
+    assert open_corpus(corpus, 32).tokenizer().decode([2296, 4635]) == " every rank"
+    flags = ["--learning-rate", "1e-3", "--warmup-steps", "1", "--global-batch-size", "8"]
+    flags += ["--context-length", "32", "--eval-tokens", "64", "--steps", "12"]
+    run = tmp_path / "run"
+    by_rank = run_ranks(2, losses, corpus, minilm, run, *flags)
+    assert by_rank[0] == by_rank[1] and by_rank[0][-1] < 0.7 * by_rank[0][0]
+    assert convert.main(["to-hf", str(run), str(tmp_path / "back")]) == 0
+    read: Any = transformers.BertForMaskedLM.from_pretrained
+    model, found = read(tmp_path / "back", output_loading_info=True)
+    assert not any(found[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "back")
+    inputs = tokenizer("every rank computes what one", return_tensors="pt")
+    assert model(**inputs).logits.shape[-1] == tokenizer.vocab_size == 30522
+    assert (model.config.pad_token_id, model.config.eos_token_id) == (0, 102)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -13,11 +14,12 @@ import torch
 import torch.nn.functional as F
 from peak import Peak
 from ranks import run_ranks
+from runs import losses
 
 from rosetrainer.checkpoint.huggingface.families import model_of
 from rosetrainer.checkpoint.huggingface.load import find_weights, load_weights
 from rosetrainer.checkpoint.huggingface.source import Source
-from rosetrainer.commands import convert, generate, parity, plan, train
+from rosetrainer.commands import convert, generate, parity, plan
 from rosetrainer.config import ConfigError, GPTConfig, ParallelConfig
 from rosetrainer.data.batches import open_corpus
 from rosetrainer.data.masked_tokens import hide_tokens
@@ -25,12 +27,8 @@ from rosetrainer.data.span_corruption import corrupt_spans
 from rosetrainer.models.build import build_model
 from rosetrainer.parallel.context import ParallelContext, init_parallel
 from rosetrainer.parallel.sharding import shard_spec
-from rosetrainer.training import trainer
-from rosetrainer.training.setup import check_config
-from rosetrainer.training.setup import train as train_ranks
 
 V = 8  # the markov corpus's
-FLAGS = ("--global-batch-size", "4", "--context-length", "16", "--eval-tokens", "32")
 
 
 @pytest.fixture(scope="module")
@@ -43,25 +41,6 @@ def theirs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = transformers.LlamaConfig(**{**huggingface.SHAPE, "vocab_size": V})
     transformers.LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
     return folder
-
-
-def losses(data: Path, folder: Path, out: Path, *more: str) -> list[float]:
-    """Of three steps, by the command's own flags."""
-    world = int(os.environ["WORLD_SIZE"])
-    argv = ["--data", str(data), "--init-from", str(folder), "--out", str(out), "--steps", "3"]
-    command = train.parse_command([*argv, *FLAGS, "--dtype", "float32", *more])
-    found, original = [], trainer.train_step
-
-    def train_step(*arguments: Any) -> dict[str, float]:
-        found.append(original(*arguments))
-        return found[-1]
-
-    with (
-        mock.patch.object(trainer, "train_step", train_step),
-        mock.patch("rosetrainer.training.setup.matmul_peak", lambda *_: 1.0),
-    ):
-        train_ranks(*check_config(command.config, world))
-    return [figures["train/loss"] for figures in found]
 
 
 def their_loss(data: Path, folder: Path) -> float:
@@ -124,7 +103,9 @@ def test_an_encoder_alone_learns_to_fill_in_tokens_in_any_layout(
         losses_here(markov, tmp_path / "back", tmp_path, "--preset", "gpt2")
 
 
-def test_spans_are_learned_in_any_layout(markov: Path, tmp_path: Path) -> None:
+def test_spans_are_learned_in_any_layout(
+    markov: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     import transformers
 
     torch.manual_seed(3)
@@ -149,6 +130,27 @@ def test_spans_are_learned_in_any_layout(markov: Path, tmp_path: Path) -> None:
     expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten()).item()
     (again,) = run_ranks(1, losses, markov, back, tmp_path / "again", *flags.split())
     assert again[0] == pytest.approx(expected, rel=1e-5)
+    argv = ["--run", str(tmp_path / "again"), "--prompt", "ab<extra_id_0>cd", "--tokens", "40"]
+    assert generate.main([*argv, "--whole"]) == 0
+    assert 0 < len(capsys.readouterr().out.splitlines()[-1]) <= 40
+    with pytest.raises(ConfigError, match="<extra_id_8> in the prompt is for a model with a tok"):
+        generate.main([*argv, "--prompt", "ab<extra_id_8>"])
+
+
+def test_a_run_goes_on_where_the_folder_is_gone(theirs: Path, markov: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(theirs, tmp_path / "theirs")
+    (straight,) = run_ranks(1, losses, markov, folder, tmp_path / "straight")
+    (first,) = run_ranks(1, losses, markov, folder, tmp_path / "run", "--steps", "1")
+    folder.rename(tmp_path / "elsewhere")
+    (rest,) = run_ranks(1, losses, markov, folder, tmp_path / "run")
+    assert [*first, *rest] == straight
+    with pytest.raises(ConfigError, match=r"theirs/config.json cannot be read: No such file"):
+        losses_here(markov, folder, tmp_path / "new")
+    for step in (tmp_path / "run").glob("step_*"):
+        shutil.rmtree(step)
+    (tmp_path / "run" / "log.jsonl").unlink()  # as if it had been killed before it saved
+    with pytest.raises(ConfigError, match=r"theirs/config.json cannot be read: No such file"):
+        losses_here(markov, folder, tmp_path)
 
 
 def prove(folder: Path) -> None:

@@ -18,6 +18,11 @@ FAMILIES: dict[str, ModuleType] = {
 }
 """By config.json's model_type."""
 EPS = {"bert": 1e-12, "t5": 1e-6}
+NAMES = {
+    "bos_token_id": ("<|begin_of_text|>", "<s>", "[CLS]", "<|endoftext|>"),
+    "eos_token_id": ("<|endoftext|>", "<|end_of_text|>", "</s>", "[SEP]"),
+    "pad_token_id": ("<pad>", "[PAD]", "<|endoftext|>"),
+}
 
 
 def family_of(model_type: object, where: Path) -> ModuleType:
@@ -35,9 +40,9 @@ def model_of(folder: Path) -> GPTConfig:
     try:
         config: GPTConfig = family.read_config(theirs)
         if config.architecture == "bert":
-            config = replace(config, mask_token=added_token(folder, "[MASK]"))
+            config = replace(config, mask_token=added_tokens(folder).get("[MASK]"))
         if config.architecture == "t5":
-            config = replace(config, sentinel_token=added_token(folder, "<extra_id_0>"))
+            config = replace(config, sentinel_token=added_tokens(folder).get("<extra_id_0>"))
         config.check()
     except KeyError as error:
         raise ConfigError(f"{where} lacks {error.args[0]}; was it written by hand?") from None
@@ -46,14 +51,19 @@ def model_of(folder: Path) -> GPTConfig:
     return config
 
 
-def added_token(folder: Path, content: str) -> int | None:
-    """The id of a special token in the folder's tokenizer.json; None if it, or the file, has
-    none."""
+def added_tokens(folder: Path) -> dict[str, int]:
+    """The special tokens in the folder's tokenizer.json and their ids; none without the file."""
     if not (folder / TOKENIZER).exists():
-        return None
-    added = read_json(folder / TOKENIZER).get("added_tokens", [])
-    found = [one["id"] for one in added if one["content"] == content]
-    return found[0] if found else None
+        return {}
+    return {one["content"]: one["id"] for one in read_json(folder / TOKENIZER)["added_tokens"]}
+
+
+def special_ids(folder: Path) -> dict[str, int]:
+    """Of a text's begin, end and padding, by what config.json calls them: those of the folder's
+    tokenizer.json that are named as is the custom."""
+    added = added_tokens(folder)
+    named = {name: [added[one] for one in custom if one in added] for name, custom in NAMES.items()}
+    return {name: found[0] for name, found in named.items() if found}
 
 
 def written_as(config: GPTConfig) -> tuple[str, dict[str, Any]]:

@@ -38,18 +38,19 @@ def write_folder(
     whole: Callable[[str], Tensor],
     dtype: torch.dtype,
     most_bytes: int,
+    special: dict[str, int] | None = None,
 ) -> int:
     """config.json and the weights; how many tensors these are.
 
     specs: our parameters'. whole: gives each by its name, of spec.dense_shape. most_bytes: of one
-    file; with more there are several, and an index. Raises ConfigError if no model of theirs is
-    ours.
+    file; with more there are several, and an index. special: ids of tokens that begin, end and pad
+    a text, by the library's names. Raises ConfigError if no model of theirs is ours.
     """
     model_type, theirs = written_as(config)
-    # Their library's defaults would be tokens of this vocabulary, at which it stops.
+    # Where nothing is known, null: their library's defaults would be tokens of this vocabulary.
     no_ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     dtype_name = str(dtype).removeprefix("torch.")
-    theirs = {**no_ids, **theirs, "dtype": dtype_name, "use_cache": True}
+    theirs = {**no_ids, **(special or {}), **theirs, "dtype": dtype_name, "use_cache": True}
     pieces = []
     for name, spec in specs.items():
         source = FAMILIES[model_type].source_of(name, model_type)
