@@ -49,7 +49,7 @@ def test_an_architecture_without_an_oracle_is_refused(monkeypatch: pytest.Monkey
     monkeypatch.delitem(ORACLES, "rotary")
     monkeypatch.setitem(KNOWN, "architecture", tuple(ORACLES))
     with pytest.raises(
-        ConfigError, match="for architecture=rotary, only for gpt2, llama, bert or t5; "
+        ConfigError, match="for architecture=rotary, only for gpt2, llama, bert, t5 or glm; "
     ):
         parity.main(["--architecture", "rotary", "--no-tied"])
 
