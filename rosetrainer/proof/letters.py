@@ -70,12 +70,12 @@ def seen(proof: Proof, layout: ParallelContext) -> dict[str, Tensor]:
     for module in names:
         module.register_forward_pre_hook(before)
         module.register_forward_hook(after)
-    ids, labels = proof.batches[0]
     rows = proof.parts(proof.context)[0]
-    if (labels[rows] == IGNORED).all():  # then every gradient is zero
-        labels = ids
+    *inputs, labels = (tensor[rows] for tensor in proof.batches[0])
+    if (labels == IGNORED).all():  # then every gradient is zero
+        labels = inputs[-1]
     seed = DropoutSeed(proof.seed, 0, rows.start)
-    _, loss = model(ids[rows], labels=labels[rows], return_logits=False, seed=seed)
+    _, loss = model(*inputs, labels=labels, return_logits=False, seed=seed)
     loss.backward()
     return found
 

@@ -28,7 +28,7 @@ class PretrainedProof(Proof):
         found = {}
         for name, parameter in model.named_parameters():
             spec = shard_spec(parameter)
-            first = (0,) * len(spec.shape)
-            whole = self.weights.read(name, spec, first, spec.shape, torch.float32)
+            whole = torch.empty(spec.shape)
+            self.weights.read(name, spec, (0,) * len(spec.shape), whole)
             found[name] = whole.reshape(spec.dense_shape)
         return found
