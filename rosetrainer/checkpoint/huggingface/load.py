@@ -45,21 +45,22 @@ class Weights:
     seed: int
     """Of these."""
 
-    def read(
-        self, name: str, spec: ShardSpec, first: Sequence[int], size: Sequence[int], to: torch.dtype
-    ) -> Tensor:
-        """A part of ours, in the dtype `to`; see Source.read."""
+    def read(self, name: str, spec: ShardSpec, first: Sequence[int], part: Tensor) -> None:
+        """Fills a part of ours, in its dtype; see Source.read."""
         HEARTBEAT.beat()
         if name in self.new:
             whole = draw_whole(spec, self.seed, name).reshape(spec.shape)
-            box = tuple(slice(a, a + n) for a, n in zip(first, size, strict=True))
-            return whole[box].to(to)
-        return self.sources[name].read(self.stored, spec, first, size, to)
+            box = tuple(slice(a, a + n) for a, n in zip(first, part.shape, strict=True))
+            part.copy_(whole[box])
+        else:
+            self.sources[name].read(self.stored, spec, first, part)
 
-    def read_whole(self, name: str, to: torch.dtype = torch.float32) -> Tensor:
-        """The whole parameter, of spec.shape."""
+    def read_whole(self, name: str) -> Tensor:
+        """The whole parameter, of spec.shape, in fp32."""
         spec = self.specs[name]
-        return self.read(name, spec, (0,) * len(spec.shape), spec.shape, to)
+        whole = torch.empty(spec.shape)
+        self.read(name, spec, (0,) * len(spec.shape), whole)
+        return whole
 
 
 def find_weights(folder: Path, config: GPTConfig, seed: int = RunConfig.seed) -> Weights:
@@ -138,7 +139,7 @@ def load_weights(model: nn.Module, weights: Weights) -> None:
     for name, parameter in model.named_parameters():
         spec = shard_spec(parameter)
         first, size = own_box(spec)
-        parameter.zero_()
+        if tuple(size) != parameter.shape:
+            parameter.zero_()
         if 0 not in size:
-            own = parameter[tuple(map(slice, size))]
-            own.copy_(weights.read(name, spec, first, size, parameter.dtype))
+            weights.read(name, spec, first, parameter[tuple(map(slice, size))])

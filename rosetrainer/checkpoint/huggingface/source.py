@@ -9,7 +9,6 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from rosetrainer.checkpoint.huggingface.folder import Stored
@@ -55,14 +54,13 @@ class Source:
         stored: Mapping[str, Stored],
         spec: ShardSpec,
         first: Sequence[int],
-        size: Sequence[int],
-        dtype: torch.dtype,
-    ) -> Tensor:
-        """The part of our tensor of spec.shape with this first index and size, in dtype.
+        whole: Tensor,
+    ) -> None:
+        """Fills `whole` with the part of our tensor of spec.shape that begins at this index.
 
         Nothing else is read. Raises ConfigError for a file that is cut off.
         """
-        whole = torch.empty(tuple(size), dtype=dtype)
+        size = whole.shape
         height = spec.dense_shape[0] // len(self.names)
         blocks = range(first[0], first[0] + size[0]) if spec.stride > 1 else (None,)
         for number, block in enumerate(blocks):
@@ -75,7 +73,6 @@ class Source:
                 columns = slice(dims[1][0], dims[1][0] + dims[1][1])
             rows = slice(start % height, start % height + dims[0][1])
             self._read_rows(stored[self.names[start // height]], rows, columns, part)
-        return whole
 
     def _read_rows(self, tensor: Stored, rows: slice, columns: slice, part: Tensor) -> None:
         from safetensors import SafetensorError, safe_open
