@@ -76,11 +76,12 @@ def seconds_of_step(step: Step, context: ParallelContext) -> float:
     return time.perf_counter() - started
 
 
-def most_bytes(step: Step, context: ParallelContext) -> int:
-    """Of what a step makes, the most alive at once on the rank that has most."""
-    with Peak() as peak:
+def most_bytes(step: Any, context: ParallelContext) -> int:
+    """Of what a step makes or receives into, the most alive at once on the rank that has most."""
+    with Peak(*step.model.parameters()) as peak:  # a view of a parameter is nothing new
         step()
-    most = torch.tensor(peak.bytes)
+    buffers = step.receive_buffers() if isinstance(step, PipeliningStep) else []
+    most = torch.tensor(peak.bytes + sum(buffer.nbytes for buffer in buffers))
     dist.all_reduce(most, dist.ReduceOp.MAX, group=context.pp.group)
     return int(most)
 

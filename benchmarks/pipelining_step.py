@@ -70,8 +70,8 @@ class PipeliningStep:
         cls: Any = get_schedule_class(schedule)
         of_rank = stages[0] if STAGES_OF_RANK[schedule] == 1 else stages
         self.schedule = cls(of_rank, micro_batches, loss_fn=mean_loss)
-        self.module, self.group = nn.ModuleList(self.parts), group
-        self.optimizer = plain_optimizer(self.module, RATE)
+        self.model, self.group, self.stages = nn.ModuleList(self.parts), group, stages
+        self.optimizer = plain_optimizer(self.model, RATE)
         self.batch, self.autocast = work.batch(), autocast(dtype)
         self.is_first, self.is_last = self.rank == 0, self.rank == p - 1
 
@@ -87,10 +87,16 @@ class PipeliningStep:
         self.optimizer.zero_grad(set_to_none=True)
         return loss, norm
 
+    def receive_buffers(self) -> list[Tensor]:
+        """What a stage keeps from step to step to receive into, of each micro-batch one."""
+        infos = [info for s in self.stages for info in (s.args_recv_info, s.grad_recv_info)]
+        found = [one.buffer for of_stage in infos for each in of_stage.values() for one in each]
+        return [buffer for buffer in found if isinstance(buffer, Tensor)]
+
     @torch.no_grad()
     def clip(self, losses: list[Tensor]) -> tuple[float, float]:
         """The mean loss and the norm over all stages, which then clips each one's gradients."""
-        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         loss = torch.stack(losses).mean() if losses else torch.zeros(())
         both = torch.stack([loss.double(), nn.utils.get_total_norm(gradients).double() ** 2])
         dist.all_reduce(both, group=self.group)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,16 +19,23 @@ def fast_kernels(dtype: torch.dtype, device: torch.device, enabled: bool = True)
     For the backward pass too, in which recompute computes activations as they were computed.
     Not enabled, torch's own compute everything, as right and at times slower.
     """
-    ours: dict[str, Any] = {}
+    ours: dict[tuple[Any, str], Any] = {}
     if enabled and onednn.is_faster(dtype, device):
-        ours["linear"] = onednn.linear
+        ours[F, "linear"] = onednn.linear
     if enabled and dtype == torch.bfloat16 and device.type == "cpu":
-        ours["scaled_dot_product_attention"] = attention_blocks.attention
-    before = {name: getattr(F, name) for name in ours}
+        ours[F, "scaled_dot_product_attention"] = attention_blocks.attention
+    with replaced(ours):
+        yield
+
+
+@contextmanager
+def replaced(ours: Mapping[tuple[Any, str], Any]) -> Iterator[None]:
+    """Inside, modules have functions of ours: {(module, name): function}."""
+    before = {where: getattr(*where) for where in ours}
     try:
-        for name, kernel in ours.items():
-            setattr(F, name, kernel)
+        for where, function in ours.items():
+            setattr(*where, function)
         yield
     finally:
-        for name, kernel in before.items():
-            setattr(F, name, kernel)
+        for where, function in before.items():
+            setattr(*where, function)

@@ -1,2 +1,2 @@
 """Optimizers: adamw, muon, clip (the true global norm), optimizer (decay groups, schedule),
-precision (bf16 products), non_finite (what a nan costs)."""
+precision (bf16 products), casts (of each weight, once a step), non_finite (what a nan costs)."""

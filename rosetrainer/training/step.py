@@ -12,6 +12,7 @@ from torch import nn
 
 from rosetrainer.config import TrainConfig
 from rosetrainer.data.batches import Corpus, rows_of_rank
+from rosetrainer.optim.casts import weights_cast_once
 from rosetrainer.optim.non_finite import check_gradients
 from rosetrainer.optim.precision import Autocast
 from rosetrainer.parallel.context import ParallelContext
@@ -38,11 +39,12 @@ def compute_gradients(
     Raises NonFiniteGradientError on every rank if a gradient of one is not finite.
     """
     over_dp = GradientSum(model, context.dp)
-    if context.pp.size > 1:
-        loss = accumulate_in_stages(model, batches, context, autocast, seed)
-    else:
-        backward = over_dp.backward if context.parallel.overlap else plain_backward
-        loss = accumulate_gradients(model, batches, context, autocast, seed, backward)
+    with weights_cast_once():
+        if context.pp.size > 1:
+            loss = accumulate_in_stages(model, batches, context, autocast, seed)
+        else:
+            backward = over_dp.backward if context.parallel.overlap else plain_backward
+            loss = accumulate_gradients(model, batches, context, autocast, seed, backward)
     over_dp.wait()
     if math.isfinite(loss):
         check_gradients(model, context)  # before the sum, which gives the nan to every rank
