@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ from ranks import run_ranks
 ROOT = Path(__file__).resolve().parent.parent
 GUIDE = ROOT / "steps/guide_your_own_model"
 OWN = ("dense", "model", "parity", "checkpoint")
-RUNS = [f"edit {n}" for n in range(1, 6)] + [f"mistake {n}" for n in range(1, 6)]
+ENDS = ["edit 4", "edit 5"]  # the whole model and its checkpoint; what leads there is run apart
+OTHERS = [f"edit {n}" for n in range(1, 4)] + [f"mistake {n}" for n in range(1, 6)]
 
 
 def steps(*words: str, root: Path = ROOT) -> subprocess.CompletedProcess[str]:
@@ -63,15 +65,15 @@ def on_a_rank(made: dict[str, tuple[str, str]]) -> dict[str, str]:
     return {name: printed(Path(folder), script, rank) for name, (folder, script) in made.items()}
 
 
-def make_runs(folder: Path) -> dict[str, str]:
-    """What rank 0 prints of each run of the guide."""
+def make_runs(names: list[str], folder: Path) -> dict[str, str]:
+    """What rank 0 prints of these runs of the guide, all in one launch."""
     sys.path.insert(0, str(ROOT / "steps"))
     try:
         guide: Any = import_module("guide")
     finally:
         sys.path.remove(str(ROOT / "steps"))
     made = {}
-    for name in RUNS:
+    for name in names:
         kind, number = name.split()
         if kind == "edit":
             files, script = guide.after_edits(int(number)), guide.LAST if number == "5" else ""
@@ -86,26 +88,32 @@ def make_runs(folder: Path) -> dict[str, str]:
     return run_ranks(4, on_a_rank, made)[0]
 
 
-@pytest.fixture(scope="module")
-def runs(once: Once) -> dict[str, str]:
-    return once("guide", make_runs)
-
-
 def without_rounding(text: str) -> str:
     """What is left of rounding differs from machine to machine."""
     return re.sub(r"\d\.\de-1[2-9]|0\.0e\+00", "rounding", text)
 
 
-@pytest.mark.parametrize("page", ["README.md", "README.zh.md"])
-@pytest.mark.parametrize("name", RUNS)
-def test_a_command_of_the_guide_prints_what_its_page_shows(
-    runs: dict[str, str], name: str, page: str
+def check_pages(name: str, printed: str) -> None:
+    """Both pages show what the run printed."""
+    for page in ("README.md", "README.zh.md"):
+        block = rf"<!-- output: {name} -->\n```text\n(.*?)\n```\n<!-- /output -->"
+        shown = re.search(block, (GUIDE / page).read_text(), re.DOTALL)
+        assert shown
+        assert without_rounding(printed).split() == without_rounding(shown[1]).split()
+    assert ("error: " in printed) == name.startswith("mistake")
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_the_last_edits_print_what_the_pages_show(once: Once, name: str) -> None:
+    check_pages(name, once("guide_ends", partial(make_runs, ENDS))[name])
+
+
+@pytest.mark.mutant
+@pytest.mark.parametrize("name", OTHERS)
+def test_each_edit_is_proven_and_each_mistake_is_red_as_the_pages_show(
+    once: Once, name: str
 ) -> None:
-    block = rf"<!-- output: {name} -->\n```text\n(.*?)\n```\n<!-- /output -->"
-    shown = re.search(block, (GUIDE / page).read_text(), re.DOTALL)
-    assert shown
-    assert without_rounding(runs[name]).split() == without_rounding(shown[1]).split()
-    assert ("error: " in runs[name]) == name.startswith("mistake")
+    check_pages(name, once("guide_others", partial(make_runs, OTHERS))[name])
 
 
 def test_the_files_after_an_edit_are_given_and_nothing_is_overwritten(tmp_path: Path) -> None:
