@@ -22,6 +22,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from benchmarks import (
     bubbles,
     dtensor_step,
+    families,
     pipeline,
     pipelining_step,
     side_by_side,
@@ -34,11 +35,12 @@ from benchmarks.our_step import OurStep
 from benchmarks.plain_step import HuggingFaceGPT2, PlainStep, plain_model
 from benchmarks.side_by_side import Figures, Pairs, Rounds, Side
 from benchmarks.work import Work, parse_work
+from rosetrainer.checkpoint.huggingface import llama
 from rosetrainer.config import GPTConfig, ParallelConfig
 from rosetrainer.parallel.context import end_parallel, init_parallel, init_tensor_parallel
 from rosetrainer.parallel.pipeline.schedule import make_schedule
 from rosetrainer.parallel.pipeline.simulation import backward_takes_twice, simulate
-from rosetrainer.parallel.sharding import load_whole
+from rosetrainer.parallel.sharding import gather_whole, load_whole
 from rosetrainer.validation import ConfigError
 
 HEAVY = pytest.mark.skipif(
@@ -109,6 +111,22 @@ def test_hugging_face_s_side_computes_what_ours_does() -> None:
     theirs, ours = PlainStep(WORK, torch.float64, model), OurStep(WORK, torch.float64)
     load_whole(ours.model, rename(dict(model.theirs.named_parameters())))
     expect(ours(), theirs(), 1e-6)
+
+
+def test_a_llama_of_the_library_computes_what_ours_does() -> None:
+    """Its norms and its loss are in fp32 whatever its weights are."""
+    model = replace(WORK.model, **families.LLAMA, n_kv_heads=2, d_ff=40)
+    work = replace(WORK, model=model)
+    side = families.HuggingFaceLlama(model)
+    disturb(side)
+    theirs, ours = PlainStep(work, torch.float64, side), OurStep(work, torch.float64)
+    named = dict(side.theirs.named_parameters())
+    sources = {name: llama.source_of(name, "llama").names for name in gather_whole(ours.model)}
+    load_whole(
+        ours.model,
+        {name: torch.cat([named[one].detach() for one in ones]) for name, ones in sources.items()},
+    )
+    expect(ours(), theirs(), 1e-5)
 
 
 def check_dtensor(fused: bool) -> None:
