@@ -72,8 +72,8 @@ class GPTConfig:
     """Rotary positions: the slowest pair of a head turns once in about 6 times as many tokens."""
     rotary_fraction: Annotated[float, Bounds(1e-3, 1)] = 1.0
     """llama: the share of a head's features, its first ones, that turn."""
-    rotary_pairs: Literal["halves", "neighbours"] | None = None
-    """llama: which features turn together: i and i + half of them, unless given, or 2i and 2i+1."""
+    rotary_pairs: Literal["halves", "neighbours"] = "halves"
+    """llama: which features turn together: i and i + half of them, or 2i and 2i+1."""
     n_kv_heads: Count | None = None
     """llama: heads of keys and values, each for n_heads / n_kv_heads of queries; n_heads unless
     given."""
@@ -91,15 +91,15 @@ class GPTConfig:
     """llama: the bias of attention's output where --no-bias leaves out the others."""
     qk_norm: bool = False
     """llama: a norm of each query and key head before it turns."""
-    token_types: Count | None = None
-    """bert: kinds of tokens, each with an embedding; 2 unless given, the first and second text."""
+    token_types: Count = 2
+    """bert: kinds of tokens, each with an embedding: of the first and of the second text."""
     mask_token: CountOrZero | None = None
     """bert, glm: the id that stands where a token or a span is hidden; the first behind the
     corpus's unless given."""
-    relative_buckets: Annotated[int, Bounds(4)] | None = None
-    """t5: kinds of distances between two tokens, each with a bias a head; 32 unless given."""
-    relative_distance: Count | None = None
-    """t5: the distance from which on all are of one kind; 128 unless given."""
+    relative_buckets: Annotated[int, Bounds(4)] = 32
+    """t5: kinds of distances between two tokens, each with a bias a head."""
+    relative_distance: Count = 128
+    """t5: the distance from which on all are of one kind."""
     start_token: CountOrZero | None = None
     """t5, glm: the id that a target, or a span, begins with; the next behind the corpus's unless
     given."""
@@ -131,6 +131,11 @@ class GPTConfig:
         """The activation; unless given, that of the architecture."""
         by_default = {"llama": "swiglu", "t5": "relu"}.get(self.architecture, "gelu")
         return self.activation or by_default
+
+    @property
+    def eps(self) -> float:
+        """What a norm adds; unless given, that of the architecture."""
+        return self.norm_eps or {"bert": 1e-12, "t5": 1e-6}.get(self.architecture, 1e-5)
 
     @property
     def is_gated(self) -> bool:
@@ -231,7 +236,7 @@ class GPTConfig:
     def _check_t5(self) -> None:
         if self.bias:
             raise ConfigError("architecture=t5 has no biases; add --no-bias")
-        buckets, farthest = self.relative_buckets or 32, self.relative_distance or 128
+        buckets, farthest = self.relative_buckets, self.relative_distance
         if farthest <= buckets // 2:
             raise ConfigError(
                 f"relative_distance={farthest} is not above half of relative_buckets={buckets}, "

@@ -28,7 +28,7 @@ def parameter_count(config: Any) -> int:
     if config.architecture == "glm":  # whose positions have a second dimension
         tables += config.context_length * D
     if config.architecture == "bert":  # its transform before the output head, and its bias
-        tables += (config.token_types or 2) * D + D * (D + 1) + norm + config.vocab_size
+        tables += config.token_types * D + D * (D + 1) + norm + config.vocab_size
     return tables + config.n_layers * block + norm
 
 
@@ -48,7 +48,7 @@ def _parameters_of_t5(config: Any) -> int:
     feed_forward = D * F * (2 + config.is_gated)
     blocks = 2 * (4 * D * width + feed_forward) + 4 * D * width + 5 * D  # one of each side
     tables = config.vocab_size * D * (1 + (not config.tied))
-    biases = 2 * (config.relative_buckets or 32) * config.n_heads
+    biases = 2 * config.relative_buckets * config.n_heads
     return tables + config.n_layers * blocks + biases + 2 * D
 
 

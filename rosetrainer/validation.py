@@ -82,6 +82,8 @@ def config_from_dict(cls: type[T], values: Any, where: str) -> T:
         raise ConfigError(f"{where} has unknown keys {', '.join(unknown)}, {newer}")
     made: dict[str, Any] = {}
     for name, value in values.items():
+        if value is None and name not in required and type(None) not in get_args(hints[name]):
+            continue  # an older version's word for the default
         if is_dataclass(hints[name]):
             made[name] = config_from_dict(hints[name], value, f"{where}: {name}")
         elif isinstance(value, str) and Path in (hints[name], *get_args(hints[name])):

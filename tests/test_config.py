@@ -208,10 +208,12 @@ def test_a_config_file_that_is_not_ours_is_refused(values: Any) -> None:
 
 
 def as_an_older_version_wrote_it(config: TrainConfig) -> dict[str, Any]:
-    """One component, `run`, for all that is not model, layout or optimizer; no timeline."""
+    """One component, `run`, for all that is not model, layout or optimizer; no timeline; null for
+    more of the model's defaults."""
     parts = asdict(config)
     del parts["monitor"]["timeline"]
     old = {name: parts.pop(name) for name in ("model", "parallel", "optim")}
+    old["model"] |= dict.fromkeys(("token_types", "relative_buckets", "rotary_pairs"))
     return old | {"run": {key: value for part in parts.values() for key, value in part.items()}}
 
 

@@ -6,16 +6,14 @@ Shape letters: R rows of a batch, C context_length, W tokens of a window.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import count
-from typing import Any
 
 import numpy as np
 
 from rosetrainer.config import IGNORED, GPTConfig
 from rosetrainer.data.batches import Corpus
-from rosetrainer.data.masked_tokens import EVALUATION, ObjectiveCorpus
+from rosetrainer.data.masked_tokens import ObjectiveCorpus
 from rosetrainer.data.span_corruption import CUT, SPAN, ids_behind, places_of_spans
 from rosetrainer.data.token_file import Int64s
 from rosetrainer.validation import ConfigError
@@ -43,31 +41,11 @@ class BlankCorpus(ObjectiveCorpus):
         window, self.cut, self.spans = sizes(corpus.context_length)
         super().__init__(corpus, window)
 
-    def train_batch(
-        self, seed: int, step: int, global_batch_size: int, rows: range
-    ) -> tuple[Int64s, ...]:
-        """Ids, positions, span positions and labels, each (R, C), of some rows of a step.
+    def asked(self, windows: Int64s, seed: int, numbers: Sequence[int]) -> tuple[Int64s, ...]:
+        """(R, W) windows -> ids, positions, span positions and labels, each (R, C).
 
-        As of Corpus.train_batch; what is cut out follows from (seed, step, row) alone too.
+        What is left of C is of no part: it is not asked for, and nothing looks at it.
         """
-        windows, _ = super().train_batch(seed, step, global_batch_size, rows)
-        return self.infilled(windows, seed, [step * global_batch_size + row for row in rows])
-
-    def val_batches(
-        self, tokens: int | None, batch_size: int, dp_rank: int = 0, dp_size: int = 1
-    ) -> Iterator[tuple[Any, ...]]:
-        """Ids, labels and floors, all 0, as Corpus.val_batches; then both positions."""
-        batches = super().val_batches(tokens, batch_size, dp_rank, dp_size)
-        for index, (windows, old_labels, _) in zip(count(), batches, strict=False):
-            first = (index * dp_size + dp_rank) * batch_size
-            numbers = list(range(first, first + batch_size))
-            ids, *positions, labels = self.infilled(windows, EVALUATION, numbers)
-            labels[(old_labels == IGNORED).all(axis=1)] = IGNORED  # no window
-            yield ids, labels, np.zeros(labels.shape), *positions
-
-    def infilled(self, windows: Int64s, seed: int, numbers: list[int]) -> tuple[Int64s, ...]:
-        """(R, W) windows -> ids, positions, span positions, labels. numbers: of each row in the
-        seed. What is left of C is of no part: it is not asked for, and nothing looks at it."""
         shape = (len(windows), self.row_length)
         ids, labels = np.full(shape, self.special.end), np.full(shape, IGNORED)
         positions, span_positions = np.zeros(shape, np.int64), np.ones(shape, np.int64)

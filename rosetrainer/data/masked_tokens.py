@@ -6,7 +6,7 @@ Shape letters: R rows of a batch, T context_length.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import count
 from typing import Any
@@ -25,6 +25,7 @@ EVALUATION = 2**63  # in place of the seed and above every one: its masks are al
 class ObjectiveCorpus(Corpus):
     """The windows of a corpus, of which something else is asked: no floor is known, nor bytes.
 
+    What is asked of a window follows from a seed and the window's number among all of that seed.
     window: their tokens, context_length unless given.
     """
 
@@ -32,6 +33,29 @@ class ObjectiveCorpus(Corpus):
         plain = replace(corpus.meta, bytes_per_token=None, chain=None, floor_nats=None)
         files = [corpus._train, corpus._val]
         super().__init__(corpus.folder, plain, files, window or corpus.context_length)
+
+    def asked(self, windows: Int64s, seed: int, numbers: Sequence[int]) -> tuple[Int64s, ...]:
+        """(R, T) windows -> inputs, what else the model reads, labels. numbers: of each row."""
+        raise NotImplementedError
+
+    def train_batch(
+        self, seed: int, step: int, global_batch_size: int, rows: range
+    ) -> tuple[Int64s, ...]:
+        """As `asked` gives it, for the windows of Corpus.train_batch."""
+        windows, _ = super().train_batch(seed, step, global_batch_size, rows)
+        return self.asked(windows, seed, [step * global_batch_size + row for row in rows])
+
+    def val_batches(
+        self, tokens: int | None, batch_size: int, dp_rank: int = 0, dp_size: int = 1
+    ) -> Iterator[tuple[Any, ...]]:
+        """As Corpus.val_batches, and what else the model reads behind the floors, which are 0."""
+        batches = super().val_batches(tokens, batch_size, dp_rank, dp_size)
+        for index, (windows, plain, _) in zip(count(), batches, strict=False):
+            first = (index * dp_size + dp_rank) * batch_size
+            numbers = range(first, first + batch_size)
+            inputs, *more, labels = self.asked(windows, EVALUATION, numbers)
+            labels[(plain == IGNORED).all(axis=1)] = IGNORED  # no window
+            yield inputs, labels, np.zeros(labels.shape), *more
 
 
 class MaskedCorpus(ObjectiveCorpus):
@@ -44,36 +68,17 @@ class MaskedCorpus(ObjectiveCorpus):
         super().__init__(corpus)
         self.mask_token = mask_token
 
-    def train_batch(
-        self, seed: int, step: int, global_batch_size: int, rows: range
-    ) -> tuple[Int64s, ...]:
-        """As Corpus.train_batch; what is hidden follows from (seed, step, row) alone too."""
-        inputs, _ = super().train_batch(seed, step, global_batch_size, rows)
-        return self.masked(inputs, seed, [step * global_batch_size + row for row in rows])
-
-    def val_batches(
-        self, tokens: int | None, batch_size: int, dp_rank: int = 0, dp_size: int = 1
-    ) -> Iterator[tuple[Any, ...]]:
-        """As Corpus.val_batches, and without a floor: nobody knows that of a hidden token."""
-        batches = super().val_batches(tokens, batch_size, dp_rank, dp_size)
-        for index, (inputs, labels, floors) in zip(count(), batches, strict=False):
-            first = (index * dp_size + dp_rank) * batch_size
-            inputs, asked = self.masked(inputs, EVALUATION, range(first, first + batch_size))
-            yield inputs, np.where(labels == IGNORED, IGNORED, asked), floors
-
-    def masked(
-        self, tokens: Int64s, seed: int, numbers: range | list[int]
-    ) -> tuple[Int64s, Int64s]:
-        """(R, T) tokens -> inputs and labels (R, T). numbers: of each row among all of the seed."""
-        inputs, labels = tokens.copy(), np.full_like(tokens, IGNORED)
-        T = tokens.shape[1]
+    def asked(self, windows: Int64s, seed: int, numbers: Sequence[int]) -> tuple[Int64s, ...]:
+        """(R, T) windows -> inputs and labels (R, T)."""
+        inputs, labels = windows.copy(), np.full_like(windows, IGNORED)
+        T = windows.shape[1]
         for row, number in enumerate(numbers):
             # The counter's last word sets these numbers apart from those that order the windows.
             philox = np.random.Philox(key=np.array([seed, number], np.uint64), counter=[0, 0, 0, 1])
             places = np.argsort(philox.random_raw(T), kind="stable")[: max(round(ASKED * T), 1)]
             how, random = philox.random_raw(2 * len(places)).reshape(2, -1)
             hidden, changed = how % 10 < 8, how % 10 == 8
-            labels[row, places] = tokens[row, places]
+            labels[row, places] = windows[row, places]
             inputs[row, places[hidden]] = self.mask_token
             inputs[row, places[changed]] = random[changed] % self.meta.vocab_size
         return inputs, labels

@@ -6,16 +6,15 @@ Shape letters: R rows of a batch, C context_length, S source, T target.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import count
 from typing import Any
 
 import numpy as np
 
 from rosetrainer.config import IGNORED, GPTConfig
 from rosetrainer.data.batches import Corpus
-from rosetrainer.data.masked_tokens import EVALUATION, ObjectiveCorpus
+from rosetrainer.data.masked_tokens import ObjectiveCorpus
 from rosetrainer.data.token_file import Int64s
 from rosetrainer.validation import ConfigError
 
@@ -48,30 +47,8 @@ class SpanCorpus(ObjectiveCorpus):
         self.source_length = corpus.context_length - self.cut + self.spans + 1
         self.target_length = self.cut + self.spans + 1
 
-    def train_batch(
-        self, seed: int, step: int, global_batch_size: int, rows: range
-    ) -> tuple[Int64s, ...]:
-        """Sources (R, S), their masks, targets (R, T) and labels (R, T) of some rows of a step.
-
-        As of Corpus.train_batch; what is cut out follows from (seed, step, row) alone too.
-        """
-        windows, _ = super().train_batch(seed, step, global_batch_size, rows)
-        return self.corrupted(windows, seed, [step * global_batch_size + row for row in rows])
-
-    def val_batches(
-        self, tokens: int | None, batch_size: int, dp_rank: int = 0, dp_size: int = 1
-    ) -> Iterator[tuple[Any, ...]]:
-        """Sources, labels and floors, all 0, as Corpus.val_batches; then masks and targets."""
-        batches = super().val_batches(tokens, batch_size, dp_rank, dp_size)
-        for index, (windows, old_labels, _) in zip(count(), batches, strict=False):
-            first = (index * dp_size + dp_rank) * batch_size
-            numbers = list(range(first, first + batch_size))
-            sources, masks, targets, labels = self.corrupted(windows, EVALUATION, numbers)
-            labels[(old_labels == IGNORED).all(axis=1)] = IGNORED  # no window
-            yield sources, labels, np.zeros(labels.shape), masks, targets
-
-    def corrupted(self, windows: Int64s, seed: int, numbers: list[int]) -> tuple[Int64s, ...]:
-        """(R, C) windows -> sources, masks, targets, labels. numbers: of each row in the seed."""
+    def asked(self, windows: Int64s, seed: int, numbers: Sequence[int]) -> tuple[Int64s, ...]:
+        """(R, C) windows -> sources (R, S), their masks, targets (R, T) and labels (R, T)."""
         rows = len(windows)
         S, T = (-(-n // ROUNDED_TO) * ROUNDED_TO for n in (self.source_length, self.target_length))
         sources, masks = np.full((rows, S), self.special.end), np.zeros((rows, S), np.int64)

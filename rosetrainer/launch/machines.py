@@ -39,8 +39,9 @@ def meet_machines(store: dist.Store) -> None:
         os.environ[INTERFACE] = interface_towards(os.environ.get("MASTER_ADDR", ""))
         by = f"towards {os.environ.get('MASTER_ADDR')}"
     if local_rank > 0:  # the first rank of each machine speaks for it
-        store.set(f"machine of rank {rank}", "")
-        _raise_failures(store, _machines(store, world_size))
+        for what in ("machine", "failure"):
+            store.set(f"{what} of rank {rank}", "")
+        _raise_failures(store, world_size)
         return
     name = os.environ[INTERFACE].split(",")[0]
     own = next(iter(addresses(name)), "127.0.0.1")
@@ -60,7 +61,7 @@ def meet_machines(store: dist.Store) -> None:
                 "their ports through"
             )
         store.set(f"failure of rank {rank}", told)
-        _raise_failures(store, machines)  # waits for all, who may still try to come here
+        _raise_failures(store, world_size)  # waits for all, who may still try to come here
 
 
 def interface_towards(address: str) -> str:
@@ -107,7 +108,7 @@ def _misses(place: str) -> str:
     return ""
 
 
-def _raise_failures(store: dist.Store, machines: dict[int, str]) -> None:
-    for told in store.multi_get([f"failure of rank {rank}" for rank in machines]):
+def _raise_failures(store: dist.Store, world_size: int) -> None:
+    for told in store.multi_get([f"failure of rank {rank}" for rank in range(world_size)]):
         if told:
             raise ConfigError(told.decode())

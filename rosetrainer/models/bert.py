@@ -46,8 +46,7 @@ def block_of(config: GPTConfig) -> type[TransformerBlock]:
 
     class Norm(LayerNorm):
         def forward(self, x: Tensor) -> Tensor:
-            eps = config.norm_eps or 1e-12
-            return F.layer_norm(x, self.weight.shape, self.weight, self.bias, eps)
+            return F.layer_norm(x, self.weight.shape, self.weight, self.bias, config.eps)
 
     class BertBlock(PostNormBlock):
         norm_class = Norm
@@ -113,7 +112,7 @@ class Bert(GPTModel):
         norm, size = self.block_class.norm_class, (config.d_model, True, self.tp)
         with (context or ParallelContext()).device:
             self.token_type_embedding = PositionEmbedding(
-                config.token_types or 2, config.d_model, self.tp
+                config.token_types, config.d_model, self.tp
             )
             self.embedding_norm = norm(*size)
             self.output_head = TransformedHead(self.output_head, norm(*size), config)

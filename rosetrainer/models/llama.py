@@ -87,8 +87,8 @@ class GroupedQueryAttention(nn.Module):
     def __init__(self, config: GPTConfig, tp: Axis, recompute: bool = False) -> None:
         super().__init__()
         D, K, width = config.d_model, config.head_width, config.n_heads * config.head_width
-        bias, eps = config.bias or config.qkv_bias, config.norm_eps or RMSNorm.eps
-        self.head_width, self.pairs = K, config.rotary_pairs or "halves"
+        bias, eps = config.bias or config.qkv_bias, config.eps
+        self.head_width, self.pairs = K, config.rotary_pairs
         self.tp, self.recompute = tp, recompute
         self.query = ColumnParallelLinear(D, width, bias, tp=tp)
         self.key_value = KeyValueLinear(D, config.kv_heads, K, bias, tp=tp)
@@ -180,7 +180,7 @@ def block_of(config: GPTConfig) -> type[TransformerBlock]:
     """The class of the block that the config's choices describe."""
 
     class Norm(RMSNorm):
-        eps = config.norm_eps or RMSNorm.eps
+        eps = config.eps
 
     norms = {"layernorm": LayerNorm, "none": PlainNorm}
 

@@ -28,8 +28,8 @@ class RelativeBias(nn.Module):
 
     def __init__(self, config: GPTConfig, is_causal: bool, tp: Axis) -> None:
         super().__init__()
-        self.buckets, self.is_causal = config.relative_buckets or 32, is_causal
-        self.farthest = config.relative_distance or 128
+        self.buckets, self.is_causal = config.relative_buckets, is_causal
+        self.farthest = config.relative_distance
         shape = (self.buckets, config.n_heads)
         self.weight = new_parameter(ShardSpec(shape, (Cut(tp, 1),), init_std=0.02))
 

@@ -85,7 +85,7 @@ def blocks_of(config: GPTConfig) -> tuple[type[TransformerBlock], type[DecoderBl
     """The classes of an encoder's and of a decoder's block."""
 
     class Norm(RMSNorm):
-        eps = config.norm_eps or 1e-6
+        eps = config.eps
 
     class EncoderBlock(TransformerBlock):
         norm_class, attention_class = Norm, T5SelfAttention

@@ -32,7 +32,7 @@ KNOWN: dict[str, tuple[str | None, ...] | None] = {  # the settings that the ora
     **dict.fromkeys(("start_token", "end_token", "sentinel_token")),
     "norm": (None, *NORMS),
     "activation": (None, *GATED, *PLAIN),
-    "rotary_pairs": (None, "halves", "neighbours"),
+    "rotary_pairs": ("halves", "neighbours"),
     "architecture": tuple(ORACLES),
 }
 

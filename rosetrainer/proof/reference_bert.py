@@ -79,7 +79,7 @@ class ReferenceBert(ReferenceGPT):
         nn.Module.__init__(self)
         self.token_embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.position_embedding = nn.Embedding(config.context_length, config.d_model)
-        self.token_type_embedding = nn.Embedding(config.token_types or 2, config.d_model)
+        self.token_type_embedding = nn.Embedding(config.token_types, config.d_model)
         self.embedding_norm = norm(config)
         self.blocks = nn.ModuleList(ReferencePostNormBlock(config) for _ in range(config.n_layers))
         self.add_module("output_head", ReferenceHead(config))

@@ -80,8 +80,8 @@ def test_a_token_sees_both_sides_and_padding_on_neither() -> None:
             "llama, or leave it out",
         ),
         (
-            {"architecture": "gpt2", "token_types": 2},
-            "token_types=2 is a choice of architecture=bert, and this is gpt2; add --architecture "
+            {"architecture": "gpt2", "token_types": 3},
+            "token_types=3 is a choice of architecture=bert, and this is gpt2; add --architecture "
             "bert, or leave it out",
         ),
     ],

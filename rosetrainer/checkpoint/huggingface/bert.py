@@ -87,9 +87,9 @@ def write_config(config: GPTConfig, model_type: str) -> dict[str, Any]:
         "num_attention_heads": config.n_heads,
         "hidden_size": config.d_model,
         "intermediate_size": config.ff_width,
-        "type_vocab_size": config.token_types or 2,
-        "layer_norm_eps": config.norm_eps or 1e-12,
-        "hidden_act": act.get(config.activation or "gelu", "none"),
+        "type_vocab_size": config.token_types,
+        "layer_norm_eps": config.eps,
+        "hidden_act": act.get(config.function, "none"),
         **FIXED,
         **dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), config.dropout),
     }

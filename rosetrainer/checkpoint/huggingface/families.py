@@ -17,7 +17,6 @@ FAMILIES: dict[str, ModuleType] = {
     kind: family for family in (gpt2, llama, bert, t5) for kind in family.CLASSES
 }
 """By config.json's model_type."""
-EPS = {"bert": 1e-12, "t5": 1e-6}
 NAMES = {
     "bos_token_id": ("<|begin_of_text|>", "<s>", "[CLS]", "<|endoftext|>"),
     "eos_token_id": ("<|endoftext|>", "<|end_of_text|>", "</s>", "[SEP]"),
@@ -93,35 +92,19 @@ def written_as(config: GPTConfig) -> tuple[str, dict[str, Any]]:
 
 
 def explicit(config: GPTConfig) -> GPTConfig:
-    """The config with what its defaults come to, and without dropout, which is training's."""
-    plain = replace(config, d_head=config.head_width, d_ff=config.ff_width, dropout=0.0)
-    if config.architecture in EPS:
-        plain = replace(
-            plain,
-            norm_eps=config.norm_eps or EPS[config.architecture],
-            activation=config.function,  # type: ignore[arg-type]
-            mask_token=None,  # training's too, as those that follow
-            start_token=None,
-            end_token=None,
-            sentinel_token=None,
-        )
-    if config.architecture == "bert":
-        plain = replace(plain, token_types=config.token_types or 2)
-    if config.architecture == "t5":
-        plain = replace(
-            plain,
-            relative_buckets=config.relative_buckets or 32,
-            relative_distance=config.relative_distance or 128,
-        )
-    if config.architecture != "llama":
-        return replace(plain, rotary_base=GPTConfig.rotary_base)
+    """The config with what its defaults come to, and without what is training's alone."""
     return replace(
-        plain,
+        config,
+        d_head=config.head_width,
+        d_ff=config.ff_width,
         n_kv_heads=config.kv_heads,
-        norm=config.norm or "rmsnorm",
-        norm_eps=1e-5 if config.norm_eps is None else config.norm_eps,
+        norm=config.norm or "rmsnorm",  # of others than llama the same on both sides
+        norm_eps=config.eps,
         activation=config.function,  # type: ignore[arg-type]
-        rotary_pairs=config.rotary_pairs or "halves",
-        qkv_bias=config.bias or config.qkv_bias,
-        dense_bias=config.bias or config.dense_bias,
+        rotary_base=config.rotary_base if config.architecture == "llama" else 0.0,
+        dropout=0.0,
+        mask_token=None,
+        start_token=None,
+        end_token=None,
+        sentinel_token=None,
     )
