@@ -16,7 +16,8 @@ from rosetrainer.environment import LAUNCHED, reports_for_machine
 from rosetrainer.launch.rank import record
 
 GRACE = 120  # seconds that ranks have, if they need them, for a step and a save after a signal
-STOP_MARGIN = 1.5  # times what they were measured to take, for they may be slower then
+STOP_SECONDS, STOP_MARGIN = 9, 1.5
+"""A stop has so many seconds at least, and so many times what it was measured to take."""
 SECOND_SIGNAL_SECONDS = 1.0
 """A terminal and a launcher may both send a signal; one that comes later means: end at once."""
 
@@ -68,6 +69,10 @@ class StopRequest:
         if self.signal is not None:
             os._exit(128 + signum)
         self.signal, need = signum, self.seconds_left(time.monotonic())
+        given = min(max(STOP_SECONDS, STOP_MARGIN * need), self.grace)
+        late = threading.Timer(given, self._give_up, [signum, given])
+        late.daemon = True  # a rank that leaves before does not wait for it
+        late.start()
         if need >= 1 and reports_for_machine():
             short = f"; --grace gives {self.grace:g} s" * (need > self.grace)
             print(
@@ -75,6 +80,10 @@ class StopRequest:
                 f"signal, or Ctrl-C, ends at once",
                 flush=True,
             )
+
+    def _give_up(self, signum: signal.Signals, given: float) -> None:
+        report_stop(f"not saved, for the step under way has not ended within {given:g} s")
+        os._exit(128 + signum)
 
     def end_step(self, now: float) -> str:
         """Once, as soon as it is known, a line if a stop takes longer than there will be time."""

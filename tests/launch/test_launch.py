@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import queue
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
+from unittest import mock
 
 import pytest
 import torch.distributed as dist
@@ -372,24 +374,51 @@ def test_a_long_wait_for_a_step_and_a_save_is_announced(start: Start) -> None:
 
 
 @pytest.mark.parametrize(
-    ("need", "said"),
+    ("need", "grace", "given", "said"),
     [
-        (0.5, ""),
-        (34.0, "finishing the step under way, then saving: about 34 s; a second signal, or"),
-        (34.0, "about 34 s; --grace gives 30 s; a second signal, or Ctrl-C, ends at once"),
+        (0.5, 120.0, 9.0, ""),
+        (2.0, 120.0, 9.0, "then saving: about 2 s; a second signal, or Ctrl-C, ends at once"),
+        (34.0, 120.0, 51.0, "finishing the step under way, then saving: about 34 s; a second"),
+        (100.0, 120.0, 120.0, "about 100 s; a second signal"),
+        (200.0, 250.0, 250.0, "about 200 s; a second signal"),
+        (200.0, 30.0, 30.0, "about 200 s; --grace gives 30 s; a second signal, or Ctrl-C"),
+        (2.0, 5.0, 5.0, "about 2 s; a second signal"),
     ],
 )
-def test_what_a_stop_will_take_is_told_when_it_is_asked_for(
-    need: float, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_stop_has_the_time_that_was_measured_and_half_as_much_again(
+    need: float,
+    grace: float,
+    given: float,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     stop = StopRequest()
-    stop.grace, stop.waits_for_step = 30.0 if "grace" in said else 120.0, True
+    stop.grace, stop.waits_for_step = grace, True
     monkeypatch.setattr(stop, "seconds_left", lambda now: need)
-    stop._obey(signal.SIGTERM)
+    with mock.patch("threading.Timer") as timer:
+        stop._obey(signal.SIGTERM)
+    assert timer.call_args.args[0] == given
+    assert timer.return_value.start.called
     assert stop.signal == signal.SIGTERM
     told = capsys.readouterr().out
     assert said in told
     assert bool(told) == bool(said)
+
+
+def test_a_rank_that_does_not_end_its_step_in_that_time_ends(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By itself, under torchrun as well, though its main thread waits for another rank."""
+    ended: queue.Queue[int] = queue.Queue()
+    monkeypatch.setattr("rosetrainer.launch.stop.STOP_SECONDS", 0.01)
+    monkeypatch.setattr(os, "_exit", ended.put)
+    stop = StopRequest()
+    stop.waits_for_step = True
+    stop._obey(signal.SIGTERM)
+    assert ended.get(timeout=LONGEST_SECONDS) == 143
+    said = "stopped; not saved, for the step under way has not ended within 0.01 s\n"
+    assert capsys.readouterr().out == said
 
 
 def test_how_long_a_stop_takes_follows_what_was_measured() -> None:
