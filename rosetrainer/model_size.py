@@ -64,7 +64,7 @@ def check_exists(config: Any) -> None:
         )
 
 
-def check_memory(config: Any, bytes_each: int, what: str, copies: float = 1.0) -> None:
+def check_memory(config: Any, bytes_each: float, what: str, copies: float = 1.0) -> None:
     """Raises ConfigError if `copies` of the model do not fit into this machine's memory.
 
     bytes_each: of one parameter, with what is held beside it; `what` says what that is. copies:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from rosetrainer.validation import ConfigError, Count, check_fields, one_of
+from rosetrainer.validation import Bounds, ConfigError, Count, check_fields, divisors, one_of
 
 STAGES_PER_RANK = {
     "afab": (1, 1),
@@ -42,6 +42,13 @@ class ParallelConfig:
     """Stages of a pipeline's rank: 2 or more if interleaved, else what the schedule has."""
     stage_layers: str | None = None
     """Blocks of each stage, as 3,4,3; unless given they are spread so that stages cost alike."""
+    zero: Annotated[int, Bounds(0, 3)] = 0
+    """What the data-parallel ranks divide among them: 1 the moments, 2 gradients too, 3 parameters
+    too, which are gathered where they are used."""
+    zero_keep: bool = False
+    """At level 3 what the forward pass has gathered stays for the backward pass."""
+    dp_replicas: Count = 1
+    """Groups of data-parallel ranks, each of which holds all that zero divides."""
 
     def resolve(self, world_size: int) -> tuple[int, int]:
         """(tp_size, dp_size), with pp_size their product is world_size. Raises ConfigError."""
@@ -59,7 +66,37 @@ class ParallelConfig:
                 f"world size {world_size} is not {names} = {sizes}; "
                 f"start {tp * dp * pp} ranks, or choose sizes whose product is {world_size}"
             )
+        self.check_zero(dp)
         return tp, dp
+
+    def check_zero(self, dp_size: int) -> None:
+        """Raises ConfigError if the data-parallel ranks cannot divide what zero says."""
+        zero, replicas = self.zero, self.dp_replicas
+        if zero and self.pp_size > 1:
+            raise ConfigError(
+                f"zero={zero} does not go with a pipeline yet, and pp_size={self.pp_size}; pp_size "
+                f"can be 1, or zero 0"
+            )
+        if zero and dp_size == 1:
+            raise ConfigError(
+                f"zero={zero} divides what the ranks of dp hold alike, and dp_size=1 is one rank, "
+                f"so it does nothing; dp_size can be 2 or more, or leave it out"
+            )
+        if self.zero_keep and zero < 3:
+            raise ConfigError(
+                f"zero_keep keeps parameters that zero=3 has gathered, and zero={zero}; zero can "
+                f"be 3, or leave it out"
+            )
+        if replicas > 1 and not zero:
+            raise ConfigError(
+                f"dp_replicas={replicas} are groups of shards, and zero=0 cuts none; zero can be "
+                f"1, 2 or 3, or leave it out"
+            )
+        if zero and (dp_size % replicas or replicas == dp_size):
+            raise ConfigError(
+                f"dp_replicas={replicas} does not divide dp_size={dp_size} into groups of 2 ranks "
+                f"or more; it can be {one_of([n for n in divisors(dp_size) if n < dp_size])}"
+            )
 
     @property
     def stages_of_rank(self) -> int:

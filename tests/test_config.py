@@ -37,6 +37,7 @@ MAY_BE_ZERO: dict[str, list[object]] = {
     "check_replicas": [0],
     "sequence_parallel": [True],
     "overlap": [True],
+    "zero": [0],
     "beta1": [0],
     "beta2": [0],
     "eps": [1.5],

@@ -46,6 +46,8 @@ def obstacle(config: TrainConfig, tp_size: int) -> str:
         return f"tp_size={tp_size}, whose blocks hold collectives; tp_size can be 1"
     if config.parallel.pp_size > 1:
         return f"pp_size={config.parallel.pp_size}, a pipeline's stages; pp_size can be 1"
+    if config.parallel.zero:
+        return f"zero={config.parallel.zero}, which swaps a block's parameters; zero can be 0"
     if config.model.architecture == "rotary":
         return "architecture=rotary, which turns by complex numbers; architecture can be gpt2"
     if config.model.dropout:

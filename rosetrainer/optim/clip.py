@@ -26,7 +26,7 @@ def clip_gradients(model: nn.Module, context: ParallelContext, max_norm: float) 
     for (name, parameter), spec in zip(model.named_parameters(), specs, strict=True):
         assert parameter.grad is not None, f"{name} has no gradient"
         gradients.append(parameter.grad)
-        if counts_here(spec, axes):
+        if parameter.grad.numel() and counts_here(spec, axes):  # a part may be empty
             counted.append(parameter.grad)
     norm = global_norm(counted, axes, gradients[0].device)
     if 0 < max_norm < norm:

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from rosetrainer.optim.adamw import AdamW
-from rosetrainer.parallel.sharding import shard_spec
+from rosetrainer.parallel.sharding import ShardSpec, shard_spec
 from rosetrainer.parallel.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from rosetrainer.parallel.zero.cut import ZeroSpec
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # the paper's: steep at zero, flat enough around one
 ITERATIONS = 5
@@ -54,23 +55,34 @@ class Muon(AdamW):
         torch._foreach_lerp_(gradients, buffers, group["momentum"])  # Nesterov's
         if group["weight_decay"]:
             torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-        for together in stacks(parameters):
+        for together in stacks([p for p in parameters if p.numel()]):
             self._apply(together, group["lr"])
+        for parameter in parameters:
+            parameter.grad = None  # of those too that belong to other ranks
 
     def _apply(self, parameters: Sequence[nn.Parameter], rate: float) -> None:
         """Gathers the whole matrices of these parameters, and no others, and takes their step."""
         matrices: list[Tensor] = []
         for parameter in parameters:
             assert parameter.grad is not None
-            spec = shard_spec(parameter)
+            spec = spec_of_step(parameter)
             whole = spec.unshard(parameter.grad, "optimizer")
             matrices += whole.unflatten(0, (spec.stride, -1)).unbind()
             parameter.grad = None
         steps = iter(orthogonalized(matrices))
         for parameter in parameters:
-            spec = shard_spec(parameter)
+            spec = spec_of_step(parameter)
             whole = torch.cat([next(steps) for _ in range(spec.stride)])
             parameter.sub_(spec.shard(whole), alpha=rate)
+
+
+def spec_of_step(parameter: nn.Parameter) -> ShardSpec:
+    """By which the whole matrix is gathered: over tp, for ZeRO has left it whole on one rank."""
+    spec = shard_spec(parameter)
+    if not isinstance(spec, ZeroSpec):
+        return spec
+    assert spec.shard_cut.owner is not None, "a matrix of Muon's is cut over dp"
+    return spec.gathered_spec
 
 
 def stacks(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:

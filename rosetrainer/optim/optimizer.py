@@ -13,10 +13,14 @@ from rosetrainer.optim.muon import Muon, hidden_layers
 from rosetrainer.parallel.sharding import shard_spec
 
 
+def whole_matrices(model: nn.Module, config: OptimConfig) -> list[nn.Parameter]:
+    """Whose update needs the whole matrix: those that Muon takes, if it is used."""
+    return [layer.weight for layer in hidden_layers(model) if config.optimizer == "muon"]
+
+
 def build_optimizer(model: nn.Module, config: OptimConfig) -> AdamW:
     """What config.optimizer names, over the model's parameters."""
-    layers = hidden_layers(model) if config.optimizer == "muon" else []
-    muon = [layer.weight for layer in layers]
+    muon = whole_matrices(model, config)
     own_rate = config.head_learning_rate is not None
     head = list(model.get_submodule("output_head").parameters()) if own_rate else []
     taken = {id(weight) for weight in (*muon, *head)}
@@ -37,7 +41,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> AdamW:
     ]
     used = [{**group, "lr": group["peak"]} for group in groups if group["params"]]
     adamw: dict[str, Any] = {"betas": (config.beta1, config.beta2), "eps": config.eps}
-    return (Muon if layers else AdamW)(used, **adamw)
+    return (Muon if muon else AdamW)(used, **adamw)
 
 
 def set_learning_rates(optimizer: AdamW, config: OptimConfig, step: int, steps: int) -> float:

@@ -3,6 +3,7 @@
 by several ranks alike, and replicated is for the parameters of others' layers.
 
 vocab_parallel cuts embedding, head and loss; data_parallel sums gradients while others are made;
-pipeline/ divides the layers; overlap hides a collective behind a product. dropout and recompute
-hold in every layout, and replicas compares what ranks hold alike.
+zero/ lets ranks of dp hold a slice each; pipeline/ divides the layers; overlap hides a collective
+behind a product. dropout and recompute hold in every layout, and replicas compares what ranks hold
+alike.
 """

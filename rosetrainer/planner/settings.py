@@ -22,6 +22,9 @@ COUNTED: dict[type, dict[str, tuple[Any, ...] | None]] = {
     ParallelConfig: {
         **dict.fromkeys(("tp_size", "dp_size", "sequence_parallel", "overlap")),
         **dict.fromkeys(("pp_size", "stages_per_rank", "stage_layers")),
+        "zero": (0,),
+        "zero_keep": (False,),
+        "dp_replicas": (1,),
         "recompute": ("none", "attention", "block"),
         "pp_schedule": tuple(STAGES_PER_RANK),
     },

@@ -21,12 +21,13 @@ from rosetrainer.hardware.kernels import fast_kernels
 from rosetrainer.models.build import build_model
 from rosetrainer.models.gpt import GPTModel
 from rosetrainer.optim.clip import clip_gradients
-from rosetrainer.optim.optimizer import build_optimizer
+from rosetrainer.optim.optimizer import build_optimizer, whole_matrices
 from rosetrainer.optim.precision import Autocast, autocast_for
 from rosetrainer.parallel.context import ParallelContext
 from rosetrainer.parallel.dropout import DropoutSeed
 from rosetrainer.parallel.pipeline.runner import last_logits
 from rosetrainer.parallel.sharding import draw_whole, gather_whole, load_whole, shard_spec
+from rosetrainer.parallel.zero.sharded_model import shard_model
 from rosetrainer.proof.batches import (
     ROWS,
     UPDATES,
@@ -152,6 +153,7 @@ class Proof:
             model.double()
         whole = whole or self.whole
         load_whole(model, {name: whole[name] for name, _ in model.named_parameters()})
+        shard_model(model, context, whole_matrices(model, self.optim))
         return model
 
     def trajectory(

@@ -17,6 +17,7 @@ from rosetrainer.launch.stop import report_stop
 from rosetrainer.models.gpt import GPTModel
 from rosetrainer.optim.optimizer import learning_rate
 from rosetrainer.parallel.context import ParallelContext
+from rosetrainer.parallel.zero.sharded_model import sharding_of
 from rosetrainer.reporting.loss_curve import CURVE, NARROWEST
 from rosetrainer.reporting.run_log import RunLog
 from rosetrainer.reporting.screen import Screen
@@ -44,11 +45,15 @@ def describe(context: ParallelContext, dtype: torch.dtype, wanted: str) -> str:
 def introduce(folder: Path, config: TrainConfig, model: GPTModel, dp_size: int) -> None:
     """Prints what the run is."""
     optim, tokens = config.optim, config.model.context_length
-    parameters = sum(p.numel() for p in model.parameters())
+    own = f"{sum(p.numel() for p in model.parameters()):,}"
+    held = f"{own} parameters on this rank"
+    if sharded := sharding_of(model):
+        whole = sum(tensor.numel() for unit in sharded.units for tensor in unit.whole)
+        held = f"{own} of {whole:,} parameters are this rank's slices"
     accumulation, micro = optim.accumulation(dp_size), optim.micro_batch(dp_size)
     parts = f" = {dp_size} dp ranks x {accumulation} micro-batches x {micro} sequences"
     print(
-        f"{parameters:,} parameters on this rank, vocabulary {config.model.vocab_size:,}; a step "
+        f"{held}, vocabulary {config.model.vocab_size:,}; a step "
         f"is {optim.global_batch_size} sequences x {tokens} tokens"
         f"{parts if dp_size * accumulation > 1 else ''}"
     )

@@ -39,11 +39,12 @@ from rosetrainer.model_size import check_memory
 from rosetrainer.models.build import build_model
 from rosetrainer.models.gpt import GPTModel
 from rosetrainer.optim.adamw import AdamW
-from rosetrainer.optim.optimizer import build_optimizer
+from rosetrainer.optim.optimizer import build_optimizer, whole_matrices
 from rosetrainer.optim.precision import autocast_for
 from rosetrainer.parallel.comm import all_reduce
 from rosetrainer.parallel.context import Axis, ParallelContext, end_parallel, init_parallel
 from rosetrainer.parallel.sharding import init_weights
+from rosetrainer.parallel.zero.sharded_model import shard_model
 from rosetrainer.reporting.messages import (
     describe,
     introduce,
@@ -83,7 +84,7 @@ def check_config(
     """
     config.check(world_size)
     rank, _, local_rank, local_world_size = world_from_environment()
-    tp_size, _ = config.parallel.resolve(world_size)
+    tp_size, dp_size = config.parallel.resolve(world_size)
     device = choose_device(config.hardware.device)
     config.parallel.check_device(device.type)
     compiled = compiles(config, tp_size, device)
@@ -99,8 +100,11 @@ def check_config(
     else:
         config = config.with_settings(vocab_size=corpus.meta.vocab_size)
     if device.type == "cpu":
-        each = 12 if config.optim.optimizer == "muon" else 16  # moments: one, or two
-        each *= 2 if config.precision.dtype == "float64" else 1
+        numbers = 3 if config.optim.optimizer == "muon" else 4  # weight, gradient, moments
+        on_all = (numbers, 2, 1, 0)[config.parallel.zero]
+        shards = dp_size // config.parallel.dp_replicas if config.parallel.zero else 1
+        each = on_all + (numbers - on_all) / shards
+        each *= 8 if config.precision.dtype == "float64" else 4
         copies = local_world_size / tp_size / config.parallel.pp_size
         check_memory(config.model, each, "weights, gradients and moments", copies)
     plan = find_resume_plan(config, corpus) if rank == 0 else ResumePlan()
@@ -222,6 +226,8 @@ def build(
     model = build_model(config.model, context)
     if dtype == torch.float64:
         model.double()
+    timeout = config.monitor.timeout + WATCH_MARGIN_SECONDS
+    shard_model(model, context, whole_matrices(model, config.optim), timeout)
     optimizer = build_optimizer(model, config.optim)
     if location.checkpoint is None:
         if config.run.init_from:

@@ -24,6 +24,7 @@ from rosetrainer.parallel.data_parallel import (
 )
 from rosetrainer.parallel.dropout import Seed
 from rosetrainer.parallel.pipeline.runner import accumulate_in_stages, sum_tied_gradients
+from rosetrainer.parallel.zero.sharded_model import sharding_of
 
 
 def compute_gradients(
@@ -36,8 +37,16 @@ def compute_gradients(
     """Leaves the global batch's gradient in every .grad; its mean loss in nats.
 
     As accumulate_gradients, then summed over the ranks. If the loss is not finite, no gradient is.
+    Of a sharded model parameters and gradients are then this rank's slices.
     Raises NonFiniteGradientError on every rank if a gradient of one is not finite.
     """
+    if sharded := sharding_of(model):
+        loss = accumulate_gradients(model, batches, context, autocast, seed, sharded.backward)
+        local = sharded.finish()
+        if math.isfinite(loss):
+            check_gradients(local, context)  # type: ignore[arg-type]
+            reduce_gradients(model, context)  # over tp; over dp they are summed
+        return loss
     over_dp = GradientSum(model, context.dp)
     with weights_cast_once():
         if context.pp.size > 1:

@@ -25,6 +25,7 @@ from rosetrainer.optim.precision import Autocast
 from rosetrainer.parallel.context import Axis, ParallelContext
 from rosetrainer.parallel.dropout import DropoutSeed
 from rosetrainer.parallel.replicas import check_replicas
+from rosetrainer.parallel.zero.sharded_model import sharding_of
 from rosetrainer.reporting.reporter import Reporter
 from rosetrainer.training.agreement import agree_to_stop
 from rosetrainer.training.evaluation import evaluate
@@ -120,6 +121,8 @@ class Trainer:
         found = evaluate(
             self.config, self.corpus, self.model, self.context, self.autocast, self.wants_to_stop
         )
+        if sharded := sharding_of(self.model):
+            sharded.release()
         if found is not None:
             loss = found[0]["val/loss"]
             check_finite("validation loss", loss, self.state.step - 1, self.config)

@@ -60,16 +60,21 @@ def trained(
 LAYOUTS = {"tp2": (2, 1), "dp2": (2, 2), "tp2dp2": (4, 2), "alone": (1, 1)}
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout, dtype, zero",
+    [
+        *((layout, dtype, 0) for layout in LAYOUTS for dtype in ("float32", "bfloat16")),
+        *(("dp2", "float32", 1), ("dp2", "bfloat16", 2), ("tp2dp2", "float32", 3)),
+    ],
+)
 def test_a_resumed_run_is_bitwise_the_one_that_was_not_interrupted(
-    config: TrainConfig, layout: str, dtype: str, tmp_path: Path
+    config: TrainConfig, layout: str, dtype: str, zero: int, tmp_path: Path
 ) -> None:
     world, dp = LAYOUTS[layout]
-    whole = trained(config, world, dp, 0, dtype=dtype)
+    whole = trained(config, world, dp, 0, dtype=dtype, zero=zero)
     out = tmp_path / "resumed"
-    first = trained(config, world, dp, 3, dtype=dtype, out=out)
-    rest = trained(config, world, dp, 0, dtype=dtype, out=out)
+    first = trained(config, world, dp, 3, dtype=dtype, zero=zero, out=out)
+    rest = trained(config, world, dp, 0, dtype=dtype, zero=zero, out=out)
     assert (list(first), list(rest)) == ([1, 2, 3], [4, 5, 6])
     assert first | rest == whole
     ours, expected = (state(run / "step_000006") for run in (out, tmp_path / "run"))
@@ -85,7 +90,8 @@ ROTARY: dict[str, Any] = {"architecture": "rotary", "tied": False}
 def test_a_run_goes_through_layouts_and_computes_what_one_process_does(
     config: TrainConfig, tmp_path: Path, optimizer: Any
 ) -> None:
-    """tp 2 -> tp 4 -> dp 2 -> tp 2 x dp 2 -> one process: losses, weights and moments."""
+    """tp 2 -> tp 4 -> dp 4 at level 3 of ZeRO -> tp 2 -> tp 2 x dp 2 at level 1 -> one process:
+    losses, weights and moments."""
     muon = optimizer == "muon"
     if muon:  # with the other GPT
         config = replace(
@@ -96,8 +102,9 @@ def test_a_run_goes_through_layouts_and_computes_what_one_process_does(
     alone = trained(config, 1, 1, 0)
     out = tmp_path / "moved"
     found: dict[int, float] = {}
-    for stop, (world, dp) in enumerate([(2, 1), (4, 1), (2, 2), (4, 2), (1, 1)], 1):
-        found |= trained(config, world, dp, stop if stop < 5 else 0, out=out)
+    layouts = [(2, 1, 0), (4, 1, 0), (4, 4, 3), (2, 1, 0), (4, 2, 1), (1, 1, 0)]
+    for stop, (world, dp, zero) in enumerate(layouts, 1):
+        found |= trained(config, world, dp, stop if stop < STEPS else 0, out=out, zero=zero)
     assert list(found) == list(alone)
     assert found == pytest.approx(alone, rel=1e-10)
     moved, expected = (state(run / "step_000006") for run in (out, tmp_path / "run"))

@@ -20,6 +20,7 @@ from rosetrainer.optim.muon import Muon, hidden_layers, newton_schulz, orthogona
 from rosetrainer.optim.optimizer import build_optimizer, set_learning_rates
 from rosetrainer.parallel.context import init_parallel
 from rosetrainer.parallel.sharding import gather_whole, init_weights, load_whole
+from rosetrainer.parallel.zero.sharded_model import shard_model
 from rosetrainer.training.step import compute_gradients
 
 ROWS, STEPS = 4, 3
@@ -79,6 +80,7 @@ def check_updates(parallel: ParallelConfig, changes: dict[str, Any]) -> None:
     dense = dense_model(config)
     model = GPTModel(config, context).double()
     load_whole(model, dense.state_dict())
+    shard_model(model, context, [layer.weight for layer in hidden_layers(model)])
     optimizer = build_optimizer(model, OPTIM)
     adamw, momentum = adamw_of_the_rest(dense), dict[str, Tensor]()
     for step in range(STEPS):
@@ -108,8 +110,10 @@ def check_updates(parallel: ParallelConfig, changes: dict[str, Any]) -> None:
         (ParallelConfig(4, 1), {"tied": False}),
         (ParallelConfig(2, 2, sequence_parallel=True), {"bias": False}),
         (ParallelConfig(1, 2), {}),
+        (ParallelConfig(2, 2, zero=2), {"tied": False}),
+        (ParallelConfig(1, 4, zero=3), {"n_layers": 1}),
     ],
-    ids=["one-process", "tp2", "tp4", "tp2-dp2-sequence-parallel", "dp2"],
+    ids=["one-process", "tp2", "tp4", "tp2-dp2-sequence-parallel", "dp2", "tp2-zero2", "zero3"],
 )
 def test_three_updates_equal_the_oracle(parallel: ParallelConfig, changes: dict[str, Any]) -> None:
     run_ranks((parallel.tp_size or 1) * (parallel.dp_size or 1), check_updates, parallel, changes)

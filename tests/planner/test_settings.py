@@ -29,7 +29,11 @@ TRAIN = TrainConfig(
 )
 
 
-UNLESS_GIVEN: dict[str, list[Any]] = {"stages_per_rank": [4], "stage_layers": ["1,1,1,5"]}
+UNLESS_GIVEN: dict[str, list[Any]] = {
+    "stages_per_rank": [4],
+    "stage_layers": ["1,1,1,5"],
+    "zero": [1, 2, 3],
+}
 LLAMA = TrainConfig(
     replace(TRAIN.model, architecture="llama", bias=False, n_kv_heads=2, norm="rmsnorm"),
     TRAIN.parallel,

@@ -1,0 +1,5 @@
+"""Of what all ranks of dp would hold alike, each holds a slice ("ZeRO: Memory Optimizations Toward
+Training Trillion Parameter Models", Rajbhandari et al.).
+
+Read cut (which slice), unit (parameters that travel together), then sharded_model (when).
+"""
