@@ -26,6 +26,7 @@ from rosetrainer.models.encoder_decoder import EncoderDecoderModel
 from rosetrainer.optim.adamw import AdamW
 from rosetrainer.optim.clip import clip_gradients
 from rosetrainer.optim.optimizer import build_optimizer
+from rosetrainer.parallel import data_parallel
 from rosetrainer.parallel.context import ParallelContext, init_parallel
 from rosetrainer.parallel.dropout import DropoutSeed
 from rosetrainer.parallel.sharding import draw_whole, gather_whole, load_whole, shard_spec
@@ -34,7 +35,8 @@ from rosetrainer.proof.oracles import build_reference
 from rosetrainer.proof.reference import ReferenceDropout
 from rosetrainer.training.step import compute_gradients
 
-ROWS, T, S, STEPS, CLIP = 8, 8, 16, 3, 0.05
+ROWS, T, S, STEPS, CLIP, SGD_RATE = 8, 8, 16, 3, 0.05, 0.5
+BUCKET_BYTES = 20_000  # of gradients that are summed together: several, and none of them full
 FACTORS: dict[str, tuple[Any, ...]] = {
     "ranks": ((1, 1), (2, 1), (4, 1), (8, 1), (1, 2), (1, 4), (2, 2), (2, 4), (4, 2)),  # tp, dp
     "sequence_parallel": (False, True),
@@ -46,6 +48,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "encoder_decoder": (False, True),
     "micro_batches": (1, 2),
 }
+ALIVE = ("losses", "norms", "stood still")
 OPTIM = OptimConfig(learning_rate=1e-3, weight_decay=0.3, global_batch_size=ROWS)
 
 
@@ -149,6 +152,8 @@ def batch(layout: Layout, step: int) -> tuple[Tensor, ...]:
     target, labels, source = drawn[0, :, :T], drawn[1, :, :T].clone(), drawn[2]
     for row in range(ROWS):
         labels[row, : row + 1] = IGNORED  # the last row has none
+    if step == 1:
+        labels[2:] = IGNORED  # wherever there are several, the last rank of dp has none
     source_mask, target_mask = torch.ones_like(source), torch.ones_like(target)
     source_mask[2, 9:] = target_mask[3, 6:] = 0
     if layout.model.architecture == "t5":
@@ -172,6 +177,17 @@ def oracle_optimizer(dense: nn.Module) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=1e-3, betas=(OPTIM.beta1, OPTIM.beta2))
 
 
+@torch.no_grad()
+def update(model: nn.Module, optimizer: Any, step: int) -> None:
+    """The first of SGD, by which a wrong scale shows that Adam would hide; then the optimizer's."""
+    if step:
+        optimizer.step()
+        return
+    for parameter in model.parameters():
+        assert parameter.grad is not None
+        parameter.sub_(parameter.grad, alpha=SGD_RATE)
+
+
 def one_process(layout: Layout) -> dict[str, Any]:
     """Logits, losses, norms, first gradients, and weights and moments at the end."""
     if layout.encoder_decoder:
@@ -180,6 +196,7 @@ def one_process(layout: Layout) -> dict[str, Any]:
     dense = build_reference(layout.model).double()
     dense.load_state_dict(whole)
     optimizer = oracle_optimizer(dense)
+    start = {name: p.detach().clone() for name, p in dense.named_parameters()}
     found: dict[str, Any] = {"losses": [], "norms": []}
     for step in range(STEPS):
         optimizer.zero_grad()
@@ -192,12 +209,13 @@ def one_process(layout: Layout) -> dict[str, Any]:
         for parameter in dense.parameters():
             assert parameter.grad is not None
             parameter.grad.mul_((CLIP / norm).clamp(max=1))
-        optimizer.step()
+        update(dense, optimizer, step)
         found["losses"].append(loss.item())
         found["norms"].append(norm.item())
         if step == 0:
             found |= {"logits": logits.detach(), "gradients": gradients}
     found["weights"] = {n: p.detach() for n, p in dense.named_parameters()}
+    found["stood still"] = [n for n, whole in found["weights"].items() if whole.equal(start[n])]
     for key in ("exp_avg", "exp_avg_sq"):
         found[key] = {n: optimizer.state[p][key] for n, p in dense.named_parameters()}
     return found
@@ -207,6 +225,7 @@ def train(layout: Layout, context: ParallelContext) -> dict[str, Any]:
     """What one_process finds, in the layout; and what moved and was kept in the first step."""
     model, dp = build(layout, context), context.dp
     optimizer = build_optimizer(model, OPTIM)
+    start = {name: whole.clone() for name, whole in gather_whole(model).items()}
     size = ROWS // dp.size // layout.micro_batches
     firsts = [(i * dp.size + dp.rank) * size for i in range(layout.micro_batches)]
     found: dict[str, Any] = {"losses": [], "norms": []}
@@ -235,9 +254,10 @@ def train(layout: Layout, context: ParallelContext) -> dict[str, Any]:
             found["gradients"] = {n: g.clone() for n, g in found["gradients"].items()}
         norm = clip_gradients(model, context, CLIP)
         found["norms"] += [norm] if step else []
-        optimizer.step()
+        update(model, optimizer, step)
     found["rows"] = [row for first in firsts for row in range(first, first + size)]
     found["weights"] = gather_whole(model)
+    found["stood still"] = [n for n, whole in found["weights"].items() if whole.equal(start[n])]
     for key in ("exp_avg", "exp_avg_sq"):
         found[key] = {
             name: shard_spec(p).unshard(optimizer.state[p][key], "checkpoint")
@@ -312,12 +332,14 @@ def relative(ours: Tensor, expected: Tensor, largest: float | None = None) -> fl
 
 def compare(chosen: list[tuple[Layout, str]]) -> list[dict[str, Any]]:
     """On one rank: the errors of each layout, what moved and what was held."""
+    data_parallel.BUCKET_BYTES = BUCKET_BYTES
     results = []
     for layout, path in chosen:
         ours = train(layout, init_parallel(layout.parallel))
         expected = torch.load(path, weights_only=True)
         kept_here = {"kept": ours["kept"], "held": ours["held"], "ledger": ours["ledger"]}
-        results.append({"errors": errors(ours, expected), **kept_here})
+        alive = [{key: side[key] for key in ALIVE} for side in (ours, expected)]
+        results.append({"errors": errors(ours, expected), "alive": alive, **kept_here})
     return results
 
 

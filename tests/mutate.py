@@ -35,6 +35,8 @@ LONGEST = 600.0
 COMM = ["parallel/test_comm.py", "parallel/test_layers.py"]
 MODEL = ["models/test_model.py", "training/test_training_parity.py"]
 EVERY = ["parallel/test_techniques.py::test_every_technique_equals_dense"]
+SUMS = ["parallel/test_gradient_sum.py", "training/test_training_parity.py"]
+RANGE = ["parallel/test_techniques.py::test_an_id_or_a_label_out_of_range_is_refused"]
 LAYOUT = "models/test_llama.py::test_a_layout_equals_the_oracle"
 LLAMA = [f"{LAYOUT}[tp4-two-hold-a-head]", f"{LAYOUT}[tp2-dp2-sequence-parallel]"]
 PIPELINE = ["parallel/test_schedule.py", "parallel/test_pipeline_beside_torch.py"]
@@ -46,7 +48,7 @@ MUON = ["proof/test_parity.py::test_a_right_layout_is_proved_right_in_each_dtype
 TESTS: dict[str, tuple[list[str], list[str]]] = {
     "parallel/comm.py": ([*COMM, *MODEL, *EVERY], LATTICE),
     "parallel/context.py": (["parallel/test_context.py", *COMM, *EVERY], LATTICE),
-    "parallel/data_parallel.py": (["training/test_training_parity.py", *EVERY, *LLAMA], LATTICE),
+    "parallel/data_parallel.py": ([*SUMS, *EVERY, *LLAMA], LATTICE),
     "parallel/dropout.py": ([*EVERY, "parallel/test_seeds.py"], LATTICE),
     "parallel/overlap.py": (["parallel/test_layers.py", *EVERY], LATTICE),
     "parallel/recompute.py": (EVERY, LATTICE),
@@ -54,7 +56,10 @@ TESTS: dict[str, tuple[list[str], list[str]]] = {
     "parallel/sharding.py": (["parallel/test_sharding.py", *COMM, *MODEL], LATTICE),
     "parallel/shared_heads.py": (["models/test_llama.py"], LATTICE),
     "parallel/tensor_parallel.py": (["parallel/test_layers.py", *MODEL], LATTICE),
-    "parallel/vocab_parallel.py": (["parallel/test_head_loss.py", *MODEL, *EVERY], LATTICE),
+    "parallel/vocab_parallel.py": (
+        ["parallel/test_head_loss.py", *RANGE, COMM[1], *MODEL, *EVERY],
+        LATTICE,
+    ),
     "parallel/pipeline/": ([*PIPELINE, *SINGLE], ["parallel/test_pipeline.py"]),
     "models/attention.py": ([*MODEL, *EVERY], LATTICE),
     "models/bert.py": (["models/test_bert.py"], THEIRS),

@@ -139,6 +139,13 @@ def layout_of(row: tuple[Any, ...]) -> Layout:
     return Layout(pp, schedule, tp=tp, dp=dp, **FUNCTIONS[function], **how)
 
 
+EIGHT_RANKS = [
+    Layout(2, "1f1b", 3, 5, dp=2, tp=2, dropout=0.1, sequence_parallel=True),
+    Layout(2, "zero-bubble-v", 5, 7, tied=False, dp=2, tp=2),
+    Layout(4, "zero-bubble", 5, 7, dp=2),
+]
+
+
 def whole_weights(config: GPTConfig) -> dict[str, Tensor]:
     """With biases that are not zero and norms that are not one."""
     model = build_model(config, ParallelContext(device=torch.device("meta")))

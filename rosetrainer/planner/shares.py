@@ -89,7 +89,7 @@ def parameters(
     yield from [*attention, *feed_forward] * share.layers
     if encoder_decoder:
         yield from norm
-        yield from [*attention, *cross, *feed_forward] * share.layers
+        yield from [*attention, *feed_forward, *cross] * share.layers
     yield from norm * share.last
     yield from [table] * (share.last and not model.tied)
 

@@ -48,6 +48,13 @@ def test_top_k_and_top_p_cut_the_tail_and_keep_the_proportions() -> None:
     assert set(draw(SamplingConfig(temperature=1.0, top_k=4, top_p=0.5))) == {1, 2}
 
 
+def test_what_comes_after_exactly_top_p_is_cut() -> None:
+    generator, halves = torch.Generator().manual_seed(1), torch.tensor([0.0, -1e4, 0.0])
+    sampling = SamplingConfig(temperature=1.0, top_p=0.5)
+    drawn = {int(choose(halves, sampling, generator)) for _ in range(40)}
+    assert len(drawn) == 1 and drawn < {0, 2}
+
+
 def test_the_seed_decides_and_the_text_may_outgrow_the_context() -> None:
     model = GPTModel(tiny_config())
     load_whole(model, dense_model(tiny_config()).state_dict())

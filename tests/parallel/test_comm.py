@@ -2,27 +2,38 @@
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import replace
+
 import pytest
+import ranks
 import torch
 from ranks import RankFailure, run_ranks
+from torch import Tensor
 
 from rosetrainer.parallel import comm
-from rosetrainer.parallel.context import Axis, init_tensor_parallel
+from rosetrainer.parallel.context import Axis, Ledger, init_tensor_parallel
 
 
-def check_regions() -> None:
-    tp = init_tensor_parallel().tp
+def check_regions(tp_size: int) -> None:
+    context = init_tensor_parallel(tp_size)
+    tp, first = context.tp, context.dp.rank * tp_size  # of the ranks of this tp group
     n, r = tp.size, tp.rank
-    generator = torch.Generator().manual_seed(r)
-    own = torch.randn(2, 3, generator=generator)  # differs from rank to rank
-    everyone = [torch.randn(2, 3, generator=torch.Generator().manual_seed(i)) for i in range(n)]
-    up = torch.randn(2, 3, generator=torch.Generator().manual_seed(100 + r))
-    ups = [torch.randn(2, 3, generator=torch.Generator().manual_seed(100 + i)) for i in range(n)]
-    wide, wide_up = torch.cat(everyone, -1), torch.cat(ups, -1)
 
-    def both(function, x, upstream):
+    def drawn(seed: int) -> list[Tensor]:
+        """One for each rank of the group; no two of all ranks are alike."""
+        seeds = range(seed + first, seed + first + n)
+        return [torch.randn(2, 3, generator=torch.Generator().manual_seed(s)) for s in seeds]
+
+    everyone, ups = drawn(0), drawn(100)
+    own, up = everyone[r], ups[r]
+    wide, wide_up = torch.cat(everyone, -1), torch.cat(ups, -1)
+    long, long_up = torch.cat(everyone, -2), torch.cat(ups, -2)
+    by_tokens = replace(tp, sequence_parallel=True, ledger=Ledger())
+
+    def both(function, x, upstream, axis=tp):
         x = x.clone().requires_grad_()
-        y = function(x, tp)
+        y = function(x, axis)
         y.backward(upstream)
         return y.detach(), x.grad
 
@@ -39,6 +50,16 @@ def check_regions() -> None:
     assert torch.equal(y, wide[:, 3 * r : 3 * r + 3])
     assert torch.equal(grad, wide_up)
 
+    y, grad = both(comm.enter_tensor_parallel_region, own, long_up, by_tokens)
+    assert torch.equal(y, long)
+    torch.testing.assert_close(grad, n * up)  # every rank has the same gradient of the whole
+    y, grad = both(comm.leave_tensor_parallel_region, long * (r + 1), up, by_tokens)
+    torch.testing.assert_close(y, own * n * (n + 1) / 2)
+    torch.testing.assert_close(grad, long_up)
+    moved = {key: (t.calls, t.payload_bytes) for key, t in by_tokens.ledger.entries.items()}
+    kinds = itertools.product(("all_gather", "reduce_scatter"), ("forward", "backward"))
+    assert moved == dict.fromkeys(kinds, (1, 2 * 3 * 4 * n))
+
     small, large = 2 * 3 * 4, 2 * 3 * 4 * n
     counted = {key: (t.calls, t.payload_bytes) for key, t in tp.ledger.entries.items()}
     assert counted == {
@@ -49,16 +70,17 @@ def check_regions() -> None:
     }
 
 
-@pytest.mark.parametrize("n_ranks", [2, 4])
-def test_regions_forward_backward_and_counted(n_ranks: int) -> None:
-    run_ranks(n_ranks, check_regions)
+@pytest.mark.parametrize("tp_size", [2, 4])
+def test_regions_forward_backward_and_counted(tp_size: int) -> None:
+    run_ranks(4, check_regions, tp_size)
 
 
-def check_primitives() -> None:
-    tp = init_tensor_parallel().tp
+def check_primitives(tp_size: int) -> None:
+    context = init_tensor_parallel(tp_size)
+    tp = context.tp
     n, r = tp.size, tp.rank
-    # Not contiguous, and the caller's own: it must come back as it was.
-    x = (torch.arange(12.0).reshape(3, 4) + 100 * r).T
+    # Not contiguous, and the caller's own: it must come back as it was. Other groups have others.
+    x = (torch.arange(12.0).reshape(3, 4) + 1000 * context.dp.rank + 100 * r).T
     before = x.clone()
     total = comm.all_reduce(x, tp, "forward")
     assert torch.equal(total, n * (before - 100 * r) + 100 * n * (n - 1) / 2)
@@ -74,10 +96,12 @@ def check_primitives() -> None:
     for dtype in (torch.float64, torch.bfloat16, torch.int64):
         assert comm.all_reduce(torch.ones(3, dtype=dtype), tp, "forward").eq(n).all()
 
+    assert 0 < tp.ledger.wait_seconds < ranks.LONGEST_SECONDS
 
-@pytest.mark.parametrize("n_ranks", [2, 4])
-def test_primitives_leave_the_caller_s_tensor_alone(n_ranks: int) -> None:
-    run_ranks(n_ranks, check_primitives)
+
+@pytest.mark.parametrize("tp_size", [2, 4])
+def test_primitives_leave_the_caller_s_tensor_alone(tp_size: int) -> None:
+    run_ranks(4, check_primitives, tp_size)
 
 
 def test_an_axis_of_one_rank_communicates_and_counts_nothing() -> None:

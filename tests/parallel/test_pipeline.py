@@ -34,13 +34,8 @@ SINGLE = {
     "zero-bubble": Layout(3, "zero-bubble", 5, 5, dropout=0.1),
     "zero-bubble-v": Layout(2, "zero-bubble-v", 3, tied=False),
 }
-EIGHT_RANKS = [
-    Layout(2, "1f1b", 3, 5, dp=2, tp=2, dropout=0.1, sequence_parallel=True),
-    Layout(2, "zero-bubble-v", 5, 7, tied=False, dp=2, tp=2),
-    Layout(4, "zero-bubble", 5, 7, dp=2),
-]
 FEW_MICRO_BATCHES = [Layout(2, "1f1b", 1, dropout=0.1), Layout(3, "1f1b", 2)]
-LAYOUTS = [*map(pipelines.layout_of, pipelines.rows()), *EIGHT_RANKS, *FEW_MICRO_BATCHES]
+LAYOUTS = [*map(pipelines.layout_of, pipelines.rows()), *pipelines.EIGHT_RANKS, *FEW_MICRO_BATCHES]
 
 
 @pytest.fixture(scope="session")

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any
 
 import lattice
 import pytest
 from once import Once
 
+from rosetrainer.planner import layout as planner_layout
 from rosetrainer.planner.layout import Plan, Work, plan
 
+GRADIENTS_OVER_DP = ("dp", "all_reduce", "backward")
 Results = dict[lattice.Layout, list[dict[str, Any]]]
 
 
@@ -28,6 +31,29 @@ def test_a_layout_computes_what_one_process_does(layout: lattice.Layout, results
         assert not wrong, f"rank {rank}: {wrong}"
 
 
+@pytest.mark.parametrize("layout", lattice.layouts(), ids=str)
+def test_both_sides_are_alive_and_the_layout_is_active(
+    layout: lattice.Layout, results: Results
+) -> None:
+    """Else equal nothings would agree: what one process finds, and each rank, moves."""
+    sizes = dict(zip(("tp", "dp"), layout.ranks, strict=True))
+    for found in results[layout]:
+        for side in found["alive"]:
+            assert min(side["norms"]) > lattice.CLIP, "clipping bites, in each step"
+            assert min(abs(loss - math.log(layout.vocab_size)) for loss in side["losses"]) > 1e-3
+            assert side["stood still"] == []
+        for axis, size in sizes.items():
+            moved = [
+                (payload, phase)
+                for (name, _, phase), (_, payload) in found["ledger"]
+                if name == axis and phase in ("forward", "backward")
+            ]
+            assert bool(moved) == (size > 1)
+            assert all(payload > 0 for payload, _ in moved)
+        sums = [calls for key, (calls, _) in found["ledger"] if key == GRADIENTS_OVER_DP]
+        assert layout.ranks[1] == 1 or min(sums) >= 3, "buckets"
+
+
 def plan_of(layout: lattice.Layout) -> Plan:
     rows = lattice.ROWS // layout.ranks[1] // layout.micro_batches
     source = lattice.S if layout.encoder_decoder else 0
@@ -40,8 +66,9 @@ PLANNED = [one for one in lattice.layouts() if one.model.architecture in ("gpt2"
 
 @pytest.mark.parametrize("layout", PLANNED, ids=str)
 def test_the_ledger_and_the_memory_are_those_that_were_counted(
-    layout: lattice.Layout, results: Results
+    layout: lattice.Layout, results: Results, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(planner_layout, "BUCKET_BYTES", lattice.BUCKET_BYTES)
     predicted = plan_of(layout)
     for found in results[layout]:
         assert dict(found["ledger"]) == predicted.ledger

@@ -161,12 +161,8 @@ def zero_bubble_v(rank: int, p: int, m: int) -> list[Step]:
     steps: list[Step] = [("F", down)] * (2 * after - 1)
     steps += [("F", up), ("F", down)] * rank
     steps += [("F", up), ("I", up), ("W", up)] * after
-    begun = 2 * after - 1 + rank  # forward passes down; `p` of those up are done
-    back = [("I", down), ("W", down), ("F", up), ("I", up), ("W", up)]
-    for _ in range(full - p):
-        steps += [("F", down)] * (begun < full)
-        steps += back
-        begun += 1
+    turn = [("F", down), ("I", down), ("W", down), ("F", up), ("I", up), ("W", up)]
+    steps += turn * (full - p)  # in the last ones there is no micro-batch left to go down
     steps += [("I", down), ("I", up)] * rank
     steps += [("I", down), ("W", down)] * after
     return steps + [("W", up)] * rank + [("W", down)] * rank
