@@ -40,7 +40,7 @@ def test_both_sides_are_alive_and_the_layout_is_active(
     for found in results[layout]:
         for side in found["alive"]:
             assert min(side["norms"]) > lattice.CLIP, "clipping bites, in each step"
-            assert min(abs(loss - math.log(layout.vocab_size)) for loss in side["losses"]) > 1e-3
+            assert min(abs(loss - math.log(layout.vocab_size)) for loss in side["losses"]) > 1e-4
             assert side["stood still"] == []
         for axis, size in sizes.items():
             moved = [
