@@ -85,7 +85,7 @@ def lock_run(folder: Path) -> IO[str]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            holder = file.read(200).strip() or "another process"
+            holder = file.readline(200).strip() or "another process"
             raise ConfigError(
                 f"{folder} is in use by {holder}; wait until it ends, stop it, or choose another "
                 f"--out"

@@ -90,7 +90,7 @@ def ranks_to_start(
         if nproc is not None and LAUNCHED not in os.environ:
             raise ConfigError(
                 f"nproc={nproc} under torchrun, srun or mpirun, which start the ranks themselves; "
-                f"leave --nproc out"
+                f"leave --nproc and --hosts out"
             )
         return world_from_environment()[1], False
     check_fields(parallel)

@@ -29,8 +29,9 @@ def main(argv: list[str]) -> int:
     command = parse_train_flags(PlanCommand, argv, "plan")
     config, parallel = command.config, command.config.parallel
     tp_size, dp_size, pp_size = parallel.tp_size or 1, parallel.dp_size or 1, parallel.pp_size
-    if command.nproc:
-        tp_size, dp_size = parallel.resolve(command.nproc)
+    hosts = len(command.hosts.split(",")) if command.hosts else 1
+    if command.nproc or command.hosts:
+        tp_size, dp_size = parallel.resolve((command.nproc or 1) * hosts)
     parallel = replace(parallel, tp_size=tp_size, dp_size=dp_size)
     given = config.model.vocab_size if config.run.init_from else None
     vocabulary = command.vocabulary or given or corpus_vocabulary(config)

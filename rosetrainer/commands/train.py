@@ -16,8 +16,12 @@ from rosetrainer.commands.presets import PRESETS, PresetName
 from rosetrainer.config import GPTConfig, TrainConfig
 from rosetrainer.environment import LAUNCHED, world_from_environment
 from rosetrainer.hardware.memory import keep_freed_memory, no_garbage_collection
+from rosetrainer.launch.interfaces import own_host
 from rosetrainer.launch.stop import GRACE, STOP, stop_status
-from rosetrainer.validation import ConfigError, Count, LocalRanks, config_from_dict
+from rosetrainer.validation import ConfigError, Count, CountOrZero, LocalRanks, config_from_dict
+
+PORT = "29500"
+"""Where the ranks of several machines meet, unless MASTER_PORT says another."""
 
 READ = "ROSETRAINER_COMMAND"
 """Environment variable: the command as JSON, for ranks, which then need not read flags again."""
@@ -32,8 +36,28 @@ class TrainCommand:
     """Settings that belong together, or a model by its name; further flags change single ones."""
     nproc: LocalRanks | None = None
     """Start this many ranks on this machine; leave it out under torchrun."""
+    hosts: str | None = None
+    """Addresses of several machines, with commas between them; the command runs on each."""
+    host_rank: CountOrZero | None = None
+    """Which of the hosts this is, from 0; found out unless given."""
     grace: Count = GRACE
     """Most seconds for a step and a save after a signal; Slurm gives 30, spot machines to 120."""
+
+    def machines(self) -> tuple[list[str], int]:
+        """Addresses of all machines, none where there is one, and which this is.
+
+        Raises ConfigError.
+        """
+        hosts = [host.strip() for host in self.hosts.split(",")] if self.hosts else []
+        given, count = self.host_rank, len(set(hosts) - {""})
+        if hosts and not 1 < count == len(hosts):
+            raise ConfigError(f"hosts={self.hosts} should be two or more addresses, A,B say")
+        if given is not None and given >= count:
+            raise ConfigError(
+                f"host_rank={given} is the number of one of the hosts, and there are {count}; "
+                + (f"it can be 0 to {count - 1}" if hosts else "give --hosts A,B too")
+            )
+        return hosts, own_host(hosts) if given is None and hosts else given or 0
 
 
 T = TypeVar("T", bound=TrainCommand)
@@ -49,13 +73,19 @@ def main(argv: list[str]) -> int:
 
     command = parse_command(argv)
     config = command.config
-    world_size, starts = ranks_to_start("train", argv, command.nproc, config.parallel)
-    config.check(world_size)
-    if not starts:
-        return run_rank_of(command, world_size)
+    hosts, host_rank = command.machines()
+    nproc = command.nproc or (1 if hosts else None)
+    ranks_here, starts = ranks_to_start("train", argv, nproc, config.parallel)
+    config.check(ranks_here * max(len(hosts), 1))
+    if not starts and not hosts:
+        return run_rank_of(command, ranks_here)
     os.environ[READ] = json.dumps(asdict(command), default=str)
     STOP.grace = command.grace
-    return launch(world_size, ["train", *argv], config.hardware.threads)
+    if hosts:
+        os.environ["MASTER_ADDR"] = hosts[0]
+        os.environ.setdefault("MASTER_PORT", PORT)
+    machine = (host_rank, max(len(hosts), 1))
+    return launch(ranks_here, ["train", *argv], config.hardware.threads, machine=machine)
 
 
 def run_rank_of(command: TrainCommand, world_size: int) -> int:

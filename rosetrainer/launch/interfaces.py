@@ -11,6 +11,7 @@ import os
 import socket
 import struct
 import sys
+from collections.abc import Sequence
 
 from rosetrainer.validation import ConfigError
 
@@ -70,6 +71,17 @@ def addresses(name: str) -> list[str]:
         answer = fcntl.ioctl(asked, GET_ADDRESS, struct.pack("256s", name.encode()[:15]))
         return [socket.inet_ntoa(answer[20:24])]
     return []
+
+
+def own_host(hosts: Sequence[str]) -> int:
+    """Which of these addresses is this machine's. Raises ConfigError unless one of them is."""
+    own = [number for number, host in enumerate(hosts) if can_connect(host)]
+    if len(own) != 1:
+        raise ConfigError(
+            f"hosts={','.join(hosts)}: {len(own)} of them are addresses of this machine; give "
+            f"--host-rank 0 on the first, 1 on the second"
+        )
+    return own[0]
 
 
 def can_connect(address: str) -> bool:

@@ -1,7 +1,7 @@
 """Ranks on this machine: starts them, ends them together, reports the first error once.
 
-They are in sessions of their own, so a terminal's Ctrl-C reaches the launcher only, and they meet
-in a folder, so nothing has to listen on a port. For more than one machine there is torchrun.
+They are in sessions of their own, so a terminal's Ctrl-C reaches the launcher only. On one machine
+they meet in a folder, so nothing has to listen on a port. Each of several has its own launcher.
 """
 
 from __future__ import annotations
@@ -27,17 +27,24 @@ POLL_SECONDS = 0.05
 TERMINATE_SECONDS = 3  # for a rank to end by itself after another one has failed
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
-Ranks = list[subprocess.Popen[bytes]]
+Ranks = dict[int, subprocess.Popen[bytes]]
 Received = list[signal.Signals]  # signals to the launcher
-Statuses = list[int | None]  # the exit status of each rank, or None while it runs
+Statuses = dict[int, int | None]  # the exit status of each rank, or None while it runs
 
 
-def launch(nproc: int, argv: list[str], threads: int = 0, module: str = "rosetrainer") -> int:
+def launch(
+    nproc: int,
+    argv: list[str],
+    threads: int = 0,
+    module: str = "rosetrainer",
+    machine: tuple[int, int] = (0, 1),
+) -> int:
     """Runs `python -m module argv...` as nproc ranks; returns the exit status for all of them.
 
     0 if all ranks end well, 2 for a user's mistake (a rank's ConfigError), 128 + n if signal n
     stopped the launcher (0 for a SIGTERM after which all ranks end well), otherwise 1. A rank has
     `threads` CPU threads; 0 leaves OMP_NUM_THREADS as the user set it, or else shares the cores.
+    machine: the number of this one, and of how many; ranks of several meet at MASTER_ADDR.
     The ranks call `launch.rank.run_rank`. Call it from the main thread of a process that ends after
     it: signals stay noted. Raises ConfigError for nproc < 1, or if ranks cannot reach each other.
     """
@@ -46,71 +53,74 @@ def launch(nproc: int, argv: list[str], threads: int = 0, module: str = "rosetra
     ranks, received = Ranks(), Received()
     on_signals(received.append, *SIGNALS)
     with tempfile.TemporaryDirectory(prefix="rosetrainer_", ignore_cleanup_errors=True) as folder:
-        environment = _rank_environment(nproc, threads) | {RENDEZVOUS_DIR: folder}
+        environment = _rank_environment(nproc, threads, folder, machine[1])
         try:
-            for rank in range(nproc):
-                own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            for local_rank in range(nproc):
+                rank = machine[0] * nproc + local_rank
+                own = {"RANK": str(rank), "LOCAL_RANK": str(local_rank)}
                 own[ERROR_FILE] = f"{folder}/error_{rank}.json"
                 command = [sys.executable, "-m", module, *argv]
                 process = subprocess.Popen(command, env=environment | own, start_new_session=True)
-                ranks.append(process)
-            while None in _statuses(ranks) and not any(_statuses(ranks)) and not received:
+                ranks[rank] = process
+            while None in (now := _statuses(ranks).values()) and not any(now) and not received:
                 time.sleep(POLL_SECONDS)
             time.sleep(POLL_SECONDS)  # the cause may be seen later than what follows from it
             failed, stopped = _statuses(ranks), bool(received)
-            for process in ranks:
+            for process in ranks.values():
                 process.terminate()  # does nothing to one that has ended
                 process.send_signal(signal.SIGCONT)  # one that is suspended would not see it
             end = time.monotonic() + (STOP.grace if stopped else TERMINATE_SECONDS)
-            while None in _statuses(ranks) and time.monotonic() < end and len(received) < 2:
+            while None in (left := _statuses(ranks)).values() and len(received) < 2:
+                if time.monotonic() > end:
+                    break
                 time.sleep(POLL_SECONDS)
-            now = _statuses(ranks)
-            why, status = _stopped(received, now, folder) if stopped else _failed(failed, folder)
+            why, status = _stopped(received, left, folder) if stopped else _failed(failed, folder)
             if why:  # on a terminal below the progress bar that may stand there
                 print("\n" * sys.stderr.isatty() + why, file=sys.stderr)
             return status
         finally:
-            for process in ranks:
+            for process in ranks.values():
                 process.kill()
                 process.wait()
 
 
-def _rank_environment(nproc: int, threads: int) -> dict[str, str]:
-    """What all ranks share."""
+def _rank_environment(nproc: int, threads: int, folder: str, machines: int) -> dict[str, str]:
+    """What all ranks of this machine share."""
     environment = {
         "OMP_NUM_THREADS": str(max(1, usable_cores() // nproc)),
         "TORCH_CPP_LOG_LEVEL": "ERROR",  # warnings about sockets, which mean nothing here
         **os.environ,  # the user's settings win
-        "WORLD_SIZE": str(nproc),
+        "WORLD_SIZE": str(nproc * machines),
         "LOCAL_WORLD_SIZE": str(nproc),
         LAUNCHED: str(os.getpid()),
+        RENDEZVOUS_DIR: folder if machines == 1 else "",
     }
     if threads > 0:
         environment["OMP_NUM_THREADS"] = str(threads)
-    if nproc > 1:
+    if nproc > 1 and machines == 1:
         environment[INTERFACE] = local_interface()
     return environment
 
 
 def _statuses(ranks: Ranks) -> Statuses:
-    return [rank.poll() for rank in ranks]
+    return {rank: process.poll() for rank, process in ranks.items()}
 
 
 def _stopped(received: Received, statuses: Statuses, folder: str) -> tuple[str, int]:
-    """What to tell of a stop, by rank 0's words, and the exit status. Who still runs is killed."""
+    """What to tell of a stop, by the first rank, and the exit status. Who still runs is killed."""
     signum, *again = received
     said = "interrupted" if signum == signal.SIGINT else f"stopped by {signum.name}"
-    fate = _read_error(folder, 0).get("message", "")
-    if left := [rank for rank, status in enumerate(statuses) if status is None]:
+    fate = _read_error(folder, min(statuses)).get("message", "")
+    if left := [rank for rank, status in statuses.items() if status is None]:
         after = "" if again else f" after {STOP.grace:g} s; --grace gives more"
         fate += f"{'; ' * bool(fate)}{name_ranks(left)} been killed{after}"
-    ended_well = signum == signal.SIGTERM and set(statuses) == {0}
+    ended_well = signum == signal.SIGTERM and set(statuses.values()) == {0}
     return f"{said}; {fate or 'all ranks have ended'}", 0 if ended_well else 128 + signum
 
 
 def _failed(statuses: Statuses, folder: str) -> tuple[str, int]:
     """Why the first of those has failed that had when it was seen, and the exit status."""
-    failures = [_failure(folder, rank, status) for rank, status in enumerate(statuses) if status]
+    failures = [_failure(folder, rank, status) for rank, status in statuses.items() if status]
     _, _, status, why = min(failures, default=(0.0, 0, 0, ""))
     return "" if status == PIPE_CLOSED else why, status if status in (0, 2, PIPE_CLOSED) else 1
 

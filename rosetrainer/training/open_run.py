@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import secrets
+import socket
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,15 +55,21 @@ def open_run(out: Path | None, plan: ResumePlan, world: Axis, device: torch.devi
             folder = folder.absolute()
             clear_drafts(folder)
             paths = [str(path.absolute()) for path in plan.candidates]
-            message = json.dumps([str(folder), secrets.token_hex(4), paths, plan.named])
+            attempt = secrets.token_hex(4)
+            print(attempt, file=lock, flush=True)
+            os.fsync(lock.fileno())  # the other machines look for it
+            message = json.dumps([str(folder), attempt, paths, plan.named])
             if plan.folder and not paths:
                 print(f"{folder} holds no checkpoint yet; beginning at step 1 again", flush=True)
         name, attempt, paths, named = json.loads(gather_texts(message, world, device)[0])
-        if not (Path(name) / LOCK).exists():
-            raise ConfigError(
-                f"rank {world.rank} does not see {name}; --out has to lie on a disk that all "
-                f"machines share"
+        seen, problem = Path(name) / LOCK, ""
+        if not seen.exists() or attempt not in seen.read_text():  # of each machine's own disk
+            problem = (
+                f"rank {world.rank} on {socket.gethostname()} does not see {name} as rank 0 has "
+                f"it; --out has to lie on a disk that all machines share"
             )
+        for told in filter(None, gather_texts(problem, world, device)):
+            raise ConfigError(told)
         checkpoint = newest_sound([Path(path) for path in paths], named, world, device)
         if paths and not checkpoint:
             raise CheckpointError(

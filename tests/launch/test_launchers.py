@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from rosetrainer.commands.flags import ranks_to_start
+from rosetrainer.commands.train import main
 from rosetrainer.config import ParallelConfig
 from rosetrainer.environment import (
     LAUNCHED,
@@ -240,3 +241,50 @@ def test_srun_s_ranks_are_ranks(started_with: Start) -> None:
         ranks_to_start("train", [], 2, ParallelConfig())
     started_with(BATCH_SCRIPT)
     assert ranks_to_start("train", [], 2, ParallelConfig()) == (2, True)
+
+
+ELSEWHERE = "203.0.113.7"
+"""An address of no machine (RFC 5737)."""
+
+
+def test_each_of_several_machines_starts_its_own_ranks(
+    started_with: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[tuple[int, tuple[int, int], str]] = []
+
+    def launch(nproc: int, argv: list[str], threads: int, machine: tuple[int, int]) -> int:
+        started.append((nproc, machine, os.environ["MASTER_ADDR"]))
+        return 0
+
+    monkeypatch.setattr("rosetrainer.launch.launcher.launch", launch)
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    started_with({})
+    for hosts, own in ((f"127.0.0.1,{ELSEWHERE}", 0), (f"{ELSEWHERE}, 127.0.0.1", 1)):
+        main(["--hosts", hosts, "--tp-size", "2"])
+        main(["--hosts", hosts, "--nproc", "2", "--tp-size", "4"])
+        first = hosts.split(",")[0]
+        assert started[-2:] == [(1, (own, 2), first), (2, (own, 2), first)]
+    main(["--hosts", f"{ELSEWHERE},203.0.113.8,b", "--host-rank", "2", "--dp-size", "1"])
+    assert started[-1] == (1, (2, 3), ELSEWHERE)
+    with pytest.raises(ConfigError, match="tp_size=2 x dp_size=2 .*3 ranks|4 ranks"):
+        main(["--hosts", hosts, "--tp-size", "2", "--dp-size", "2"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--hosts", "a"], "hosts=a should be two or more addresses, A,B say"),
+        (["--hosts", "a,,b"], "hosts=a,,b should be two or more addresses"),
+        (["--hosts", "a,a"], "hosts=a,a should be two or more addresses"),
+        (["--hosts", f"{ELSEWHERE},203.0.113.8"], "0 of them are addresses of this machine; give"),
+        (["--hosts", "127.0.0.1,127.0.0.2"], "2 of them are addresses of this machine; give"),
+        (["--hosts", "a,b", "--host-rank", "2"], "there are 2; it can be 0 to 1"),
+        (["--host-rank", "1"], "there are 0; give --hosts A,B too"),
+    ],
+)
+def test_hosts_that_are_none_are_one_line(started_with: Start, flags: list[str], said: str) -> None:
+    started_with({})
+    with pytest.raises(ConfigError) as refused:
+        main(flags)
+    assert said in str(refused.value)
+    assert "\n" not in str(refused.value)
