@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -70,6 +71,18 @@ class Hosts:
         """All that runs there ends at once, as by a power cut."""
         for pid in self.pids(host):
             os.kill(pid, signal.SIGKILL)
+
+    def listening(self, host: int) -> set[str]:
+        """The addresses, in the kernel's digits, at which anything listens there; the store's with
+        its port."""
+        found = set()
+        for table in ("tcp", "tcp6"):
+            show = ["ip", "netns", "exec", self.names[host], "cat", f"/proc/net/{table}"]
+            told = subprocess.run(show, check=True, capture_output=True, text=True)
+            for _, local, _, state, *_ in map(str.split, told.stdout.splitlines()[1:]):
+                address, _, port = local.partition(":")
+                found |= {local if int(port, 16) == 29500 else address} if state == "0A" else set()
+        return found
 
     def run(self, host: int, *command: str, **environment: str) -> Process:
         inside = ["ip", "netns", "exec", self.names[host], "unshare", "--uts", "--mount"]
@@ -215,6 +228,9 @@ def test_a_host_that_is_lost_ends_the_other_and_the_run_goes_on_on_one(
     if moment == "step":
         second = hosts.start(1, *flags)
         until_step(6, first)
+        gloo = [bytes(reversed(socket.inet_aton(one))).hex().upper() for one in ADDRESSES]
+        assert hosts.listening(0) == {gloo[0], f"{'0' * 32}:{29500:04X}"}  # as in SECURITY.md
+        assert hosts.listening(1) == {gloo[1]}
     else:
         mark = tmp_path / "mark"
         second = hosts.start(1, *flags, change="save", HOST_TRAIN_MARK=str(mark))
