@@ -264,9 +264,9 @@ def test_each_of_several_machines_starts_its_own_ranks(
         main(["--hosts", hosts, "--nproc", "2", "--tp-size", "4"])
         first = hosts.split(",")[0]
         assert started[-2:] == [(1, (own, 2), first), (2, (own, 2), first)]
-    main(["--hosts", f"{ELSEWHERE},203.0.113.8,b", "--host-rank", "2", "--dp-size", "1"])
-    assert started[-1] == (1, (2, 3), ELSEWHERE)
-    with pytest.raises(ConfigError, match="tp_size=2 x dp_size=2 .*3 ranks|4 ranks"):
+    main(["--hosts", f"{ELSEWHERE},a,b,c", "--host-rank", "2", "--tp-size", "4"])
+    assert started[-1] == (1, (2, 4), ELSEWHERE)
+    with pytest.raises(ConfigError, match="world size 2 is not tp_size x dp_size = 2 x 2; start 4"):
         main(["--hosts", hosts, "--tp-size", "2", "--dp-size", "2"])
 
 
