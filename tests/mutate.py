@@ -208,11 +208,13 @@ def try_mutant(mutant: Mutant, tree: Path, seconds: float = LONGEST) -> tuple[st
 def check_green(results: list[dict[str, Any]]) -> None:
     """Raises RedError if a test that killed a mutant fails without one, too."""
     tests = sorted({one["where"] for one in results if one["outcome"] == "killed"})
+    if not tests:
+        return
     with tempfile.TemporaryDirectory(prefix="mutate_") as folder:
         copy_tree(Path(folder))
-        outcome = run_tests(Path(folder), tests, len(tests), 10 * LONGEST) if tests else None
-    if outcome and outcome.failures:
-        raise RedError(f"red without a mutant, so no kill of theirs counts: {outcome.failures}")
+        outcome = run_tests(Path(folder), tests, len(tests), 10 * LONGEST)
+    if outcome is None or outcome.failures or not outcome.passed:
+        raise RedError(f"red without a mutant, so no kill of theirs counts: {outcome or tests}")
 
 
 def show(results: list[dict[str, Any]]) -> None:
