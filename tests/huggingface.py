@@ -51,6 +51,7 @@ T5: dict[str, Any] = {
     "num_heads": 4,
     "relative_attention_num_buckets": 8,
     "relative_attention_max_distance": 9,
+    "n_positions": 16,
     "dropout_rate": 0.0,
     "decoder_start_token_id": 3,
     "pad_token_id": 3,
@@ -122,6 +123,14 @@ CASES |= {
         },
     ),
 }
+ODD = {"hidden_size": 35, "num_attention_heads": 1}
+ONE_HEAD: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt2-one-head": ("GPT2", {**GPT2, "n_embd": 35, "n_head": 1}),
+    "llama-one-head": ("Llama", {**SHAPE, **ODD, "num_key_value_heads": 1, "head_dim": 14}),
+    "bert-one-head": ("Bert", {**BERT, **ODD}),
+    "t5-one-head": ("T5", {**T5, "num_heads": 1, "d_kv": 7}),
+}
+"""Of an odd width where that is possible: which no tp divides."""
 WRITES = [case for case in CASES if not case.startswith("bert")]
 """Those that write tokens; the others fill in."""
 
@@ -130,7 +139,7 @@ def build(case: str, seed: int = 0) -> Any:
     """In fp32, no bias zero and no norm one."""
     import transformers
 
-    name, settings = CASES[case]
+    name, settings = (CASES | ONE_HEAD)[case]
     config = getattr(transformers, f"{name}Config")(**settings)
     kinds = {
         "GPT2": "GPT2LMHeadModel",
@@ -150,7 +159,9 @@ def build(case: str, seed: int = 0) -> Any:
             if parameter_name.endswith(("Attention.q.weight", "Attention.k.weight")):
                 noise = 0.0  # T5's scores are not scaled down, so that fp32 soon is not enough
             parameter.add_(torch.randn_like(parameter) * noise)
-        if case == "t5":  # or a scaled head says next to nothing
+        if (
+            name == "T5" and model.config.scale_decoder_outputs
+        ):  # or a scaled head says next to nothing
             model.decoder.final_layer_norm.weight.mul_(3)
     return model
 
@@ -240,8 +251,8 @@ def computed(model: Any) -> dict[str, Any]:
 
 
 def tokens_of(case: str) -> int:
-    """How many are written greedily; with rotary positions more than a context holds."""
-    return 20 if case.startswith(("gpt2", "t5")) else 40
+    """How many are written greedily; but for a table of positions more than a context holds."""
+    return {"gpt2": 20, "t5": 24}.get(case.partition("-")[0], 40)
 
 
 def make(case: str, folder: Path) -> Path:

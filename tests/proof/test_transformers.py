@@ -9,7 +9,7 @@ from typing import Any
 import huggingface
 import pytest
 import torch
-from huggingface import CASES, WRITES, Made
+from huggingface import CASES, ONE_HEAD, WRITES, Made
 from once import Once
 from ranks import run_ranks
 from torch import Tensor
@@ -110,7 +110,7 @@ def on_ranks(size: int, case: str, folder: Path) -> Found:
 
 def write(folder: Path, context: ParallelContext, tokens: int) -> list[int]:
     config, prompt = model_of(folder), huggingface.batch()[0][0, :3]
-    if config.architecture == "llama":
+    if config.architecture != "gpt2":
         config = without_window(config, len(prompt) + tokens)
     model = build_model(config, context)
     load_weights(model, find_weights(folder, config))
@@ -147,6 +147,12 @@ def test_a_layout_equals_the_library(
         assert {"logits", "loss"} < found.keys() and len(found) > 15
         wrong = {what: error for what, error in found.items() if not error <= TOLERANCE[dtype]}
         assert not wrong
+
+
+@pytest.mark.parametrize("case", ONE_HEAD)
+def test_one_head_equals_the_library(case: str, made: Made) -> None:
+    found = differences(made(case), ParallelContext(), "float64", case.partition("-")[0])
+    assert len(found) > 15 and max(found.values()) <= TOLERANCE["float64"]
 
 
 @pytest.mark.parametrize("case", CASES)
