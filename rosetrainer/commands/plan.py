@@ -13,6 +13,8 @@ from rosetrainer.hardware.performance import choose_dtype
 from rosetrainer.planner.report import describe
 from rosetrainer.validation import ConfigError, Count
 
+SPECIAL = {"bert": 1, "glm": 3}
+"""Ids that an architecture has behind those of its corpus."""
 MOST_LOGITS = 2**42  # of a micro-batch: they are counted chunk by chunk
 
 
@@ -52,6 +54,7 @@ def main(argv: list[str]) -> int:
 
 def corpus_vocabulary(config: TrainConfig) -> int:
     try:
-        return open_corpus(config.run.data, config.model.context_length).meta.vocab_size
+        corpus = open_corpus(config.run.data, config.model.context_length)
+        return corpus.meta.vocab_size + SPECIAL.get(config.model.architecture, 0)
     except ConfigError as error:
         raise ConfigError(f"{error}; or give --vocabulary") from None

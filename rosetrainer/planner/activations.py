@@ -27,7 +27,7 @@ def activations(model: GPTConfig, parallel: ParallelConfig, work: Work, share: S
     def column_input(T: int) -> int:
         return B * T // gathered * D * e
 
-    total = 0
+    total, kept = 0, 1 if model.function == "relu" else 2  # of an activation: output, mostly input
     for block in blocks(share, work):
         if parallel.recompute == "block":
             total += B * block.rows[0] // own * D * m
@@ -38,28 +38,40 @@ def activations(model: GPTConfig, parallel: ParallelConfig, work: Work, share: S
         width = model.n_heads * model.head_width // tp
         total += sum(stream(T) for T in block.rows) + sum(map(column_input, block.columns))
         total += dropout * sum(B * T // own * D for T in block.rows)  # one byte each
-        total += 2 * B * block.rows[-1] * model.ff_width // tp * e  # GELU's input and output
+        total += kept * B * block.rows[-1] * model.ff_width // tp * e
         for T, S, rows in block.attentions:
             total += B * (2 * T + 2 * S) * width * e  # queries, keys, values, result
             if parallel.recompute == "none":
+                rows = {"glm": T, "bert": 1}.get(model.architecture, rows)
                 total += bytes_of_scores(B, model.n_heads // tp, T, S, e, rows, dropout)
+                if model.architecture == "bert":  # one mask for all rows
+                    total -= (B - 1) * S * (1 if dropout else e)
     ends = [length for length in (work.source_tokens, work.tokens) if length]
     for T in ends:
         if share.first:
             total += B * T * (8 + 1)  # ids, and whether this rank has their row
             # Positions: a GPT's are the same for all rows; a slice of one row is a view of it.
             positions = B * T // own if work.source_tokens and B > 1 else T
-            total += positions * 8 * (model.architecture == "gpt2")
+            total += positions * 8 * (model.architecture in ("gpt2", "bert"))
+            tables = {"glm": 2, "bert": 1}.get(model.architecture, 0)
+            total += tables * B * T // own * 8  # positions of each row, or kinds of tokens
+            total += (model.architecture == "bert") * stream(T)  # the embeddings' norm
             total += dropout * B * T // own * D
         if model.architecture == "llama":
             total += llama.bytes_of_angles(model, work) * (share.layers > 0)
             total += share.last * llama.bytes_of_norm(model, work, own)
+        elif model.architecture == "bert":
+            total += share.last * (stream(T) + kept * B * T // own * D * m)  # its transform
         else:
             total += share.last * stream(T)  # the last norm of this side
+    if parallel.recompute != "none":  # whose inputs are kept, the mask too
+        T = work.tokens
+        total += {"glm": B * T * T, "bert": T}.get(model.architecture, 0) * (share.layers > 0)
     if work.source_tokens:
         total += memory_and_masks(model, parallel, work, own, gathered)
     if share.last:  # head and loss: the gradients of the input, of all tokens, and of the table
-        total += B * work.tokens * D * e + padded_vocabulary(model, tp) // tp * D * max(m, 4)
+        wide = D + (model.architecture == "bert")  # whose bias is a column more
+        total += B * work.tokens * wide * e + padded_vocabulary(model, tp) // tp * wide * max(m, 4)
     return total + (weight_copies(model, parallel, work, share) if e < m else 0)
 
 

@@ -115,6 +115,8 @@ def micro_batch(
     product = work.rows * model.d_model * work.product_bytes
     columns = [product * t for block in all_blocks for t in block.columns]
     head = [product * work.tokens] * share.last
+    if model.architecture == "bert":  # its bias is a column more
+        head = [size // model.d_model * (model.d_model + 1) for size in head]
     sums = [product * t for block in all_blocks for t in block.rows]
     embeddings = [work.rows * model.d_model * work.weight_bytes * t for t in ends]
     sums += embeddings * share.first

@@ -14,8 +14,9 @@ COUNTED: dict[type, dict[str, tuple[Any, ...] | None]] = {
     GPTConfig: {
         **dict.fromkeys(("vocab_size", "context_length", "n_layers", "n_heads", "d_model")),
         **dict.fromkeys(("d_head", "d_ff", "bias", "tied", "dropout")),
+        "token_types": None,
         **dict.fromkeys(("n_kv_heads", "qkv_bias", "dense_bias", "qk_norm", "rotary_fraction")),
-        "architecture": ("gpt2", "llama"),
+        "architecture": ("gpt2", "llama", "bert", "glm"),
         "norm": (None, "rmsnorm", "layernorm", "none"),
         "activation": (None, *GATED, "silu", "gelu", "gelu_tanh", "relu", "relu2"),
     },
@@ -35,8 +36,8 @@ COUNTED: dict[type, dict[str, tuple[Any, ...] | None]] = {
 }
 # Fields that change neither.
 WITHOUT_EFFECT: dict[type, tuple[str, ...]] = {
-    GPTConfig: (  # of bert, t5 and glm those are that are refused as a whole
-        *("rotary_base", "rotary_pairs", "norm_eps", "token_types", "mask_token"),
+    GPTConfig: (  # of t5 those are that are refused as a whole
+        *("rotary_base", "rotary_pairs", "norm_eps", "mask_token"),
         *("relative_buckets", "relative_distance"),
         *("start_token", "end_token", "sentinel_token"),
     ),

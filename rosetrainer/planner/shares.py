@@ -90,8 +90,17 @@ def parameters(
     if encoder_decoder:
         yield from norm
         yield from [*attention, *feed_forward, *cross] * share.layers
-    yield from norm * share.last
-    yield from [table] * (share.last and not model.tied)
+    head = [table] * (not model.tied)
+    if model.architecture == "bert":  # no last norm, but what stands before its output table
+        dense = [Parameter(D * D, replicated=True, multiplied=True), Parameter(D, replicated=True)]
+        yield from [Parameter(table.elements // D), *head, *dense, *norm] * share.last
+    else:
+        yield from [*norm, *head] * share.last
+    if model.architecture == "glm":
+        yield from [positions] * share.first
+    if model.architecture == "bert":
+        types = (model.token_types or 2) * D
+        yield from [Parameter(types, replicated=True), *norm] * share.first
 
 
 def heads(model: GPTConfig, tp: int) -> tuple[int, int]:

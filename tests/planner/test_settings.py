@@ -39,6 +39,7 @@ LLAMA = TrainConfig(
     TRAIN.parallel,
     TRAIN.optim,
 )
+BERT = replace(TRAIN, model=replace(TRAIN.model, architecture="bert", token_types=2))
 SAME_BYTES = {"activation": ("geglu", "geglu_tanh", "reglu")}
 """Values of a counted field that are planned as LLAMA's own."""
 
@@ -47,6 +48,8 @@ def base(field: Field[Any]) -> TrainConfig:
     """A config that reads the field."""
     if field.name == "activation":
         return replace(LLAMA, model=replace(LLAMA.model, activation="swiglu"))
+    if field.name == "token_types":
+        return BERT
     return LLAMA if "llama" in CHOICES.get(field.name, ()) else TRAIN
 
 
@@ -128,7 +131,9 @@ def test_a_setting_that_plan_does_not_know_is_refused(monkeypatch: pytest.Monkey
 
 def test_another_architecture_or_optimizer_is_refused() -> None:
     rotary = ["--architecture", "rotary", "--no-tied"]
-    with pytest.raises(ConfigError, match="architecture=rotary, only for gpt2 or llama; one"):
+    with pytest.raises(
+        ConfigError, match="architecture=rotary, only for gpt2, llama, bert or glm; one"
+    ):
         plan_command(["--vocabulary", "99", *rotary])
     with pytest.raises(ConfigError, match="optimizer=muon, only for adamw; one belongs in"):
         plan_command(["--vocabulary", "99", "--optimizer", "muon"])

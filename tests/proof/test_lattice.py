@@ -61,7 +61,7 @@ def plan_of(layout: lattice.Layout) -> Plan:
     return plan(layout.model, layout.parallel, work)
 
 
-PLANNED = [one for one in lattice.layouts() if one.model.architecture in ("gpt2", "llama")]
+PLANNED = [one for one in lattice.layouts() if one.model.architecture != "t5"]
 
 
 @pytest.mark.parametrize("layout", PLANNED, ids=str)
