@@ -69,7 +69,8 @@ class StopRequest:
         if self.signal is not None:
             os._exit(128 + signum)
         self.signal, need = signum, self.seconds_left(time.monotonic())
-        given = min(max(STOP_SECONDS, STOP_MARGIN * need), self.grace)
+        measured = max(STOP_SECONDS, STOP_MARGIN * need) if self.save_seconds else math.inf
+        given = min(measured, self.grace)
         late = threading.Timer(given, self._give_up, [signum, given])
         late.daemon = True  # a rank that leaves before does not wait for it
         late.start()

@@ -394,7 +394,7 @@ def test_a_stop_has_the_time_that_was_measured_and_half_as_much_again(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     stop = StopRequest()
-    stop.grace, stop.waits_for_step = grace, True
+    stop.grace, stop.waits_for_step, stop.save_seconds = grace, True, 1.0
     monkeypatch.setattr(stop, "seconds_left", lambda now: need)
     with mock.patch("threading.Timer") as timer:
         stop._obey(signal.SIGTERM)
@@ -406,6 +406,14 @@ def test_a_stop_has_the_time_that_was_measured_and_half_as_much_again(
     assert bool(told) == bool(said)
 
 
+def test_a_first_save_that_nothing_was_measured_of_has_all_the_grace_time() -> None:
+    stop = StopRequest()
+    stop.grace, stop.waits_for_step = 70.0, True
+    with mock.patch("threading.Timer") as timer:
+        stop._obey(signal.SIGTERM)
+    assert timer.call_args.args[0] == 70.0
+
+
 def test_a_rank_that_does_not_end_its_step_in_that_time_ends(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -414,7 +422,7 @@ def test_a_rank_that_does_not_end_its_step_in_that_time_ends(
     monkeypatch.setattr("rosetrainer.launch.stop.STOP_SECONDS", 0.01)
     monkeypatch.setattr(os, "_exit", ended.put)
     stop = StopRequest()
-    stop.waits_for_step = True
+    stop.waits_for_step, stop.save_seconds = True, 0.001
     stop._obey(signal.SIGTERM)
     assert ended.get(timeout=LONGEST_SECONDS) == 143
     said = "stopped; not saved, for the step under way has not ended within 0.01 s\n"
