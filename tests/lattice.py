@@ -30,6 +30,8 @@ from rosetrainer.parallel import data_parallel
 from rosetrainer.parallel.context import ParallelContext, init_parallel
 from rosetrainer.parallel.dropout import DropoutSeed
 from rosetrainer.parallel.sharding import draw_whole, gather_whole, load_whole, shard_spec
+from rosetrainer.parallel.zero.sharded_model import ShardedModel, shard_model, sharding_of
+from rosetrainer.parallel.zero.unit import Unit
 from rosetrainer.proof.batches import inputs_of
 from rosetrainer.proof.oracles import build_reference
 from rosetrainer.proof.reference import ReferenceDropout
@@ -65,10 +67,13 @@ class Layout:
     micro_batches: int
     choices: tuple[tuple[str, Any], ...] = ()
     """Of another family than GPT-2, by the config's names, the architecture first."""
+    zero: tuple[int, bool, int] = (0, False, 1)
+    """Level, whether what is gathered is kept, replicas."""
 
     def __str__(self) -> str:
         on = ["encoder-decoder"] * self.encoder_decoder + ["GPT"] * (not self.choices)
         on += [f"{name} {value}" for name, value in self.choices]
+        on += [f"ZeRO {self.zero[0]}, {self.zero[2]} replicas"] * (self.zero[0] > 0)
         on += [f"tp {self.ranks[0]} x dp {self.ranks[1]}", f"V {self.vocab_size}"]
         on += ["tied"] * self.tied + ["sequence-parallel"] * self.sequence_parallel
         on += [f"recompute {self.recompute}"] * (self.recompute != "none")
@@ -78,7 +83,9 @@ class Layout:
     @property
     def parallel(self) -> ParallelConfig:
         tp, dp = self.ranks
-        return ParallelConfig(tp, dp, self.sequence_parallel, self.recompute, self.overlap)
+        zero = dict(zip(("zero", "zero_keep", "dp_replicas"), self.zero, strict=True))
+        how: dict[str, Any] = {"recompute": self.recompute, "overlap": self.overlap, **zero}
+        return ParallelConfig(tp, dp, self.sequence_parallel, **how)
 
     @property
     def model(self) -> GPTConfig:
@@ -91,7 +98,7 @@ class Layout:
     def function(self) -> Layout:
         """What is computed, whatever the layout: the same layout on one rank."""
         plain = replace(self, sequence_parallel=False, recompute="none", overlap=True)
-        return replace(plain, ranks=(1, 1), micro_batches=1)
+        return replace(plain, ranks=(1, 1), micro_batches=1, zero=(0, False, 1))
 
 
 LLAMA = (("architecture", "llama"), ("d_head", 6), ("bias", False))
@@ -129,10 +136,20 @@ FAMILIES = (
 )
 
 
+KEYS = (*LLAMA, ("n_kv_heads", 1), ("qk_norm", True))
+ZEROS = (
+    Layout(*((1, 4), False, "none", 0.1, True, False, 29, False, 2), zero=(1, False, 1)),
+    Layout(*((2, 2), True, "attention", 0.0, True, True, 139, False, 2), zero=(2, False, 1)),
+    Layout(*((1, 4), False, "block", 0.0, False, True, 139, False, 2), zero=(3, False, 2)),
+    Layout(*((2, 2), True, "none", 0.1, True, False, 29, True, 2), zero=(3, False, 1)),
+    Layout(*((2, 2), False, "none", 0.0, True, True, 29, False, 1), KEYS, zero=(3, True, 1)),
+)
+
+
 @functools.cache
 def layouts() -> list[Layout]:
     """Those that meet every pair of settings, and some of each other family."""
-    return [*(Layout(*row) for row in pairwise.rows(list(FACTORS.values()))), *FAMILIES]
+    return [*(Layout(*row) for row in pairwise.rows(list(FACTORS.values()))), *FAMILIES, *ZEROS]
 
 
 def build(layout: Layout, context: ParallelContext) -> nn.Module:
@@ -142,6 +159,7 @@ def build(layout: Layout, context: ParallelContext) -> nn.Module:
     specs = {name: shard_spec(p) for name, p in model.named_parameters()}
     noisy = {name: replace(spec, init_std=0.3) for name, spec in specs.items()}
     load_whole(model, {name: draw_whole(spec, 2, name) for name, spec in noisy.items()})
+    shard_model(model, context)
     return model
 
 
@@ -229,6 +247,11 @@ def train(layout: Layout, context: ParallelContext) -> dict[str, Any]:
     size = ROWS // dp.size // layout.micro_batches
     firsts = [(i * dp.size + dp.rank) * size for i in range(layout.micro_batches)]
     found: dict[str, Any] = {"losses": [], "norms": []}
+    axes = list(context.axes)
+    if sharded := sharding_of(model):
+        more = (sharded.units[0].shards, sharded.units[0].replicas)
+        axes += [axis for axis in more if axis not in axes]
+        found["gathered"] = spy_on_gathers(sharded)
     for step in range(STEPS):
         optimizer.zero_grad()
         whole, seed = batch(layout, step), DropoutSeed(1, step)
@@ -238,21 +261,26 @@ def train(layout: Layout, context: ParallelContext) -> dict[str, Any]:
             with torch.no_grad():
                 pairs = zip(parts, own, strict=True)
                 found["logits"] = torch.cat([model(*p[:-1], seed=s)[0] for p, s in pairs])
-            found["kept"] = kept(model, parts[0], own[0])
-        for axis in context.axes:
+            # Slices or not, it is the same that autograd saves besides parameters.
+            plain = replace(context, parallel=replace(context.parallel, zero=0))
+            found["kept"] = kept(build(layout, plain), parts[0], own[0])
+        for axis in axes:
             axis.ledger.clear()
         batches = [(first, *part) for first, part in zip(firsts, parts, strict=True)]
         found["losses"].append(compute_gradients(model, batches, context, seed=seed))
         if step == 0:
             found["norms"].append(clip_gradients(model, context, 0.0))
-            found["ledger"] = [
-                ((axis.name, *key), (t.calls, t.payload_bytes))
-                for axis in context.axes
-                for key, t in axis.ledger.entries.items()
-            ]
             found["gradients"] = gather_whole(model, gradients=True)
             found["gradients"] = {n: g.clone() for n, g in found["gradients"].items()}
+            for axis in axes:
+                axis.ledger.clear()
         norm = clip_gradients(model, context, CLIP)
+        if step == 1:  # the first one finds parameters that the logits have gathered
+            found["ledger"] = [
+                ((axis.name, *key), (t.calls, t.payload_bytes))
+                for axis in axes
+                for key, t in axis.ledger.entries.items()
+            ]
         found["norms"] += [norm] if step else []
         update(model, optimizer, step)
     found["rows"] = [row for first in firsts for row in range(first, first + size)]
@@ -288,6 +316,20 @@ def saved_by(forward: Callable[[], object]) -> dict[int, int]:
     return {address: size for address, (_, size) in saved.items()}
 
 
+def spy_on_gathers(sharded: ShardedModel) -> list[int]:
+    """From now on the bytes of what is gathered whenever a unit's rows have come."""
+    found: list[int] = []
+
+    def copy(unit: Unit, rows: Tensor, whole: list[Tensor], to_rows: bool) -> None:
+        original(unit, rows, whole, to_rows)
+        if not to_rows:
+            tensors = [tensor for one in sharded.units for tensor in one.whole]
+            found.append(rows.nbytes + sum(t.untyped_storage().nbytes() for t in tensors))
+
+    original, Unit._copy = Unit._copy, copy  # type: ignore[assignment, method-assign]
+    return found
+
+
 def held(model: nn.Module, optimizer: torch.optim.Optimizer | AdamW) -> dict[str, int]:
     """Bytes of what stays from step to step."""
     groups: dict[str, list[Tensor]] = {
@@ -295,6 +337,16 @@ def held(model: nn.Module, optimizer: torch.optim.Optimizer | AdamW) -> dict[str
         "gradients": [p.grad for p in model.parameters() if p.grad is not None],
         "optimizer": [t for p in model.parameters() for t in optimizer.state[p].values()],
     }
+    if sharded := sharding_of(model):
+        units = sharded.units
+        groups["parameters"] = [t for unit in units for t in (unit.row, *unit.whole)]
+        storages = {
+            name: {t.untyped_storage()._cdata: t for t in ts} for name, ts in groups.items()
+        }
+        return {
+            name: sum(t.untyped_storage().nbytes() for t in ts.values())
+            for name, ts in storages.items()
+        }
     return {name: sum(t.numel() * t.element_size() for t in ts) for name, ts in groups.items()}
 
 
@@ -338,6 +390,8 @@ def compare(chosen: list[tuple[Layout, str]]) -> list[dict[str, Any]]:
         ours = train(layout, init_parallel(layout.parallel))
         expected = torch.load(path, weights_only=True)
         kept_here = {"kept": ours["kept"], "held": ours["held"], "ledger": ours["ledger"]}
+        if layout.zero[0] == 3:
+            kept_here["held"]["gathered"] = max(ours["gathered"])
         alive = [{key: side[key] for key in ALIVE} for side in (ours, expected)]
         results.append({"errors": errors(ours, expected), "alive": alive, **kept_here})
     return results

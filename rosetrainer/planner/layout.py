@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from rosetrainer.config import GPTConfig, ParallelConfig
 from rosetrainer.parallel.data_parallel import BUCKET_BYTES
 from rosetrainer.parallel_config import SPLIT_BACKWARD
+from rosetrainer.planner import zero
 from rosetrainer.planner.activations import activations
 from rosetrainer.planner.loss import bytes_of_sums
 from rosetrainer.planner.pipeline import live_bytes, messages, shares_of_rank, together
@@ -37,11 +38,13 @@ class Plan:
     memory: dict[str, int]
 
 
-def plan(model: GPTConfig, parallel: ParallelConfig, work: Work, pp_rank: int = 0) -> Plan:
+def plan(
+    model: GPTConfig, parallel: ParallelConfig, work: Work, pp_rank: int = 0, part: int = 0
+) -> Plan:
     """The plan of one rank; tp_size and dp_size are given. Raises ConfigError as check_settings.
 
     pp_rank: which stages it has. Its activations are those of the micro-batches that it holds at
-    once, each counted whole until its backward pass is made.
+    once, each counted whole until its backward pass is made. part: which of ZeRO's shards it has.
     """
     assert parallel.tp_size and parallel.dp_size
     check_settings(model, parallel)
@@ -60,6 +63,7 @@ def plan(model: GPTConfig, parallel: ParallelConfig, work: Work, pp_rank: int = 
         "parameters": held,
         "gradients": held,
         "optimizer": 2 * held + 4 * len(sizes),  # two moments, and a count of steps in fp32
+        **(zero.memory(parallel, sizes, work.weight_bytes, part) if parallel.zero else {}),
         "activations": live_bytes(
             parallel,
             pp_rank,
@@ -67,7 +71,7 @@ def plan(model: GPTConfig, parallel: ParallelConfig, work: Work, pp_rank: int = 
             {s: activations(model, parallel, work, share) for s, share in shares.items()},
         ),
     }
-    return Plan(ledger(model, parallel, work, sizes, own, pp_rank), memory)
+    return Plan(ledger(model, parallel, work, sizes, own, pp_rank, part), memory)
 
 
 def ledger(
@@ -77,6 +81,7 @@ def ledger(
     sizes: list[Parameter],
     share: Share,
     pp_rank: int,
+    part: int,
 ) -> LedgerTable:
     """What one step moves, evaluation and saving aside."""
     found: LedgerTable = {}
@@ -92,15 +97,22 @@ def ledger(
             add("pp", operation, phase, *payloads)
         add("pp", "all_reduce", "optimizer", 8, 8, 8)  # loss, norm, who has a bad gradient
     if parallel.dp_size and parallel.dp_size > 1:
-        everything = [p.elements for p in sizes]
-        add("dp", "all_reduce", "backward", *buckets(everything, work.weight_bytes))
+        if parallel.zero:
+            how = (parallel, sizes, work.micro_batches, work.weight_bytes)
+            for axis, operation, phase, payloads in zero.moved(*how):
+                add(axis, operation, phase, *payloads)
+            add("dp", "all_reduce", "optimizer", 8)  # the norm
+        else:
+            everything = [p.elements for p in sizes]
+            add("dp", "all_reduce", "backward", *buckets(everything, work.weight_bytes))
         add("dp", "all_reduce", "optimizer", 8, 8, 8)  # tokens, loss, who has a bad gradient
     if parallel.tp_size and parallel.tp_size > 1:
         for operation, phase, payloads in micro_batch(model, parallel, work, share):
             add("tp", operation, phase, *payloads, times=work.micro_batches)
         tokens_cut = parallel.sequence_parallel  # a replicated one saw a rank's own tokens only
         summed = [p for p in sizes if p.summed or (p.replicated and tokens_cut)]
-        partial = [p.summed or p.elements for p in summed]
+        shards = zero.shards_of(parallel) if parallel.zero else 1
+        partial = [(p.summed or 1) * zero.elements_of_slice(p, shards, part) for p in summed]
         add("tp", "all_reduce", "backward", *buckets(partial, work.weight_bytes))
         add("tp", "all_reduce", "optimizer", 8, 8)  # the norm, who has a bad gradient
     return found

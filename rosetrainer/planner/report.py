@@ -14,6 +14,7 @@ from rosetrainer.parallel.pipeline.simulation import (
 from rosetrainer.parallel.pipeline.stage import layers_of_stages
 from rosetrainer.planner.layout import Plan, Work, plan
 from rosetrainer.planner.settings import check_settings
+from rosetrainer.planner.zero import shards_of
 
 RING = {"all_reduce": 2.0, "all_gather": 1.0, "reduce_scatter": 1.0}
 """Ring traffic of a rank is this x (n - 1) / n of the payload."""
@@ -23,7 +24,10 @@ DIRECT = {"send": 1.0, "receive": 0.0}
 
 
 def plan_training(config: TrainConfig, dtype: torch.dtype, pp_rank: int = 0) -> Plan:
-    """The plan of one of the ranks that config asks for. Raises ConfigError as check_settings."""
+    """The plan of one of the ranks that config asks for. Raises ConfigError as check_settings.
+
+    Of ZeRO's shards the last one's, which is the largest.
+    """
     check_settings(config.optim)
     dp = config.parallel.dp_size or 1
     work = Work(
@@ -33,13 +37,15 @@ def plan_training(config: TrainConfig, dtype: torch.dtype, pp_rank: int = 0) -> 
         product_bytes=dtype.itemsize,
         weight_bytes=8 if dtype == torch.float64 else 4,
     )
-    return plan(config.model, config.parallel, work, pp_rank)
+    last = shards_of(config.parallel) - 1 if config.parallel.zero else 0
+    return plan(config.model, config.parallel, work, pp_rank, last)
 
 
 def describe(config: TrainConfig, dtype: torch.dtype) -> str:
     """The plan as tables, one for each rank of a pipeline; all sizes are bytes."""
     parallel = config.parallel
     sizes = {"tp": parallel.tp_size or 1, "dp": parallel.dp_size or 1, "pp": parallel.pp_size}
+    sizes |= {"replicas": parallel.dp_replicas, "shards": shards_of(parallel)}
     stages = f" x {sizes['pp']} pipeline-parallel" if sizes["pp"] > 1 else ""
     parts = [
         f"{sizes['tp']} tensor-parallel x {sizes['dp']} data-parallel{stages} ranks, "

@@ -23,9 +23,7 @@ COUNTED: dict[type, dict[str, tuple[Any, ...] | None]] = {
     ParallelConfig: {
         **dict.fromkeys(("tp_size", "dp_size", "sequence_parallel", "overlap")),
         **dict.fromkeys(("pp_size", "stages_per_rank", "stage_layers")),
-        "zero": (0,),
-        "zero_keep": (False,),
-        "dp_replicas": (1,),
+        **dict.fromkeys(("zero", "zero_keep", "dp_replicas")),
         "recompute": ("none", "attention", "block"),
         "pp_schedule": tuple(STAGES_PER_RANK),
     },

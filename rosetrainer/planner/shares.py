@@ -27,10 +27,15 @@ class Work:
 
 
 class Parameter(NamedTuple):
-    elements: int
+    shape: tuple[int, ...]
     replicated: bool = False  # all ranks hold the same
     multiplied: bool = False  # a linear layer's matrix
-    summed: int = 0  # elements that are summed over tp in every layout
+    summed: int = 0  # over how many parts of tp it is summed in every layout
+    block: int = 0  # its number, counted from 1; 0 outside of all
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -69,38 +74,45 @@ def parameters(
         return
     D, F, bias = model.d_model, model.ff_width, model.bias
     width = model.n_heads * model.head_width
-    table = Parameter(padded_vocabulary(model, tp) // tp * D)
-    norm = [Parameter(D, replicated=True)] * (1 + bias)
+    table = Parameter((padded_vocabulary(model, tp) // tp, D))
+    norm = [Parameter((D,), replicated=True)] * (1 + bias)
 
-    def column(rows: int) -> list[Parameter]:
-        weight = Parameter(rows // tp * D, multiplied=True)
-        return [weight] + [Parameter(rows // tp)] * bias
+    def column(*rows: int) -> list[Parameter]:  # with a stride before them, if there is one
+        own = (*rows[:-1], rows[-1] // tp)
+        return [Parameter((*own, D), multiplied=True)] + [Parameter(own)] * bias
 
     def row(columns: int) -> list[Parameter]:
-        weight = Parameter(D * columns // tp, multiplied=True)
-        return [weight] + [Parameter(D, replicated=True)] * bias
+        weight = Parameter((D, columns // tp), multiplied=True)
+        return [weight] + [Parameter((D,), replicated=True)] * bias
 
-    attention = [*norm, *column(3 * width), *row(width)]
-    cross = [*norm, *column(width), *column(2 * width), *row(width)]
+    attention = [*norm, *column(3, width), *row(width)]
+    cross = [*norm, *column(width), *column(2, width), *row(width)]
     feed_forward = [*norm, *column(F), *row(F)]
     yield from [table] * (share.first or (share.last and model.tied))
-    positions = Parameter(model.context_length * D, replicated=True)
+    positions = Parameter((model.context_length, D), replicated=True)
     yield from [positions] * (1 + encoder_decoder) * share.first
-    yield from [*attention, *feed_forward] * share.layers
+    yield from in_blocks([*attention, *feed_forward], share.layers)
     if encoder_decoder:
         yield from norm
-        yield from [*attention, *feed_forward, *cross] * share.layers
+        yield from in_blocks([*attention, *feed_forward, *cross], share.layers, share.layers)
     head = [table] * (not model.tied)
     if model.architecture == "bert":  # no last norm, but what stands before its output table
-        dense = [Parameter(D * D, replicated=True, multiplied=True), Parameter(D, replicated=True)]
-        yield from [Parameter(table.elements // D), *head, *dense, *norm] * share.last
+        dense = [Parameter((D, D), replicated=True, multiplied=True)]
+        dense += [Parameter((D,), replicated=True)]
+        yield from [Parameter(table.shape[:1]), *head, *dense, *norm] * share.last
     else:
         yield from [*norm, *head] * share.last
     if model.architecture == "glm":
         yield from [positions] * share.first
     if model.architecture == "bert":
-        types = (model.token_types or 2) * D
+        types = ((model.token_types or 2), D)
         yield from [Parameter(types, replicated=True), *norm] * share.first
+
+
+def in_blocks(own: list[Parameter], layers: int, before: int = 0) -> Iterator[Parameter]:
+    """Those of so many blocks; `before` so many others."""
+    for block in range(before + 1, before + layers + 1):
+        yield from (one._replace(block=block) for one in own)
 
 
 def heads(model: GPTConfig, tp: int) -> tuple[int, int]:
@@ -112,29 +124,32 @@ def llama_parameters(model: GPTConfig, tp: int, share: Share) -> Iterator[Parame
     """As `parameters`; K is the width of a head."""
     D, F, K, bias = model.d_model, model.ff_width, model.head_width, model.bias
     h, g = heads(model, tp)
-    table = Parameter(padded_vocabulary(model, tp) // tp * D)
+    table = Parameter((padded_vocabulary(model, tp) // tp, D))
     norms = {"layernorm": 1 + bias, "none": 0}.get(str(model.norm), 1)
-    norm = [Parameter(D, replicated=True)] * norms
+    norm = [Parameter((D,), replicated=True)] * norms
     # Held by several ranks, a head's gradient is summed among all that there are.
-    whole = 2 * model.kv_heads * K * (tp > model.kv_heads)
+    parts = model.kv_heads * (tp > model.kv_heads)
+    gates = (2,) if model.is_gated else ()
 
     def with_bias(weight: Parameter, there: bool, of: Parameter) -> list[Parameter]:
         return [weight] + [of] * there
 
-    yield from [table] * (share.first or (share.last and model.tied))
-    for _ in range(share.layers):
+    def block() -> Iterator[Parameter]:
         yield from norm
         qkv, dense = bias or model.qkv_bias, bias or model.dense_bias
-        yield from with_bias(Parameter(h * K * D, multiplied=True), qkv, Parameter(h * K))
-        keys = Parameter(2 * g * K * D, multiplied=True, summed=whole * D)
-        yield from with_bias(keys, qkv, Parameter(2 * g * K, summed=whole))
-        yield from [Parameter(K, summed=K)] * (2 * model.qk_norm)
-        row_bias = Parameter(D, replicated=True)
-        yield from with_bias(Parameter(D * h * K, multiplied=True), dense, row_bias)
+        yield from with_bias(Parameter((h * K, D), multiplied=True), qkv, Parameter((h * K,)))
+        keys = Parameter((2, g * K, D), multiplied=True, summed=parts)
+        yield from with_bias(keys, qkv, Parameter((2, g * K), summed=parts))
+        yield from [Parameter((K,), summed=1)] * (2 * model.qk_norm)
+        row_bias = Parameter((D,), replicated=True)
+        yield from with_bias(Parameter((D, h * K), multiplied=True), dense, row_bias)
         yield from norm
-        columns = F // tp * (1 + model.is_gated)
-        yield from with_bias(Parameter(columns * D, multiplied=True), bias, Parameter(columns))
-        yield from with_bias(Parameter(D * F // tp, multiplied=True), bias, row_bias)
+        columns = (*gates, F // tp)
+        yield from with_bias(Parameter((*columns, D), multiplied=True), bias, Parameter(columns))
+        yield from with_bias(Parameter((D, F // tp), multiplied=True), bias, row_bias)
+
+    yield from [table] * (share.first or (share.last and model.tied))
+    yield from in_blocks(list(block()), share.layers)
     yield from norm * share.last
     yield from [table] * (share.last and not model.tied)
 

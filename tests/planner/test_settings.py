@@ -32,7 +32,7 @@ TRAIN = TrainConfig(
 UNLESS_GIVEN: dict[str, list[Any]] = {
     "stages_per_rank": [4],
     "stage_layers": ["1,1,1,5"],
-    "zero": [1, 2, 3],
+    "zero": [0, 1, 2],
 }
 LLAMA = TrainConfig(
     replace(TRAIN.model, architecture="llama", bias=False, n_kv_heads=2, norm="rmsnorm"),
@@ -40,12 +40,15 @@ LLAMA = TrainConfig(
     TRAIN.optim,
 )
 BERT = replace(TRAIN, model=replace(TRAIN.model, architecture="bert", token_types=2))
+ZERO = replace(TRAIN, parallel=ParallelConfig(2, 4, zero=3))
 SAME_BYTES = {"activation": ("geglu", "geglu_tanh", "reglu")}
 """Values of a counted field that are planned as LLAMA's own."""
 
 
 def base(field: Field[Any]) -> TrainConfig:
     """A config that reads the field."""
+    if field.name in ("zero", "zero_keep", "dp_replicas"):
+        return ZERO
     if field.name == "activation":
         return replace(LLAMA, model=replace(LLAMA.model, activation="swiglu"))
     if field.name == "token_types":

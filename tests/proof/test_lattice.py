@@ -13,7 +13,10 @@ from once import Once
 from rosetrainer.planner import layout as planner_layout
 from rosetrainer.planner.layout import Plan, Work, plan
 
-GRADIENTS_OVER_DP = ("dp", "all_reduce", "backward")
+GRADIENTS_OVER_DP = [
+    ("dp", "all_reduce", "backward"),
+    *((axis, "reduce_scatter", "backward") for axis in ("dp", "shards")),
+]
 Results = dict[lattice.Layout, list[dict[str, Any]]]
 
 
@@ -46,19 +49,21 @@ def test_both_sides_are_alive_and_the_layout_is_active(
             moved = [
                 (payload, phase)
                 for (name, _, phase), (_, payload) in found["ledger"]
-                if name == axis and phase in ("forward", "backward")
+                if (name == axis or (axis, name) == ("dp", "shards"))
+                and phase in ("forward", "backward")
             ]
             assert bool(moved) == (size > 1)
             assert all(payload > 0 for payload, _ in moved)
-        sums = [calls for key, (calls, _) in found["ledger"] if key == GRADIENTS_OVER_DP]
+        sums = [calls for key, (calls, _) in found["ledger"] if key in GRADIENTS_OVER_DP]
         assert layout.ranks[1] == 1 or min(sums) >= 3, "buckets"
 
 
-def plan_of(layout: lattice.Layout) -> Plan:
+def plan_of(layout: lattice.Layout, rank: int) -> Plan:
     rows = lattice.ROWS // layout.ranks[1] // layout.micro_batches
     source = lattice.S if layout.encoder_decoder else 0
     work = Work(rows, lattice.T, layout.micro_batches, source, 8, 8)
-    return plan(layout.model, layout.parallel, work)
+    part = rank // layout.ranks[0] % (layout.ranks[1] // layout.zero[2])  # of ZeRO's shards
+    return plan(layout.model, layout.parallel, work, part=part)
 
 
 PLANNED = [one for one in lattice.layouts() if one.model.architecture != "t5"]
@@ -69,8 +74,8 @@ def test_the_ledger_and_the_memory_are_those_that_were_counted(
     layout: lattice.Layout, results: Results, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(planner_layout, "BUCKET_BYTES", lattice.BUCKET_BYTES)
-    predicted = plan_of(layout)
-    for found in results[layout]:
+    for rank, found in enumerate(results[layout]):
+        predicted = plan_of(layout, rank)
         assert dict(found["ledger"]) == predicted.ledger
         held = {**found["held"], "activations": found["kept"]}
         assert held == predicted.memory
