@@ -15,7 +15,7 @@ from guide import check_guide
 from ladder import STEPS, StepError, added_code, find, folders, python_files
 from pages import SECTIONS, heading, headings, pages, predictions, says, written_anew
 from pictures.album import check_pictures
-from runs import PAIRS
+from curves import PAIRS
 from upkeep import (
     ADDED_TO,
     CORE,

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ladder import StepError, find, python_files
 from pictures.album import write_pictures
-from runs import PAIRS, PLOTS, Run
+from curves import PAIRS, PLOTS, Run
 from timelines import TIMELINES, measured
 from tries import capture, command
 

@@ -128,3 +128,11 @@ def test_the_page_that_shows_the_floors_shows_these(folder: str, page: str) -> N
     shown = re.findall(r"^\| `(\w+)/` \|", text, re.MULTILINE)
     assert sorted(shown) == FOLDERS
     assert [floor_of(folder) for folder in shown] == sorted(map(floor_of, shown))
+
+
+def test_the_steps_programs_and_the_tests_have_no_module_of_one_name() -> None:
+    """Both folders are on the path of a test that calls a program, and one would hide the other."""
+    folders = (PACKAGE.parent / "steps", PACKAGE.parent / "tests")
+    programs, tests = ({path.name for path in folder.glob("*.py")} for folder in folders)
+    assert "steps.py" in programs and "ranks.py" in tests
+    assert not programs & tests

@@ -280,7 +280,7 @@ def test_check_fails_where_a_pair_replaces_what_is_no_longer_there(root: Path) -
     )
     assert refused(root, "14") == (
         "14_dropout_by_coordinates/dropout.py has no longer what the pair of the step replaces "
-        "(PAIRS in steps/runs.py); change it there, then measure it by steps/plots.py: the page "
+        "(PAIRS in steps/curves.py); change it there, then measure it by steps/plots.py: the page "
         "shows it"
     )
 
