@@ -130,7 +130,7 @@ def test_the_runs_of_the_plots_still_fit_their_steps(copy: Path) -> None:
     """A line that a run replaces stands in its step's file, once."""
     code = (
         "import sys; sys.path.insert(0, 'steps')\n"
-        "from runs import PAIRS, PLOTS; from ladder import find\n"
+        "from curves import PAIRS, PLOTS; from ladder import find\n"
         "runs = [*(run for runs in PLOTS.values() for run in runs if run.file), *PAIRS.values()]\n"
         "for run in runs:\n"
         "    print((find(run.step) / run.file).read_text().count(run.old))\n"
