@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from chinese import check_chinese
+from curves import PAIRS
 from guide import check_guide
 from ladder import STEPS, StepError, added_code, find, folders, python_files
 from pages import SECTIONS, heading, headings, pages, predictions, says, written_anew
 from pictures.album import check_pictures
-from curves import PAIRS
 from upkeep import (
     ADDED_TO,
     CORE,

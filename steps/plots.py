@@ -14,9 +14,9 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
+from curves import PAIRS, PLOTS, Run
 from ladder import StepError, find, python_files
 from pictures.album import write_pictures
-from curves import PAIRS, PLOTS, Run
 from timelines import TIMELINES, measured
 from tries import capture, command
 

@@ -7,6 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from textwrap import dedent
 
+from curves import PAIRS
 from ladder import (
     StepError,
     added_code,
@@ -19,7 +20,6 @@ from ladder import (
     python_files,
     read,
 )
-from curves import PAIRS
 
 WORDS = {  # of the page in each language
     "README.md": {
@@ -121,7 +121,8 @@ def pair(step: Path) -> str:
     if (step / run.file).read_text().count(run.old) != 1:
         raise StepError(
             f"{step.name}/{run.file} has no longer what the pair of the step replaces (PAIRS in "
-            "steps/curves.py); change it there, then measure it by steps/plots.py: the page shows it"
+            "steps/curves.py); change it there, then measure it by steps/plots.py: the page shows "
+            "it"
         )
     code = dedent(run.new)
     return f"```python\n# {run.file}\n{code}```\n\n![A, B](pair.svg)\n"
