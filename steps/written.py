@@ -56,12 +56,13 @@ WORDS = {  # of the page in each language
         "rest": "测试和其余改动：{} 行",
         "from": "开始时，你有步骤 {} 的文件和这一步的测试。",
         "empty": "开始时，你只有这一步的测试。",
-        "write": "要写的是 {} 行代码，在 {} 里。在仓库根目录下运行：",
+        "write": "还要写 {} 行代码，在 {} 里。先在仓库根目录下运行：",
         "until": (
-            "写到最后一行是 `green: step {} is yours` 为止。在那之前，`red:` 后面是失败的那一行。"
+            "一直写到输出的最后一行是 `green: step {} is yours`。"
+            "在那之前，`red:` 后面指出失败的是哪一行。"
         ),
         "code": "代码",
-        "lines": "连测试 {} 行，其中 {} 行是这一步新增的",
+        "lines": "连测试共 {} 行，其中 {} 行是这一步新增的",
         "tests": "测试",
         "checks": "`{0}` 里有 {1} 项检查",
         "naive": "不足",
@@ -106,7 +107,7 @@ def write_it(page: Path) -> str:
     """How a reader writes the step: what is there, what is missing, and the commands."""
     step, words, old = page.parent, WORDS[page.name], parent(page.parent)
     number, tests = step.name[:2], given(step)
-    files = ", ".join(
+    files = words["and"].join(
         f"`{name}`" for name in diff(step) if name in set(python_files(step)) - set(tests)
     )
     begin = words["from"].format(old.name[:2]) if old else words["empty"]

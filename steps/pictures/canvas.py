@@ -60,6 +60,7 @@ text{font-size:14px;fill:var(--ink)}
 .badline{fill:none;stroke:var(--red);stroke-width:2.5}
 .head{fill:var(--ink)}.frame{fill:none;stroke:var(--faint)}.grid{fill:none;stroke:var(--w)}
 .c0{fill:none;stroke:var(--blue);stroke-width:2}.c1{fill:none;stroke:var(--brown);stroke-width:2}
+.under{stroke-width:6;stroke-linejoin:round;opacity:.45}.over{stroke-width:1.5}
 .dots{stroke-width:3.5;stroke-linecap:round}
 """
 

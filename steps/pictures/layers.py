@@ -113,7 +113,7 @@ def gathered_layers() -> str:
     ):
         narrow, wide, cell = d // 32, width // 32, (7, 11)
         halves = [f"0:{width // 2}", f"{width // 2}:{width}"]
-        cut_weight = Tensor("", "", blank((wide, narrow), 0), halves)
+        cut_weight = Tensor("", "", blank((wide, narrow), 0, (11, 13)), halves)
         inputs = wide if width == 4 * d else narrow
         weight = Tensor("", "", blank((narrow, inputs), None, cell))
         part, hidden = blank((3, wide), 1, cell), blank((3, wide), None, cell)

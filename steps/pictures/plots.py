@@ -58,10 +58,12 @@ class Panel:
             self.canvas.text(self.x(step), self.box.bottom + 12, str(step), "small")
 
 
-def legend(canvas: Canvas, x: float, y: float, names: Sequence[str]) -> None:
+def legend(
+    canvas: Canvas, x: float, y: float, names: Sequence[str], kinds: Sequence[str] = ("c0", "c1")
+) -> None:
     for n, name in enumerate(names):
         here = y + n * 18
-        canvas.line((x, here), (x + 22, here), kind=f"c{n}", head=False)
+        canvas.line((x, here), (x + 22, here), kind=kinds[n], head=False)
         canvas.text(x + 28, here, name, "small", "start")
 
 
@@ -104,7 +106,7 @@ def parted(step: Path, pairs: dict[str, tuple[str, str]], low: int) -> str:
         gaps = [abs(a - b) for a, b in zip(losses[first], losses[second], strict=True)]
         below.dots([math.log10(gap) if gap else low for gap in gaps], f"c{n}")
     canvas.text(LEFT - 6, below.box.bottom, "0", "small", "end")
-    legend(canvas, 330, 34, list(pairs))
+    legend(canvas, 330, above.y(2.0) + 14, list(pairs))
     below.axis()
     return canvas.svg()
 
@@ -133,17 +135,21 @@ def rounded(step: Path) -> str:
 
 
 def two_codes(step: Path) -> str:
-    """A pair: the losses of the step's code (A) and of code that looks right (B), and the floor."""
+    """A pair: the losses of the step's code (A) and of code that looks right (B), and the floor.
+
+    B is thin and lies on A, which is broad: where they agree both can be seen.
+    """
     floor, losses = kept(step, "pair.json")
     steps = len(losses["A"])
     canvas = Canvas(214)
     low = 0.5 if min(losses["B"]) < 1 else 1.0
     panel = Panel(canvas, Box(LEFT, 14, WIDTH - LEFT - RIGHT, 170), steps, low, 2.2)
-    for value in (low, 1.5, 2.0):
+    for value in sorted({low, 1.0, 1.5, 2.0}):
         panel.tick(value, str(value))
     panel.level(floor, f"floor {floor:.4f}", told_at=1.1)
-    for n, values in enumerate(losses.values()):
-        panel.curve(values, f"c{n}")
-    legend(canvas, 330, 34, list(losses))
+    kinds = ("c0 under", "c1 over")
+    for kind, values in zip(kinds, losses.values(), strict=True):
+        panel.curve(values, kind)
+    legend(canvas, 330, panel.y(2.0) + 14, list(losses), kinds)
     panel.axis()
     return canvas.svg()
