@@ -11,6 +11,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import huggingface
 import pytest
 from once import Once, make_once
+from order import ordered
 from progress import Progress
 
 from rosetrainer.commands.prepare import main as prepare
@@ -26,6 +27,11 @@ def pytest_configure(config: pytest.Config) -> None:
         slow = [HealthCheck.too_slow]
         settings.register_profile("suite", deadline=None, suppress_health_check=slow)
         settings.load_profile("suite")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if worker := getattr(config, "workerinput", None):
+        items[:] = ordered(items, worker["workercount"])
 
 
 @pytest.fixture(scope="session")
