@@ -45,7 +45,7 @@ test: .venv/.installed-dev  ## Run all tests but the planted mistakes: about ten
 	@echo "All tests: about ten minutes on two cores, more beside other work. Ends with the slowest."
 	$(PYTEST) -m "not mutant"
 
-mutants: .venv/.installed-dev  ## Plant each known mistake, see its test turn red: three minutes
+mutants: .venv/.installed-dev  ## Plant each known mistake, see its test turn red: four minutes
 	@$(VENV_PYTHON) -m compileall -q benchmarks data rosetrainer steps tests
 	$(PYTEST) -m mutant
 
