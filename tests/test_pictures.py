@@ -49,6 +49,16 @@ def test_a_plot_stands_on_its_page_in_both_languages(plot: Path) -> None:
         assert (plot.parent / page).read_text().count(f"]({plot.name})\n") == 1
 
 
+@pytest.mark.parametrize("name", ["plot", "pair"])
+def test_of_two_curves_that_agree_both_are_seen(name: str) -> None:
+    """The first is broad and the second thin on top of it; step 02's two part at once."""
+    plots = [kept.with_suffix(".svg") for kept in sorted((ROOT / "steps").glob(f"*/{name}.json"))]
+    assert len(plots) > 7
+    for plot in plots:
+        curves = re.findall(r'<polyline class="(c\d[^"]*)" points="(?:\S+ ){50,}', plot.read_text())
+        assert curves in (["c0 under", "c1 over"], ["c0", "c1"] if "02" in str(plot) else []), plot
+
+
 @pytest.mark.parametrize("kept", sorted((ROOT / "steps").glob("*/pair.json")), ids=str)
 def test_a_pair_tells_the_losses_that_its_runs_kept(kept: Path) -> None:
     """First and last of each, in both languages; the two codes train two curves."""

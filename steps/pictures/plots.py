@@ -10,6 +10,7 @@ from pathlib import Path
 from pictures.canvas import WIDTH, Box, Canvas
 
 LEFT, RIGHT = 52, 16
+TWO = ("c0 under", "c1 over")  # broad and pale, and thin on top of it: both are seen
 
 
 class Panel:
@@ -91,7 +92,10 @@ def with_floor(step: Path) -> str:
 
 
 def parted(step: Path, pairs: dict[str, tuple[str, str]], low: int) -> str:
-    """The losses above; below, by how much the two of each pair differ, on a logarithmic axis."""
+    """The losses above; below, by how much the two of each pair differ, on a logarithmic axis.
+
+    Above is the second run of each pair, or both runs of an only pair.
+    """
     _, losses = kept(step)
     steps = len(next(iter(losses.values())))
     canvas = Canvas(364)
@@ -101,12 +105,16 @@ def parted(step: Path, pairs: dict[str, tuple[str, str]], low: int) -> str:
     below = Panel(canvas, Box(LEFT, 146, WIDTH - LEFT - RIGHT, 186), steps, low, 0)
     for power in range(low + 2, 0, 2 if low > -10 else 4):
         below.tick(power, f"1e{power}")
+    only = len(pairs) == 1
+    shown = next(iter(pairs.values())) if only else [second for _, second in pairs.values()]
+    for kind, run in zip(TWO, shown, strict=True):
+        above.curve(losses[run], kind)
     for n, (first, second) in enumerate(pairs.values()):
-        above.curve(losses[second], f"c{n}")
         gaps = [abs(a - b) for a, b in zip(losses[first], losses[second], strict=True)]
-        below.dots([math.log10(gap) if gap else low for gap in gaps], f"c{n}")
+        below.dots([math.log10(gap) if gap else low for gap in gaps], "line" if only else f"c{n}")
     canvas.text(LEFT - 6, below.box.bottom, "0", "small", "end")
-    legend(canvas, 330, above.y(2.0) + 14, list(pairs))
+    names = [run.split()[-1] for run in shown] if only else list(pairs)
+    legend(canvas, 330, above.y(2.0) + 14, names, TWO)
     below.axis()
     return canvas.svg()
 
@@ -135,10 +143,7 @@ def rounded(step: Path) -> str:
 
 
 def two_codes(step: Path) -> str:
-    """A pair: the losses of the step's code (A) and of code that looks right (B), and the floor.
-
-    B is thin and lies on A, which is broad: where they agree both can be seen.
-    """
+    """A pair: the losses of the step's code (A) and of code that looks right (B), and the floor."""
     floor, losses = kept(step, "pair.json")
     steps = len(losses["A"])
     canvas = Canvas(214)
@@ -147,9 +152,8 @@ def two_codes(step: Path) -> str:
     for value in sorted({low, 1.0, 1.5, 2.0}):
         panel.tick(value, str(value))
     panel.level(floor, f"floor {floor:.4f}", told_at=1.1)
-    kinds = ("c0 under", "c1 over")
-    for kind, values in zip(kinds, losses.values(), strict=True):
+    for kind, values in zip(TWO, losses.values(), strict=True):
         panel.curve(values, kind)
-    legend(canvas, 330, panel.y(2.0) + 14, list(losses), kinds)
+    legend(canvas, 330, panel.y(2.0) + 14, list(losses), TWO)
     panel.axis()
     return canvas.svg()
