@@ -30,7 +30,8 @@ from rosetrainer.parallel import data_parallel
 from rosetrainer.parallel.context import ParallelContext, init_parallel
 from rosetrainer.parallel.dropout import DropoutSeed
 from rosetrainer.parallel.sharding import draw_whole, gather_whole, load_whole, shard_spec
-from rosetrainer.parallel.zero.sharded_model import ShardedModel, shard_model, sharding_of
+from rosetrainer.parallel.zero.groups import GroupUnit, shard_model
+from rosetrainer.parallel.zero.sharded_model import ShardedModel, sharding_of
 from rosetrainer.parallel.zero.unit import Unit
 from rosetrainer.proof.batches import inputs_of
 from rosetrainer.proof.oracles import build_reference
@@ -249,7 +250,9 @@ def train(layout: Layout, context: ParallelContext) -> dict[str, Any]:
     found: dict[str, Any] = {"losses": [], "norms": []}
     axes = list(context.axes)
     if sharded := sharding_of(model):
-        more = (sharded.units[0].shards, sharded.units[0].replicas)
+        first = sharded.units[0]
+        assert isinstance(first, GroupUnit)
+        more = (first.shards, first.replicas)
         axes += [axis for axis in more if axis not in axes]
         found["gathered"] = spy_on_gathers(sharded)
     for step in range(STEPS):

@@ -20,6 +20,7 @@ from rosetrainer.optim.adamw import AdamW
 from rosetrainer.parallel.sharding import ShardSpec, shard_spec
 from rosetrainer.parallel.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from rosetrainer.parallel.zero.cut import ZeroSpec
+from rosetrainer.parallel.zero.groups import GroupCut
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # the paper's: steep at zero, flat enough around one
 ITERATIONS = 5
@@ -81,8 +82,9 @@ def spec_of_step(parameter: nn.Parameter) -> ShardSpec:
     spec = shard_spec(parameter)
     if not isinstance(spec, ZeroSpec):
         return spec
-    assert spec.shard_cut.owner is not None, "a matrix of Muon's is cut over dp"
-    return spec.gathered_spec
+    cut = spec.shard_cut
+    assert isinstance(cut, GroupCut) and cut.owner is not None, "a matrix of Muon's is cut over dp"
+    return spec.gathered
 
 
 def stacks(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:

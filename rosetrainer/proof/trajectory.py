@@ -27,7 +27,7 @@ from rosetrainer.parallel.context import ParallelContext
 from rosetrainer.parallel.dropout import DropoutSeed
 from rosetrainer.parallel.pipeline.runner import last_logits
 from rosetrainer.parallel.sharding import draw_whole, gather_whole, load_whole, shard_spec
-from rosetrainer.parallel.zero.sharded_model import shard_model
+from rosetrainer.parallel.zero.groups import shard_model
 from rosetrainer.proof.batches import (
     ROWS,
     UPDATES,

@@ -44,7 +44,7 @@ from rosetrainer.optim.precision import autocast_for
 from rosetrainer.parallel.comm import all_reduce
 from rosetrainer.parallel.context import Axis, ParallelContext, end_parallel, init_parallel
 from rosetrainer.parallel.sharding import init_weights
-from rosetrainer.parallel.zero.sharded_model import shard_model
+from rosetrainer.parallel.zero.groups import shard_model
 from rosetrainer.reporting.messages import (
     describe,
     introduce,

@@ -20,7 +20,7 @@ from rosetrainer.optim.muon import Muon, hidden_layers, newton_schulz, orthogona
 from rosetrainer.optim.optimizer import build_optimizer, set_learning_rates
 from rosetrainer.parallel.context import init_parallel
 from rosetrainer.parallel.sharding import gather_whole, init_weights, load_whole
-from rosetrainer.parallel.zero.sharded_model import shard_model
+from rosetrainer.parallel.zero.groups import shard_model
 from rosetrainer.training.step import compute_gradients
 
 ROWS, STEPS = 4, 3

@@ -24,7 +24,8 @@ from rosetrainer.parallel.dropout import DropoutSeed
 from rosetrainer.parallel.replicas import check_replicas, checksum
 from rosetrainer.parallel.sharding import gather_whole, load_whole, shard_spec
 from rosetrainer.parallel.zero.cut import dim_of_slices
-from rosetrainer.parallel.zero.sharded_model import shard_model, sharding_of
+from rosetrainer.parallel.zero.groups import shard_model
+from rosetrainer.parallel.zero.sharded_model import sharding_of
 from rosetrainer.proof.reference import ReferenceDropout
 from rosetrainer.training.step import compute_gradients
 
@@ -118,7 +119,7 @@ def check_who_holds_what(model: GPTModel, context: ParallelContext) -> None:
     for parameter in model.parameters():
         spec = shard_spec(parameter)
         assert tuple(parameter.shape) == tuple(s.stop - s.start for s in spec.index)
-        whole = spec.gathered_spec.index  # type: ignore[attr-defined]
+        whole = spec.gathered.index  # type: ignore[attr-defined]
         shape = [s.stop - s.start for s in whole]
         dim = dim_of_slices(shape, shards)
         assert parameter.shape[dim] <= -(-shape[dim] // shards)

@@ -1,66 +1,40 @@
 """How ZeRO cuts a parameter over dp: by the shard spec that checkpoints, norms and updates read.
 
-Letters: S shards, R replicas of them; S x R = dp.size.
+Letters: S shards.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from rosetrainer.parallel.comm import all_gather
-from rosetrainer.parallel.context import Axis
-from rosetrainer.parallel.sharding import Cut, ShardSpec, shard_spec
+from rosetrainer.parallel.sharding import Cut, ShardSpec
 
 
 @dataclass(frozen=True)
 class ShardCut(Cut):
-    """A cut of dp into S slices that differ by one row at most; with fewer rows some have none.
-
-    Ranks r, r + S, r + 2S, .. hold the same slice: `copies` of them, R. With an `owner` that part
-    has all rows, as Muon wants a matrix.
-    """
-
-    owner: int | None = None
-
-    def part_of(self, rank: int) -> int:
-        return rank % self.parts
-
-    @property
-    def holders(self) -> Sequence[int]:
-        return range(self.part, self.axis.size, self.parts)
+    """A cut into S slices that differ by one row at most; with fewer rows some have none."""
 
     def rows(self, n: int, part: int) -> slice:
         """Which of n rows the part has."""
-        if self.owner is not None:
-            return slice(0, n if part == self.owner else 0)
         return slice(part * n // self.parts, (part + 1) * n // self.parts)
 
 
 @dataclass(frozen=True)
 class ZeroSpec(ShardSpec):
     """The spec of a parameter of which a rank holds a slice; `gathered` is that of its whole, which
-    tp may have cut."""
+    tp may have cut. `shard_cut` is the last of its cuts."""
 
-    gathered: ShardSpec | None = None
-
-    @property
-    def shard_cut(self) -> ShardCut:
-        cut = self.cuts[-1]
-        assert isinstance(cut, ShardCut)
-        return cut
-
-    @property
-    def gathered_spec(self) -> ShardSpec:
-        assert self.gathered
-        return self.gathered
+    gathered: ShardSpec = field(kw_only=True)
+    shard_cut: ShardCut = field(kw_only=True)
 
     @property
     def gathered_shape(self) -> tuple[int, ...]:
-        return tuple(one.stop - one.start for one in self.gathered_spec.index)
+        return shape_of(self.gathered.index)
 
     def box(self, part: int) -> tuple[slice, ...]:
         """Where in the gathered parameter a part lies."""
@@ -70,12 +44,12 @@ class ZeroSpec(ShardSpec):
         return tuple(index)
 
     def box_shape(self, part: int) -> tuple[int, ...]:
-        return tuple(one.stop - one.start for one in self.box(part))
+        return shape_of(self.box(part))
 
     @property
     def index(self) -> tuple[slice, ...]:
         """Where in a tensor of `shape`, and its pad, this rank's part lies."""
-        pairs = zip(self.gathered_spec.index, self.box(self.shard_cut.part), strict=True)
+        pairs = zip(self.gathered.index, self.box(self.shard_cut.part), strict=True)
         return tuple(slice(a.start + b.start, a.start + b.stop) for a, b in pairs)
 
     def unshard(self, local: Tensor, phase: str) -> Tensor:
@@ -88,15 +62,14 @@ class ZeroSpec(ShardSpec):
         whole = local.new_empty(self.gathered_shape)
         for part, shape in enumerate(shapes):
             whole[self.box(part)] = rows[part, : math.prod(shape)].view(shape)
-        return self.gathered_spec.unshard(whole, phase)
+        return self.gathered.unshard(whole, phase)
 
 
-def zero_spec(spec: ShardSpec, dp: Axis, replicas: int, owner: int | None = None) -> ZeroSpec:
-    """The spec of one of dp.size / replicas slices of what `spec` says."""
-    shape = tuple(one.stop - one.start for one in spec.index)
-    cut = ShardCut(dp, dim_of_slices(shape, dp.size // replicas), replicas, owner=owner)
-    known = {field.name: getattr(spec, field.name) for field in fields(ShardSpec)}
-    return ZeroSpec(**{**known, "cuts": (*spec.cuts, cut)}, gathered=spec)
+def zero_spec(spec: ShardSpec, cut: ShardCut) -> ZeroSpec:
+    """The spec of one of the slices into which the cut divides what `spec` says."""
+    known = {one.name: getattr(spec, one.name) for one in fields(ShardSpec)}
+    known["cuts"] = (*spec.cuts, cut)
+    return ZeroSpec(**known, gathered=spec, shard_cut=cut)
 
 
 def dim_of_slices(shape: Sequence[int], parts: int) -> int:
@@ -104,10 +77,5 @@ def dim_of_slices(shape: Sequence[int], parts: int) -> int:
     return min(range(len(shape)), key=lambda dim: -(-shape[dim] // parts) / shape[dim])
 
 
-def owners(parameters: Collection[nn.Parameter], shards: int) -> dict[nn.Parameter, int]:
-    """To which shard each matrix belongs: in order, to the one that has least so far."""
-    load, found = [0] * shards, {}
-    for parameter in parameters:
-        found[parameter] = min(range(shards), key=load.__getitem__)
-        load[found[parameter]] += math.prod(shard_spec(parameter).shape)
-    return found
+def shape_of(index: Sequence[slice]) -> tuple[int, ...]:
+    return tuple(one.stop - one.start for one in index)

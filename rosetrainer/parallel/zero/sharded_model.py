@@ -9,19 +9,15 @@ an optimizer finds slices with their gradients.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
-from datetime import timedelta
+from collections.abc import Iterator, Sequence
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from rosetrainer.parallel.context import Axis, ParallelContext
-from rosetrainer.parallel.sharding import shard_spec
-from rosetrainer.parallel.zero.cut import owners, zero_spec
+from rosetrainer.config import ParallelConfig
 from rosetrainer.parallel.zero.unit import Unit
 
 
@@ -47,35 +43,28 @@ class ShardedModel:
     def __init__(
         self,
         model: nn.Module,
-        context: ParallelContext,
-        axes: tuple[Axis, Axis],
-        matrices: Collection[nn.Parameter] = (),
+        blocks: Sequence[nn.Module],
+        units: Sequence[Unit],
+        parallel: ParallelConfig,
     ) -> None:
-        """axes: of the shards, of their replicas. matrices: which belong whole to one rank."""
-        parallel, (shards, replicas) = context.parallel, axes
+        """blocks: in the order of their use. units: of what units_of lists."""
         self.level, self.keep, self.overlap = parallel.zero, parallel.zero_keep, parallel.overlap
         self.names = {parameter: name for name, parameter in model.named_parameters()}
         self.largest: dict[str, Tensor] = {}
-        owner = owners(matrices, shards.size)
-        self.units: list[Unit] = []
-        for number, parameters in enumerate(units_of(model)):
-            specs = [
-                zero_spec(shard_spec(p), context.dp, replicas.size, owner.get(p))
-                for p in parameters
-            ]
-            self.units.append(Unit(parameters, specs, shards, replicas))
-            for parameter in parameters:
+        self.units = units
+        for number, unit in enumerate(units):
+            for parameter in unit.parameters:
                 parameter.register_post_accumulate_grad_hook(partial(self._made, number))
-        for number, block in enumerate(blocks_of(model), 1):
+        for number, block in enumerate(blocks, 1):
             block.register_forward_pre_hook(partial(self._before_forward, number))
             block.register_forward_hook(partial(self._after_forward, number))
-        outside = set(self.units[0].parameters)
+        outside = set(units[0].parameters)
         for module in model.modules():
             if outside & set(module.parameters(recurse=False)):
                 module.register_forward_pre_hook(partial(self._before_forward, 0))
-        self.missing = [0] * len(self.units)
+        self.missing = [0] * len(units)
         self.expected: list[int] = []
-        self.is_last, self.summing = True, self.units[0]
+        self.is_last, self.summing = True, units[0]
         self.release()
 
     def backward(self, loss: Tensor, is_last: bool) -> None:
@@ -149,48 +138,11 @@ class ShardedModel:
             self.largest[name] = torch.maximum(value, self.largest.get(name, value))
 
 
-def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """In the order of their use; of two sides the encoder's come first."""
-    lists = {n: m for n, m in model.named_children() if isinstance(m, nn.ModuleList)}
-    return [block for name in sorted(lists, key=lambda n: n != "encoder") for block in lists[name]]
-
-
-def units_of(model: nn.Module) -> list[list[nn.Parameter]]:
+def units_of(model: nn.Module, blocks: Sequence[nn.Module]) -> list[list[nn.Parameter]]:
     """The parameters outside of blocks, then each block's."""
-    of_blocks = [list(block.parameters()) for block in blocks_of(model)]
+    of_blocks = [list(block.parameters()) for block in blocks]
     inside = {parameter for block in of_blocks for parameter in block}
     return [[p for p in model.parameters() if p not in inside], *of_blocks]
-
-
-def shard_axes(context: ParallelContext, timeout_seconds: float) -> tuple[Axis, Axis]:
-    """The axes of the shards, neighbours on dp, and of those that hold the same shard."""
-    dp, tp_size, replicas = context.dp, context.tp.size, context.parallel.dp_replicas
-    if replicas == 1:
-        return dp, Axis("replicas")
-    ranks = torch.arange(context.world_size).view(replicas, -1, tp_size)  # world ranks
-    timeout = timedelta(seconds=timeout_seconds)
-
-    def axis(name: str, groups: Tensor) -> Axis:
-        group, _ = dist.new_subgroups_by_enumeration(groups.tolist(), timeout=timeout)
-        return Axis(name, groups.shape[1], dist.get_rank(group), group)
-
-    shards = axis("shards", ranks.permute(0, 2, 1).flatten(0, 1))
-    return shards, axis("replicas", ranks.permute(1, 2, 0).flatten(0, 1))
-
-
-def shard_model(
-    model: nn.Module,
-    context: ParallelContext,
-    matrices: Collection[nn.Parameter] = (),
-    timeout_seconds: float = 300.0,
-) -> None:
-    """Lets the model be sharded as context.parallel.zero says; at level 0 it stays as it is.
-
-    matrices: parameters that belong whole to one shard each, as Muon wants them.
-    """
-    if context.parallel.zero and context.dp.size > 1:
-        axes = shard_axes(context, timeout_seconds)
-        model.sharded = ShardedModel(model, context, axes, matrices)  # type: ignore[assignment]
 
 
 def sharding_of(model: nn.Module) -> ShardedModel | None:

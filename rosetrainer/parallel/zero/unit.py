@@ -12,12 +12,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
-from rosetrainer.parallel.comm import (
-    Pending,
-    start_all_gather,
-    start_all_reduce,
-    start_reduce_scatter,
-)
+from rosetrainer.parallel.comm import Pending, start_all_gather, start_reduce_scatter
 from rosetrainer.parallel.context import Axis
 from rosetrainer.parallel.zero.cut import ZeroSpec
 
@@ -29,12 +24,9 @@ class Unit:
     for autograd knows them.
     """
 
-    def __init__(
-        self, parameters: list[nn.Parameter], specs: list[ZeroSpec], shards: Axis, replicas: Axis
-    ) -> None:
+    def __init__(self, parameters: list[nn.Parameter], specs: list[ZeroSpec], shards: Axis) -> None:
         """The parameters hold their whole tensors, and from now on their slices of those."""
-        self.parameters, self.specs = parameters, specs
-        self.shards, self.replicas = shards, replicas
+        self.parameters, self.specs, self.shards = parameters, specs, shards
         self.places = [self._places_of(part) for part in range(shards.size)]
         width = max(places[-1].stop for places in self.places)
         self.row = parameters[0].detach().new_zeros(width)
@@ -61,7 +53,7 @@ class Unit:
         self.is_gathered = gathered
         for i, parameter in enumerate(self.parameters):
             parameter.data = self.whole[i] if gathered else self.slices[i]
-            spec = self.specs[i].gathered_spec if gathered else self.specs[i]
+            spec = self.specs[i].gathered if gathered else self.specs[i]
             parameter.shard_spec = spec  # type: ignore[attr-defined]
 
     def start_gather(self, phase: str) -> None:
@@ -113,9 +105,8 @@ class Unit:
             self.gradient = row if self.gradient is None else self.gradient.add_(row)
 
     def finish_step(self) -> None:
-        """Lets the parameters be slices, each with its gradient, summed over all of dp."""
+        """Lets the parameters be slices, each with its gradient."""
         assert self.gradient is not None
-        start_all_reduce(self.gradient, self.replicas, "backward").wait()
         self.show(gathered=False)
         self.is_fresh = False  # once these gradients have moved the slices
         for i, place in enumerate(self.places[self.shards.rank]):

@@ -1,0 +1,114 @@
+"""Which rank holds which slice, where it is not simply the next one: groups of shards (hybrid
+sharding), and matrices that one shard has whole, as Muon wants them.
+
+Letters: S shards, R replicas of them; S x R = dp.size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from rosetrainer.parallel.comm import start_all_reduce
+from rosetrainer.parallel.context import Axis, ParallelContext
+from rosetrainer.parallel.sharding import shard_spec
+from rosetrainer.parallel.zero.cut import ShardCut, ZeroSpec, dim_of_slices, shape_of, zero_spec
+from rosetrainer.parallel.zero.sharded_model import ShardedModel, units_of
+from rosetrainer.parallel.zero.unit import Unit
+
+
+@dataclass(frozen=True)
+class GroupCut(ShardCut):
+    """Ranks r, r + S, r + 2S, .. hold the same slice: `copies` of them, R. With an `owner` that
+    part has all rows."""
+
+    owner: int | None = None
+
+    def part_of(self, rank: int) -> int:
+        return rank % self.parts
+
+    @property
+    def holders(self) -> Sequence[int]:
+        return range(self.part, self.axis.size, self.parts)
+
+    def rows(self, n: int, part: int) -> slice:
+        if self.owner is None:
+            return super().rows(n, part)
+        return slice(0, n if part == self.owner else 0)
+
+
+class GroupUnit(Unit):
+    """Its gradient is summed over the shards, and then over the groups of them."""
+
+    def __init__(
+        self, parameters: list[nn.Parameter], specs: list[ZeroSpec], shards: Axis, replicas: Axis
+    ) -> None:
+        super().__init__(parameters, specs, shards)
+        self.replicas = replicas
+
+    def finish_step(self) -> None:
+        assert self.gradient is not None
+        start_all_reduce(self.gradient, self.replicas, "backward").wait()
+        super().finish_step()
+
+
+def shard_model(
+    model: nn.Module,
+    context: ParallelContext,
+    matrices: Collection[nn.Parameter] = (),
+    timeout_seconds: float = 300.0,
+) -> None:
+    """Lets the model be sharded as context.parallel.zero says; at level 0 it stays as it is.
+
+    matrices: parameters that belong whole to one shard each, as Muon wants them.
+    """
+    if not context.parallel.zero or context.dp.size == 1:
+        return
+    shards, replicas = shard_axes(context, timeout_seconds)
+    owner, blocks, units = owners(matrices, shards.size), blocks_of(model), []
+    for parameters in units_of(model, blocks):
+        specs = []
+        for parameter in parameters:
+            spec = shard_spec(parameter)
+            dim = dim_of_slices(shape_of(spec.index), shards.size)
+            cut = GroupCut(context.dp, dim, replicas.size, owner=owner.get(parameter))
+            specs.append(zero_spec(spec, cut))
+        units.append(GroupUnit(parameters, specs, shards, replicas))
+    model.sharded = ShardedModel(model, blocks, units, context.parallel)  # type: ignore[assignment]
+
+
+def shard_axes(context: ParallelContext, timeout_seconds: float) -> tuple[Axis, Axis]:
+    """The axes of the shards, neighbours on dp, and of those that hold the same shard."""
+    dp, tp_size, replicas = context.dp, context.tp.size, context.parallel.dp_replicas
+    if replicas == 1:
+        return dp, Axis("replicas")
+    ranks = torch.arange(context.world_size).view(replicas, -1, tp_size)  # world ranks
+    timeout = timedelta(seconds=timeout_seconds)
+
+    def axis(name: str, groups: Tensor) -> Axis:
+        group, _ = dist.new_subgroups_by_enumeration(groups.tolist(), timeout=timeout)
+        return Axis(name, groups.shape[1], dist.get_rank(group), group)
+
+    shards = axis("shards", ranks.permute(0, 2, 1).flatten(0, 1))
+    return shards, axis("replicas", ranks.permute(1, 2, 0).flatten(0, 1))
+
+
+def owners(parameters: Collection[nn.Parameter], shards: int) -> dict[nn.Parameter, int]:
+    """To which shard each matrix belongs: in order, to the one that has least so far."""
+    load, found = [0] * shards, {}
+    for parameter in parameters:
+        found[parameter] = min(range(shards), key=load.__getitem__)
+        load[found[parameter]] += math.prod(shard_spec(parameter).shape)
+    return found
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """In the order of their use; of two sides the encoder's come first."""
+    lists = {n: m for n, m in model.named_children() if isinstance(m, nn.ModuleList)}
+    return [block for name in sorted(lists, key=lambda n: n != "encoder") for block in lists[name]]
