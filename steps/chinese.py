@@ -16,12 +16,18 @@ WORDS = {  # what is not written, and what is: a rank is a process, and one thin
     "账本": "通信统计",
     "天真": "不足",
     "展宽": "升维",
-    "一个比特也不差|逐位": "逐比特相同",
+    "一个比特也不差|逐位|一位一位": "逐比特相同",
+    "收集": "gather 或 all-gather",
+    "(?<!（)shard spec": "切分说明",
+    r"(?<![\w/\[(-])checkpoint(?![\w./])": "检查点",
+    "损失": "loss",
+    "内核": "kernel",
 }
 FORMS = {  # a pattern that is not written, and why
     r"\]\((?!http)[^)#]*/(#[^)]*)?\)": "links to a folder, which shows the English page",
     r"\]\((?!http)[^)]*README\.md": "links to the English page",
     r"(?<!步骤 )\b0\d 步": "names a step without 步骤 in front of its number",
+    r"在 \[?\d\d\b\S* 的基础": "names a step without 步骤 in front of its number",
     rf"{HAN}[,;:?!](?={HAN})": "has half-width punctuation between Chinese characters",
     rf"{HAN}[A-Za-z0-9`]|[A-Za-z0-9`]{HAN}": "lacks a space between Chinese and Latin",
 }

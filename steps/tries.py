@@ -93,7 +93,8 @@ def failure(stderr: str, folder: Path, mine: Path) -> str:
         if frames and errors:
             name, number = frames[-1]
             source = read(folder / name)[number - 1].strip()
-            return f"{mine / name} line {number}: {source}\n{errors[0]}"
+            error = errors[0].replace(str(folder), str(mine))
+            return f"{mine / name} line {number}: {source}\n{error}"
     told = re.findall(
         r"^error: .*$", stderr, re.MULTILINE
     )  # a ConfigError, told without a traceback

@@ -240,11 +240,18 @@ def test_an_end_counts_lines_and_checks_and_links_what_comes_next(root: Path) ->
     "line, what",
     [
         ("每个 rank 拿着一片。", "says 拿着; the field says 持有"),
+        ("再收集 logits。", "says 收集; the field says gather 或 all-gather"),
+        ("读参数的 shard spec。", "says shard spec; the field says 切分说明"),
+        ("存 checkpoint，再读。", "says checkpoint; the field says 检查点"),
         (
             "见[下一步](../08_row_parallel_attention/)。",
             "links to a folder, which shows the English page: ](../08_row_parallel_attention/)",
         ),
         ("见[首页](../../README.md#a)。", "links to the English page: ](../../README.md"),
+        (
+            "在 08 的基础上修改。",
+            "names a step without 步骤 in front of its number: 在 08 的基础",
+        ),
         ("到 08 步为止。", "names a step without 步骤 in front of its number: 08 步"),
         ("对,错。", "has half-width punctuation between Chinese characters: 对,"),
         ("每个rank", "lacks a space between Chinese and Latin: 个r"),
@@ -506,7 +513,7 @@ def test_red_is_the_rank_that_failed_by_itself_and_not_the_one_it_left_waiting(
             f'[rank1]: {at}test_it.py", line 2, in main',
             f'[rank1]: {at}oracle.py", line 9, in difference',
             "[rank0]: RuntimeError: Connection closed by peer [127.0.0.1]:1.",
-            "[rank1]: AssertionError: Y differs by 2.1e+00",
+            f"[rank1]: AssertionError: Y differs by 2.1e+00, see {tmp_path}/model.py",
             "torch.distributed.elastic.multiprocessing.errors.ChildFailedError: ",
         )
     )
@@ -523,7 +530,8 @@ def test_red_is_the_rank_that_failed_by_itself_and_not_the_one_it_left_waiting(
         check=True,
     )
     assert done.stdout == (
-        'mine/test_it.py line 2: difference("Y", y, dense)\nAssertionError: Y differs by 2.1e+00\n'
+        'mine/test_it.py line 2: difference("Y", y, dense)\n'
+        "AssertionError: Y differs by 2.1e+00, see mine/model.py\n"
     )
 
 
