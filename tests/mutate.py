@@ -19,6 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -41,6 +42,7 @@ LAYOUT = "models/test_llama.py::test_a_layout_equals_the_oracle"
 LLAMA = [f"{LAYOUT}[tp4-two-hold-a-head]", f"{LAYOUT}[tp2-dp2-sequence-parallel]"]
 PIPELINE = ["parallel/test_schedule.py", "parallel/test_pipeline_beside_torch.py"]
 SINGLE = ["parallel/test_pipeline.py::test_a_schedule_computes_what_one_process_does"]
+ZERO = ["parallel/test_zero_beside_torch.py", "parallel/test_zero.py"]
 LATTICE = ["proof/test_lattice.py"]
 THEIRS = ["proof/test_transformers.py"]
 MUON = ["proof/test_parity.py::test_a_right_layout_is_proved_right_in_each_dtype[muon]"]
@@ -52,6 +54,7 @@ TESTS: dict[str, tuple[list[str], list[str]]] = {
     "parallel/dropout.py": ([*EVERY, "parallel/test_seeds.py"], LATTICE),
     "parallel/overlap.py": (["parallel/test_layers.py", *EVERY], LATTICE),
     "parallel/recompute.py": (EVERY, LATTICE),
+    "parallel/replicated.py": (["proof/test_module.py"], []),
     "parallel/replicas.py": (["parallel/test_sharding.py", "parallel/test_techniques.py"], []),
     "parallel/sharding.py": (["parallel/test_sharding.py", *COMM, *MODEL], LATTICE),
     "parallel/shared_heads.py": (["models/test_llama.py"], LATTICE),
@@ -61,11 +64,14 @@ TESTS: dict[str, tuple[list[str], list[str]]] = {
         LATTICE,
     ),
     "parallel/pipeline/": ([*PIPELINE, *SINGLE], ["parallel/test_pipeline.py"]),
+    "parallel/zero/": (ZERO, LATTICE),
     "models/attention.py": ([*MODEL, *EVERY], LATTICE),
     "models/bert.py": (["models/test_bert.py"], THEIRS),
     "models/build.py": (["models/test_rotary.py", *LLAMA, *SINGLE], THEIRS),
     "models/encoder_decoder.py": (["models/test_encoder_decoder.py"], LATTICE),
+    "models/filling.py": (["models/test_filling.py"], []),
     "models/generation.py": (["commands/test_generate.py"], THEIRS),
+    "models/glm.py": (["models/test_glm.py"], LATTICE),
     "models/gpt.py": ([*MODEL, *EVERY], LATTICE),
     "models/layers.py": (["models/test_rotary.py"], []),
     "models/llama.py": (["models/test_llama.py"], THEIRS),
@@ -74,6 +80,7 @@ TESTS: dict[str, tuple[list[str], list[str]]] = {
     "models/rotary.py": (["models/test_rotary.py"], []),
     "models/t5.py": (["models/test_t5.py"], THEIRS),
     "optim/adamw.py": (["training/test_training_parity.py", "optim/test_clip.py"], LATTICE),
+    "optim/casts.py": (["optim/test_casts.py"], []),
     "optim/clip.py": (["optim/test_clip.py", "training/test_training_parity.py"], LATTICE),
     "optim/muon.py": (["optim/test_muon.py"], MUON),
     "optim/non_finite.py": (["parallel/test_techniques.py", "optim/test_clip.py"], []),
@@ -129,17 +136,19 @@ def all_mutants() -> list[Mutant]:
         path = ROOT / "rosetrainer" / name
         for file in sorted(path.glob("*.py")) if path.is_dir() else [path]:
             relative = str(file.relative_to(ROOT / "rosetrainer"))
-            found += mutants_of(relative, file.read_bytes())
+            found += mutants_of(relative, source_of(relative))
     return found
 
 
-def source_of(mutant: Mutant) -> bytes:
-    return (ROOT / "rosetrainer" / mutant.file).read_bytes()
+@cache
+def source_of(file: str) -> bytes:
+    """As it was at first: whoever edits it meanwhile changes no mutant."""
+    return (ROOT / "rosetrainer" / file).read_bytes()
 
 
 def key(mutant: Mutant) -> str:
     """Of the mutant and all of its file: a changed file is another one."""
-    return hashlib.sha256(mutant.applied(source_of(mutant))).hexdigest()[:16]
+    return hashlib.sha256(mutant.applied(source_of(mutant.file))).hexdigest()[:16]
 
 
 def read(results: Path) -> dict[str, dict[str, Any]]:
@@ -171,7 +180,7 @@ def run(todo: list[Mutant], results: Path, jobs: int, end: float) -> None:
             finally:
                 trees.put(tree)
             note = {"key": key(mutant), "outcome": outcome, "where": where, **mutant._asdict()}
-            note |= {"shown": mutant.shown(source_of(mutant))}
+            note |= {"shown": mutant.shown(source_of(mutant.file))}
             note["seconds"] = round(time.monotonic() - since, 1)
             with results.open("a") as file:
                 file.write(json.dumps(note) + "\n")
@@ -189,7 +198,7 @@ def run(todo: list[Mutant], results: Path, jobs: int, end: float) -> None:
 
 def try_mutant(mutant: Mutant, tree: Path, seconds: float = LONGEST) -> tuple[str, str]:
     """(what became of it, where)"""
-    path, source = tree / "rosetrainer" / mutant.file, source_of(mutant)
+    path, source = tree / "rosetrainer" / mutant.file, source_of(mutant.file)
     path.write_bytes(mutant.applied(source))
     try:
         for tests in tests_of(mutant.file):

@@ -44,7 +44,7 @@ OPERATORS: dict[type[ast.AST], tuple[Any, str]] = {
     ast.NotEq: (ast.Eq, "== for !="),
     ast.Add: (ast.Sub, "- for +"),
     ast.Sub: (ast.Add, "+ for -"),
-    ast.Mult: (ast.Div, "/ for *"),
+    ast.Mult: (ast.FloorDiv, "// for *"),  # a size stays an integer, so that it goes on
     ast.Div: (ast.Mult, "* for /"),
     ast.BitOr: (ast.BitAnd, "& for |"),
     ast.BitAnd: (ast.BitOr, "| for &"),

@@ -54,11 +54,26 @@ def test_a_draw_is_of_all_and_the_same_by_seed_with_rare_kinds_first() -> None:
     kinds = {mutant.kind for mutant in mutants}
     assert {mutant.kind for mutant in order[: len(kinds)]} == kinds
     for mutant in order[:60]:
-        compile(mutant.applied(mutate.source_of(mutant)), mutant.file, "exec")
+        compile(mutant.applied(mutate.source_of(mutant.file)), mutant.file, "exec")
+
+
+def test_every_file_of_the_core_is_changed_under_tests_of_its_own() -> None:
+    files = [
+        str(path.relative_to(package))
+        for package in [mutate.ROOT / "rosetrainer"]
+        for folder in ("parallel", "models", "optim")
+        for path in (package / folder).rglob("*.py")
+        if path.name != "__init__.py"
+    ]
+    assert len(files) > 30
+    assert not [file for file in files if not any(file.startswith(name) for name in mutate.TESTS)]
+    for first, then in mutate.TESTS.values():
+        for test in [*first, *then]:
+            assert (mutate.ROOT / "tests" / test.partition("::")[0]).exists(), test
 
 
 def test_what_is_explained_is_a_mutant_still() -> None:
-    shown = {mutant.shown(mutate.source_of(mutant)) for mutant in mutate.all_mutants()}
+    shown = {mutant.shown(mutate.source_of(mutant.file)) for mutant in mutate.all_mutants()}
     assert not set(mutate.explanations()) - shown
 
 
