@@ -49,7 +49,7 @@ MUON = ["proof/test_parity.py::test_a_right_layout_is_proved_right_in_each_dtype
 
 TESTS: dict[str, tuple[list[str], list[str]]] = {
     "parallel/comm.py": ([*COMM, *MODEL, *EVERY], LATTICE),
-    "parallel/context.py": (["parallel/test_context.py", *COMM, *EVERY], LATTICE),
+    "parallel/context.py": (["parallel/test_context.py", *COMM, *EVERY, *SINGLE], LATTICE),
     "parallel/data_parallel.py": ([*SUMS, *EVERY, *LLAMA], LATTICE),
     "parallel/dropout.py": ([*EVERY, "parallel/test_seeds.py"], LATTICE),
     "parallel/overlap.py": (["parallel/test_layers.py", *EVERY], LATTICE),
@@ -73,9 +73,9 @@ TESTS: dict[str, tuple[list[str], list[str]]] = {
     "models/generation.py": (["commands/test_generate.py"], THEIRS),
     "models/glm.py": (["models/test_glm.py"], LATTICE),
     "models/gpt.py": ([*MODEL, *EVERY], LATTICE),
-    "models/layers.py": (["models/test_rotary.py"], []),
+    "models/layers.py": (["models/test_rotary.py", "models/test_t5.py"], LATTICE),
     "models/llama.py": (["models/test_llama.py"], THEIRS),
-    "models/positions.py": (["models/test_rotary.py", "models/test_llama.py"], []),
+    "models/positions.py": (["models/test_rotary.py", "models/test_llama.py"], LATTICE),
     "models/relative_bias.py": (["models/test_t5.py"], THEIRS),
     "models/rotary.py": (["models/test_rotary.py"], []),
     "models/t5.py": (["models/test_t5.py"], THEIRS),

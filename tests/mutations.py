@@ -130,7 +130,7 @@ def changes(node: ast.AST) -> Iterator[tuple[Any, str, str]]:
         if name in SILENT:
             continue
         for child in value if isinstance(value, list) else [value]:
-            silent = isinstance(child, (ast.Raise, ast.Assert, ast.JoinedStr))
+            silent = isinstance(child, (ast.Raise, ast.Assert, ast.JoinedStr)) or is_strict(child)
             if isinstance(child, ast.AST) and not silent:
                 yield from changes(child)
 
@@ -156,6 +156,11 @@ def changes_of(node: ast.AST) -> Iterator[tuple[Any, str, str]]:
         yield node.test, "condition reversed", f"(not {ast.unparse(node.test)})"
     if removable(node):
         yield node, "line removed", "pass"
+
+
+def is_strict(node: Any) -> bool:
+    """zip's: an assertion that lengths are equal."""
+    return isinstance(node, ast.keyword) and node.arg == "strict"
 
 
 def removable(node: ast.AST) -> bool:

@@ -21,6 +21,10 @@ def total(x: list[int], tp: object, wide: bool = True) -> int:
     x = sorted(x)
     assert x[0] + 1
     return all_reduce(x, tp, "forward", tp.size) + divmod(x[0], wide)[0]
+
+
+def alone(x: list[int]) -> object:
+    return zip(x, strict=True)
 '''
 
 
@@ -41,7 +45,7 @@ def test_each_kind_of_mistake_is_made_and_nothing_that_only_speaks_is_changed() 
     assert set(made.items()) <= lines
     assert ("off by one", "LIMIT: int = 4") in lines
     assert ("line removed", "    pass") in lines
-    kept = {1, 6, 8, 10}  # the docstring, the signature, the error and the assertion
+    kept = {1, 6, 8, 10, 15}  # docstring, signature, error, assertion, strict
     assert not kept & {m.line for m in mutants}
     assert {m.line for m in mutants if m.kind == "line removed"} == {7, 9}
 

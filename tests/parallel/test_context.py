@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,17 @@ def test_all_ranks_are_tensor_parallel_unless_told_otherwise() -> None:
         (4, r, 1, 0) for r in range(4)
     ]
     assert ParallelConfig(dp_size=4).resolve(4) == (1, 4)
+
+
+def rank_among_all(parallel: ParallelConfig) -> tuple[int, ...]:
+    context = init_parallel(parallel)
+    assert context.rank == dist.get_rank()
+    return (context.pp.rank, context.dp.rank, context.tp.rank)
+
+
+def test_ranks_are_counted_over_tp_first_then_dp_then_pp() -> None:
+    expected = list(product(range(2), repeat=3))
+    assert run_ranks(8, rank_among_all, ParallelConfig(2, 2, pp_size=2)) == expected
 
 
 def test_alone_there_is_no_process_group() -> None:

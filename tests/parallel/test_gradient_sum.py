@@ -73,6 +73,8 @@ def check_sums(layout: dict[str, Any], changes: dict[str, Any]) -> list[tuple[st
             assert len(started) >= 5, started
             assert begun[: ACCUMULATION - 1] == [0] * (ACCUMULATION - 1), "before the last one"
             assert begun[-1] >= 3 if overlap else begun[-1] == 0
+            left = {p: len(p._post_accumulate_grad_hooks or ()) for p in model.parameters()}
+            assert left.pop(first) == 1 and not any(left.values()), "hooks of a step end with it"
     assert all(torch.equal(found[True][name], found[False][name]) for name in found[True])
     dense = dense_model(config)
     input_ids, labels = global_batch(config)

@@ -58,6 +58,23 @@ def test_a_schedule_can_run_and_holds_what_its_paper_says(name: str, p: int, v: 
         assert sum(map(len, schedule.actions)) == count
 
 
+def test_a_message_takes_its_time_from_rank_to_rank_only() -> None:
+    """One micro-batch meets nobody: there and back over p ranks are 2(p-1) messages."""
+    for name, v in (("afab", 1), ("interleaved", 2), ("zero-bubble-v", 2)):
+        for p in (1, 2, 3):
+            if name == "interleaved" and p > 1:  # from the last rank to the first, and back
+                messages = 2 * (p - 1) * v + 2 * (v - 1)
+            else:  # the last rank of a V keeps what it has
+                messages = 2 * (p - 1) * v
+            schedule = make_schedule(name, p, v, p if name == "interleaved" else 1)
+            path = {
+                travel: simulate(schedule, backward_takes_twice, travel).times[0]
+                for travel in (0.0, 100.0)
+            }
+            ends = {travel: max(end for _, end in times) for travel, times in path.items()}
+            assert ends[100.0] - ends[0.0] == pytest.approx(100 * messages, abs=3 * p * v)
+
+
 @pytest.mark.parametrize(("name", "p", "v"), CASES)
 def test_a_step_takes_what_its_paper_says(name: str, p: int, v: int) -> None:
     """Where F, I and W take equally long: bubbles of 3(p-1), 3(p-1)/v, (p-1) and none."""

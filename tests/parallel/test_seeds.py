@@ -33,6 +33,14 @@ def test_each_seed_has_its_own_masks() -> None:
     assert len(masks) == len(SEEDS)
 
 
+def test_a_probability_next_to_one_drops_all_but_a_65536th() -> None:
+    x = torch.ones(1024, 1024)
+    for p in (1 - 2**-16, 1 - 2**-20):
+        left = Dropout(p)(x, DropoutSeed(7, 0), ())
+        assert set(left.unique().tolist()) == {0.0, 2.0**16}
+        assert 4 <= int((left > 0).sum()) <= 32, "16 are expected of 2**20"
+
+
 def test_each_seed_has_its_own_order_of_the_data(markov: Path) -> None:
     corpus = open_corpus(markov, 8)
     batches = {np.asarray(corpus.train_batch(s, 0, 8, range(8))).tobytes() for s in SEEDS}
