@@ -238,6 +238,8 @@ def train(layout: Layout, context: ParallelContext) -> dict[str, Any]:
                     for p in parts
                 ]
                 found["hidden"] = last_hidden(model, ids[parts[0]], context=context)
+            moved = context.pp.ledger.entries
+            assert {phase for _, phase in moved} == ({"forward"} if context.pp.size > 1 else set())
         for axis in context.axes:
             axis.ledger.clear()
         batches = [(part.start, ids[part], labels[part]) for part in parts]

@@ -133,5 +133,10 @@ def test_what_a_model_has_no_token_for_is_one_line(
         prompt_with_blanks(prompt, CharsTokenizer(CHARS), config_of(**changes))
 
 
+def test_the_last_blank_is_the_first_id() -> None:
+    ids = prompt_with_blanks("a<extra_id_15>", CharsTokenizer(CHARS), config_of(**T5))
+    assert ids[-2:] == [0, 9]
+
+
 def test_ids_that_a_tokenizer_knows_keep_their_pieces() -> None:
     assert pieces_with_blanks(IdsTokenizer(16), config_of(**T5)).decode([15, 14]) == " 15 14"
