@@ -87,7 +87,7 @@ def failure(stderr: str, folder: Path, mine: Path) -> str:
         rank, text = re.fullmatch(r"(?s)(\[rank\d+\]: )?(.*)", line).groups()
         ranks[rank or ""] = ranks.get(rank or "", "") + text
     frame = re.compile(rf'File "{re.escape(str(folder))}/(\w+\.py)", line (\d+)')
-    for text in sorted(ranks.values(), key=lambda text: bool(FOLLOWS.search(text))):
+    for _, text in sorted(ranks.items(), key=lambda item: (bool(FOLLOWS.search(item[1])), item[0])):
         frames = [(m[1], int(m[2])) for m in frame.finditer(text) if m[1] != "oracle.py"]
         errors = re.findall(r"^\w[\w.]*(?:Error|Exception|Interrupt)\b.*$", text, re.MULTILINE)
         if frames and errors:

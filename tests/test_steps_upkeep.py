@@ -497,8 +497,19 @@ def test_mine_is_red_until_it_is_written_and_green_then(root: Path) -> None:
     )
 
 
-def test_red_is_the_rank_that_failed_by_itself_and_not_the_one_it_left_waiting(
-    tmp_path: Path,
+@pytest.mark.parametrize(
+    "rank_0, red",
+    [
+        (
+            "RuntimeError: Connection closed by peer [127.0.0.1]:1.",
+            'mine/test_it.py line 2: difference("Y", y, dense)\n'
+            "AssertionError: Y differs by 2.1e+00, see mine/model.py\n",
+        ),
+        ("ValueError: no", "mine/model.py line 1: y = layer(x)\nValueError: no\n"),
+    ],
+)
+def test_red_is_the_first_rank_that_failed_by_itself_and_not_one_that_was_left_waiting(
+    tmp_path: Path, rank_0: str, red: str
 ) -> None:
     """Nor torchrun's report, nor the oracle's comparison, but the line that asked for it."""
     (tmp_path / "test_it.py").write_text('first\n    difference("Y", y, dense)\n')
@@ -507,12 +518,12 @@ def test_red_is_the_rank_that_failed_by_itself_and_not_the_one_it_left_waiting(
     stderr = "".join(
         line + "\n"
         for line in (
-            "[rank0]: Traceback (most recent call last):",
             "[rank1]: Traceback (most recent call last):",
+            "[rank0]: Traceback (most recent call last):",
             f'[rank0]: {at}model.py", line 1, in forward',
             f'[rank1]: {at}test_it.py", line 2, in main',
             f'[rank1]: {at}oracle.py", line 9, in difference',
-            "[rank0]: RuntimeError: Connection closed by peer [127.0.0.1]:1.",
+            f"[rank0]: {rank_0}",
             f"[rank1]: AssertionError: Y differs by 2.1e+00, see {tmp_path}/model.py",
             "torch.distributed.elastic.multiprocessing.errors.ChildFailedError: ",
         )
@@ -529,10 +540,7 @@ def test_red_is_the_rank_that_failed_by_itself_and_not_the_one_it_left_waiting(
         text=True,
         check=True,
     )
-    assert done.stdout == (
-        'mine/test_it.py line 2: difference("Y", y, dense)\n'
-        "AssertionError: Y differs by 2.1e+00, see mine/model.py\n"
-    )
+    assert done.stdout == red
 
 
 @pytest.mark.mutant
