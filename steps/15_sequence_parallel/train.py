@@ -43,11 +43,11 @@ def global_backward(
     _, loss = model(*inputs, labels=labels, return_logits=False, seed=seed)
     weighted = loss * share.to(loss.dtype)
     weighted.backward()
-    sum_gradients(model, context)
+    reduce_gradients(model, context)
     return all_reduce(weighted, context.dp, "forward").item()
 
 
-def sum_gradients(model: nn.Module, context: ParallelContext) -> None:
+def reduce_gradients(model: nn.Module, context: ParallelContext) -> None:
     """Sums each gradient over the axes on which its shard spec says that it is partial."""
     for axis in context.axes:
         specs = {p: shard_spec(p) for p in model.parameters()}

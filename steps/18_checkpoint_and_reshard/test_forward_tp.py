@@ -34,7 +34,7 @@ from tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.benchmark import Timer
-from train import global_backward, own_rows, sum_gradients
+from train import global_backward, own_rows, reduce_gradients
 from vocab_parallel import VocabParallelEmbedding, vocab_parallel_cross_entropy
 
 from data import MarkovCorpus
@@ -211,7 +211,7 @@ def compare(
     loss.backward()
     calls = {f"{op} {phase}": t.calls for (op, phase), t in context.tp.ledger.entries.items()}
     payload = sum(t.payload_bytes for t in context.tp.ledger.entries.values()) // 8  # of float64
-    sum_gradients(model, context)
+    reduce_gradients(model, context)
     logits, same_loss = model(*inputs, seed=seed)
     assert torch.equal(loss, same_loss)
     say(f"max diff vs rank0: {apart(logits, context):.1e}")

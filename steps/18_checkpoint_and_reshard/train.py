@@ -56,11 +56,11 @@ def global_backward(
         raise ConfigError(f"the loss is {total}; a learning rate below {LEARNING_RATE} may help")
     weighted.backward()
     check_gradients(model, context)
-    sum_gradients(model, context)
+    reduce_gradients(model, context)
     return total
 
 
-def sum_gradients(model: nn.Module, context: ParallelContext) -> None:
+def reduce_gradients(model: nn.Module, context: ParallelContext) -> None:
     """Sums each gradient over the axes on which its shard spec says that it is partial."""
     for axis in context.axes:
         specs = {p: shard_spec(p) for p in model.parameters()}

@@ -39,7 +39,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.benchmark import Timer
-from train import global_backward, own_rows, sum_gradients
+from train import global_backward, own_rows, reduce_gradients
 from vocab_parallel import VocabParallelEmbedding
 
 from data import MarkovCorpus
@@ -278,7 +278,7 @@ def compare(
     loss.backward()
     calls = {f"{op} {phase}": t.calls for (op, phase), t in context.tp.ledger.entries.items()}
     payload = sum(t.payload_bytes for t in context.tp.ledger.entries.values()) // 8  # of float64
-    sum_gradients(model, context)
+    reduce_gradients(model, context)
     logits, same_loss = model(*inputs, seed=seed)
     assert torch.equal(loss, same_loss)
     say(f"max diff vs rank0: {apart(logits, context):.1e}")
