@@ -122,7 +122,7 @@ def init_parallel(
     timeout = timedelta(seconds=timeout_seconds)
     chosen = init_process_group(device, timeout)
     if world_size == 1:
-        return ParallelContext(device=chosen, recompute=parallel.recompute)
+        return ParallelContext(device=chosen, recompute=parallel.recompute, parallel=parallel)
     pp_size = parallel.pp_size
     mesh = torch.arange(world_size).view(pp_size, dp_size, tp_size)  # world ranks, (pp, dp, tp)
 
