@@ -26,6 +26,7 @@ CORE = {  # a step's file, and the package's that is the same code
     "non_finite.py": "optim/non_finite.py",
     "overlap.py": "parallel/overlap.py",
     "split_backward.py": "parallel/pipeline/split_backward.py",
+    "data_parallel.py": "parallel/data_parallel.py",
 }
 ADDED_TO = ("optim/non_finite.py",)  # the package's has more functions than the step's
 MERGED = STEPS / ".propagate"  # conflicts that were handed to a person, until all is merged

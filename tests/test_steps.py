@@ -173,8 +173,10 @@ def test_the_known_mistake_turns_the_step_s_test_red(name: str, tmp_path: Path) 
     assert "AssertionError" in red
 
 
-PIPELINES = [(name, schedule) for name in NAMES if name > "21" for schedule in ("afab", "1f1b")]
-PIPELINES += [("22_zero_bubble", "zero-bubble")]
+PIPELINES = [
+    (name, schedule) for name in ("21_pipeline", "22_zero_bubble") for schedule in ("afab", "1f1b")
+]
+PIPELINES += [("22_zero_bubble", "zero-bubble"), (NAMES[-1], "1f1b")]
 
 
 @pytest.mark.parametrize("name, schedule", PIPELINES)

@@ -319,7 +319,7 @@ def test_check_fails_on_a_step_without_a_mistake(root: Path) -> None:
     )
 
 
-NOT_THE_PACKAGE_S = "22_zero_bubble/comm.py is not the package's parallel/comm.py"
+NOT_THE_PACKAGE_S = f"{NAMES[-1]}/comm.py is not the package's parallel/comm.py"
 CARRY_ON = "then run steps.py propagate and readme: what a step teaches is what the package does"
 
 
@@ -340,7 +340,7 @@ def test_check_fails_where_the_core_imports_something_else(root: Path) -> None:
     old = "from contextlib import nullcontext\n"
     edit(root / "rosetrainer/parallel/recompute.py", old, f"import os\n{old}")
     assert refused(root, "core") == (
-        "22_zero_bubble/recompute.py is not the package's parallel/recompute.py: only "
+        f"{NAMES[-1]}/recompute.py is not the package's parallel/recompute.py: only "
         f"one of them imports os; make them equal, {CARRY_ON}"
     )
 

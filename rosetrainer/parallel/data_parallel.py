@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -180,19 +180,9 @@ def reduce_gradients(
             GradientSum(model, axis).finish()
 
 
-class Sized(Protocol):
-    @property
-    def dtype(self) -> torch.dtype: ...
-    def numel(self) -> int: ...
-    def element_size(self) -> int: ...
-
-
-T = TypeVar("T", bound=Sized)
-
-
-def buckets(tensors: Sequence[T], limit_bytes: int) -> Iterator[list[T]]:
+def buckets(tensors: Sequence[Any], limit_bytes: int) -> Iterator[list[Any]]:
     """The tensors in order, in groups of one dtype and at most limit_bytes, or of one tensor."""
-    group: list[T] = []
+    group: list[Any] = []
     size = 0
     for tensor in tensors:
         more = tensor.numel() * tensor.element_size()

@@ -7,7 +7,19 @@ from pathlib import Path
 
 from ladder import STEPS, StepError, folders
 
-from pictures import attention, first, kept, later, layers, mesh, pipeline, plots, road, timeline
+from pictures import (
+    attention,
+    first,
+    kept,
+    later,
+    layers,
+    mesh,
+    pipeline,
+    plots,
+    road,
+    sharded,
+    timeline,
+)
 
 STEP_PICTURES: dict[str, Callable[[], str]] = {
     "00": first.two_ranks,
@@ -33,6 +45,9 @@ STEP_PICTURES: dict[str, Callable[[], str]] = {
     "20": later.chunks,
     "21": pipeline.all_forward_and_in_turn,
     "22": pipeline.weights_fill_the_gaps,
+    "23": sharded.summed_meanwhile,
+    "24": sharded.slices_of_moments,
+    "25": sharded.whole_for_a_while,
 }
 STEP_PLOTS: dict[str, Callable[[Path], str]] = {  # of what steps/plots.py measured
     "02": plots.with_floor,
