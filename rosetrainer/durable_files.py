@@ -36,13 +36,14 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         part.unlink(missing_ok=True)
         part.touch()
         mode = part.stat().st_mode
-        with HEARTBEAT.writing(part):
-            write(part)
+        HEARTBEAT.growing.add(part)
+        write(part)
         part.chmod(mode)  # safetensors makes a file anew, which only its owner may read
         sync_file(part)
         part.replace(path)
         sync_folder(path.parent)
     finally:
+        HEARTBEAT.growing.discard(part)
         part.unlink(missing_ok=True)
 
 
@@ -70,7 +71,7 @@ def sync_file(path: Path) -> None:
         with contextlib.suppress(ValueError), mmap.mmap(file.fileno(), size) as content:
             for start in range(0, size, SYNC_BYTES):
                 content.flush(start, min(SYNC_BYTES, size - start))
-                HEARTBEAT.beat()
+                HEARTBEAT.beats += 1
         os.fsync(file.fileno())
 
 
@@ -88,7 +89,7 @@ def sha256_of(path: Path) -> str:
     with path.open("rb") as file:
         for block in iter(partial(file.read, BLOCK_BYTES), b""):
             digest.update(block)
-            HEARTBEAT.beat()
+            HEARTBEAT.beats += 1
     return digest.hexdigest()
 
 

@@ -15,7 +15,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 from rosetrainer.environment import LAUNCHED, name_ranks, usable_cores
 from rosetrainer.launch.interfaces import INTERFACE, local_interface
@@ -86,17 +85,16 @@ def launch(
 
 def _rank_environment(nproc: int, threads: int, folder: str, machines: int) -> dict[str, str]:
     """What all ranks of this machine share."""
+    own_cores = max(1, usable_cores() // nproc)
     environment = {
-        "OMP_NUM_THREADS": str(max(1, usable_cores() // nproc)),
         "TORCH_CPP_LOG_LEVEL": "ERROR",  # warnings about sockets, which mean nothing here
         **os.environ,  # the user's settings win
         "WORLD_SIZE": str(nproc * machines),
         "LOCAL_WORLD_SIZE": str(nproc),
+        "OMP_NUM_THREADS": str(threads or os.environ.get("OMP_NUM_THREADS", own_cores)),
         LAUNCHED: str(os.getpid()),
         RENDEZVOUS_DIR: folder if machines == 1 else "",
     }
-    if threads > 0:
-        environment["OMP_NUM_THREADS"] = str(threads)
     if nproc > 1 and machines == 1:
         environment[INTERFACE] = local_interface()
     return environment
@@ -110,7 +108,7 @@ def _stopped(received: Received, statuses: Statuses, folder: str) -> tuple[str, 
     """What to tell of a stop, by the first rank, and the exit status. Who still runs is killed."""
     signum, *again = received
     said = "interrupted" if signum == signal.SIGINT else f"stopped by {signum.name}"
-    fate = _read_error(folder, min(statuses)).get("message", "")
+    _, fate = _read_error(folder, min(statuses))
     if left := [rank for rank, status in statuses.items() if status is None]:
         after = "" if again else f" after {STOP.grace:g} s; --grace gives more"
         fate += f"{'; ' * bool(fate)}{name_ranks(left)} been killed{after}"
@@ -120,27 +118,24 @@ def _stopped(received: Received, statuses: Statuses, folder: str) -> tuple[str, 
 
 def _failed(statuses: Statuses, folder: str) -> tuple[str, int]:
     """Why the first of those has failed that had when it was seen, and the exit status."""
-    failures = [_failure(folder, rank, status) for rank, status in statuses.items() if status]
-    _, _, status, why = min(failures, default=(0.0, 0, 0, ""))
-    return "" if status == PIPE_CLOSED else why, status if status in (0, 2, PIPE_CLOSED) else 1
-
-
-def _failure(folder: str, rank: int, status: int) -> tuple[float, int, int, str]:
-    """(when, rank, status, why). One that was killed or has crashed leaves no error: it is first,
-    for that follows from no other rank's end."""
-    if error := _read_error(folder, rank):
-        return error["extraInfo"]["timestamp"], rank, status, error["message"]
-    why = f"error: rank {rank} ended with exit status {status}"
+    failed = [(_read_error(folder, rank), rank) for rank, status in statuses.items() if status]
+    (_, why), rank = min(failed, default=((0.0, ""), min(statuses)))
+    status = statuses[rank] or 0
+    if status in (0, PIPE_CLOSED):
+        return "", status
+    ended = f"ended with exit status {status}"
     if status < 0:
         name = next((known.name for known in signal.Signals if known == -status), "real-time")
-        why = f"error: rank {rank} was killed by signal {-status} ({name})"
+        ended = f"was killed by signal {-status} ({name})"
     if status == -signal.SIGKILL:
-        why += f"; if the machine ran out of memory: {memory_advice()}"
-    return 0.0, rank, status, why
+        ended += f"; if the machine ran out of memory: {memory_advice()}"
+    return why or f"error: rank {rank} {ended}", 2 if status == 2 else 1
 
 
-def _read_error(folder: str, rank: int) -> dict[str, Any]:
-    """What launch.rank.record has left of this rank's end, if it has."""
+def _read_error(folder: str, rank: int) -> tuple[float, str]:
+    """(when, what) as launch.rank.record has left it. A rank that was killed or has crashed leaves
+    nothing: it is the first, for that follows from no other rank's end."""
     with contextlib.suppress(OSError, ValueError):
-        return dict(json.loads(Path(folder, f"error_{rank}.json").read_text())["message"])
-    return {}
+        error = json.loads(Path(folder, f"error_{rank}.json").read_text())["message"]
+        return error["extraInfo"]["timestamp"], error["message"]
+    return 0.0, ""

@@ -70,13 +70,14 @@ class HangWatch:
 
     def _measure(self) -> None:
         """How long this rank has been idle. Ends it if the store does not answer then."""
-        clock = IdleClock(self._seconds, time.monotonic())
+        clock = IdleClock(self._seconds)
         while not self._ended.wait(POLL_SECONDS):
-            now, count = time.monotonic(), self.collectives_started() + HEARTBEAT.count()
+            count = self.collectives_started() + HEARTBEAT.count()
             # A thread that waits for a GPU takes all of a core; one that compiles is at work.
             tells = not torch.cuda.is_initialized() or compiles()
-            self._idle = clock.look(now, count, processor_seconds() if tells else None)
-            if self._idle >= self._seconds and now > self._exchanged + self._patience:
+            self._idle = clock.look(POLL_SECONDS, count, processor_seconds() * tells)
+            waits = time.monotonic() > self._exchanged + self._patience
+            if waits and self._idle >= self._seconds:
                 self._end(f"{store_host()} does not answer", self._rank == 1)
 
     def _exchange(self) -> None:
@@ -88,19 +89,17 @@ class HangWatch:
                     self._store.set("asked", "")
                 if self._store.check(["asked"]):
                     self._write()
-                come = [self._store.check([key]) for key in self._keys if asks]
-                found = {r: self._store.get(self._keys[r]) for r, has in enumerate(come) if has}
+                come = [r for r, key in enumerate(self._keys) if asks and self._store.check([key])]
+                found = {rank: self._store.get(self._keys[rank]) for rank in come}
                 self._exchanged = now = time.monotonic()
                 since = {text: since.get(text, now) for text in found.values()}
-                alive = {
-                    rank: RankState(*json.loads(text))
-                    for rank, text in found.items()
-                    if now < since[text] + self._patience
-                }
+                new = {r: text for r, text in found.items() if now < since[text] + self._patience}
+                alive = {rank: RankState(*json.loads(text)) for rank, text in new.items()}
                 idle = min((state.idle for state in alive.values()), default=0.0)
-                all_here = all(come) or self._idle >= START_SECONDS + self._patience
-                if all_here and idle >= self._seconds + self._patience / 4:  # some are so old
-                    rank, why = at_fault(alive, set(found), len(self._keys))
+                if len(come) < len(self._keys) and self._idle < START_SECONDS + self._patience:
+                    continue  # some may still import torch
+                if idle >= self._seconds + self._patience / 4:  # some are so old
+                    rank, why = at_fault(alive, set(come), len(self._keys))
                     self._end(f"rank {rank} {why}", self.is_first())
 
     def _write(self) -> None:

@@ -9,7 +9,6 @@ from rosetrainer.checkpoint.manifest import Progress
 from rosetrainer.checkpoint.saver import Saver
 from rosetrainer.config import TrainConfig
 from rosetrainer.data.batches import Corpus
-from rosetrainer.heartbeat import HEARTBEAT
 from rosetrainer.launch.stop import STOP
 from rosetrainer.models.gpt import GPTModel
 from rosetrainer.optim.adamw import AdamW
@@ -93,7 +92,6 @@ class Trainer:
     def wants_to_stop(self) -> bool:
         """The same on all ranks. Raises CheckpointError if a checkpoint could not be written."""
         self.saver.check()
-        HEARTBEAT.beat()
         self.state.stopped = agree_to_stop(STOP.signal, self.world, self.context.device)
         STOP.waits_for_step = True
         return self.state.stopped is not None
