@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from rosetrainer.config import IGNORED, GPTConfig
+from rosetrainer.config import GPTConfig
 from rosetrainer.models.attention import attend, causal_padding_mask, positions_of
 from rosetrainer.models.gpt import (
     LayerNorm,
@@ -19,7 +19,8 @@ from rosetrainer.models.gpt import (
     residual_std,
     token_table,
 )
-from rosetrainer.parallel.comm import first_token, gather_from_tensor_parallel_region, own_tokens
+from rosetrainer.models.layers import read_out
+from rosetrainer.parallel.comm import first_token, own_tokens
 from rosetrainer.parallel.context import Axis, ParallelContext
 from rosetrainer.parallel.dropout import Dropout, Seed, name_sites
 from rosetrainer.parallel.recompute import recompute
@@ -133,15 +134,7 @@ class EncoderDecoderModel(nn.Module):
         causal, real = causal_padding_mask(target_mask), source_mask.bool()[:, None, None, :]
         for block in self.decoder:
             x = block(x, causal, memory, real, seed=seed)
-        x, logits, loss = self.final_norm(x), None, None
-        if labels is not None:
-            labels = labels.masked_fill(~target_mask.bool(), IGNORED)
-            loss, _ = self.output_head.loss(x, labels)
-        if labels is None or return_logits:
-            local = self.output_head.logits(x)  # (B, T, V/tp)
-            logits = gather_from_tensor_parallel_region(local, self.tp)  # (B, T, V)    all-gather
-            logits = logits[..., : self.config.vocab_size]  # without the pad
-        return logits, loss
+        return read_out(self, self.final_norm(x), labels, target_mask, return_logits)
 
     def encode(self, source_ids: Tensor, source_mask: Tensor, seed: Seed = None) -> Tensor:
         """The source as the decoder looks at it. (B, S) -> (B, S, D), or (B, S/tp, D)"""

@@ -6,7 +6,7 @@ The cut layers, and so the communication, are those of gpt.py.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -14,10 +14,12 @@ from torch import Tensor, nn
 
 from rosetrainer.config import IGNORED, GPTConfig
 from rosetrainer.hardware.attention_blocks import prefers_fp32
-from rosetrainer.models.gpt import FeedForward, GPTModel, MultiHeadSelfAttention
+from rosetrainer.models.gpt import FeedForward, MultiHeadSelfAttention
 from rosetrainer.models.positions import apply_rotary
 from rosetrainer.parallel.comm import gather_from_tensor_parallel_region
+from rosetrainer.parallel.context import Axis
 from rosetrainer.parallel.dropout import Seed
+from rosetrainer.parallel.vocab_parallel import VocabParallelEmbedding
 
 
 class PlainNorm(nn.Module):
@@ -79,8 +81,16 @@ class _SquaredReLU(torch.autograd.Function):
         return (gradient * positive).mul_(2)
 
 
+class HasHead(Protocol):
+    """A model that ends as a GPT does."""
+
+    config: GPTConfig
+    tp: Axis
+    output_head: VocabParallelEmbedding
+
+
 def read_out(
-    model: GPTModel,
+    model: HasHead,
     x: Tensor,
     labels: Tensor | None,
     attention_mask: Tensor | None = None,
