@@ -76,14 +76,19 @@ class ReferenceAttention(nn.Module):
         return self.dense(torch.cat(results, dim=-1))
 
 
+def gelu_tanh(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
 class ReferenceFeedForward(nn.Module):
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(self, config: GPTConfig, formula: Callable[[Tensor], Tensor] = gelu_tanh) -> None:
         super().__init__()
+        self.formula = formula
         self.dense_h_to_4h = nn.Linear(config.d_model, config.ff_width, bias=config.bias)
         self.dense_4h_to_h = nn.Linear(config.ff_width, config.d_model, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.dense_4h_to_h(F.gelu(self.dense_h_to_4h(x), approximate="tanh"))
+        return self.dense_4h_to_h(self.formula(self.dense_h_to_4h(x)))
 
 
 class ReferenceBlock(nn.Module):

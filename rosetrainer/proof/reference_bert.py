@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rosetrainer.config import GPTConfig
-from rosetrainer.proof.reference import Drop, ReferenceDropout, ReferenceGPT
+from rosetrainer.proof.reference import Drop, ReferenceDropout, ReferenceFeedForward, ReferenceGPT
 from rosetrainer.proof.reference_llama import PLAIN
 
 
@@ -34,23 +34,12 @@ class ReferenceBidirectionalAttention(nn.Module):
         return self.dense(torch.cat(results, dim=-1))
 
 
-class ReferenceBertFeedForward(nn.Module):
-    def __init__(self, config: GPTConfig) -> None:
-        super().__init__()
-        self.dense_h_to_4h = nn.Linear(config.d_model, config.ff_width)
-        self.dense_4h_to_h = nn.Linear(config.ff_width, config.d_model)
-        self.formula = PLAIN[config.activation or "gelu"]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.dense_4h_to_h(self.formula(self.dense_h_to_4h(x)))
-
-
 class ReferencePostNormBlock(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.attention_norm, self.feed_forward_norm = norm(config), norm(config)
         self.attention = ReferenceBidirectionalAttention(config)
-        self.feed_forward = ReferenceBertFeedForward(config)
+        self.feed_forward = ReferenceFeedForward(config, PLAIN[config.activation or "gelu"])
 
     def forward(self, x: Tensor, drop: Drop) -> Tensor:
         attended = self.attention(x, lambda site, t: drop(f"attention.{site}", t))

@@ -43,22 +43,13 @@ class ReferencePrefixAttention(nn.Module):
         return self.dense(torch.cat(results, dim=-1))
 
 
-class ReferenceGlmFeedForward(ReferenceFeedForward):
-    def __init__(self, config: GPTConfig) -> None:
-        super().__init__(config)
-        self.formula = PLAIN[config.activation or "gelu"]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.dense_4h_to_h(self.formula(self.dense_h_to_4h(x)))
-
-
 class ReferenceGlmBlock(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.attention_norm = nn.LayerNorm(config.d_model, bias=config.bias)
         self.attention = ReferencePrefixAttention(config)
         self.feed_forward_norm = nn.LayerNorm(config.d_model, bias=config.bias)
-        self.feed_forward = ReferenceGlmFeedForward(config)
+        self.feed_forward = ReferenceFeedForward(config, PLAIN[config.activation or "gelu"])
 
     def forward(self, x: Tensor, prefix: int, drop: Drop) -> Tensor:
         def within(site: str, t: Tensor) -> Tensor:

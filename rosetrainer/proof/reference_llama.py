@@ -112,15 +112,6 @@ PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
 GATED = {"swiglu": silu, "geglu": gelu, "geglu_tanh": gelu_tanh, "reglu": relu}
 
 
-class ReferencePlainFeedForward(ReferenceFeedForward):
-    def __init__(self, config: GPTConfig) -> None:
-        super().__init__(config)
-        self.formula = PLAIN[str(config.activation)]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.dense_4h_to_h(self.formula(self.dense_h_to_4h(x)))
-
-
 class ReferenceGatedFeedForward(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -142,9 +133,10 @@ class ReferenceLlamaBlock(nn.Module):
         self.attention_norm = norm(config)
         self.attention = ReferenceGroupedAttention(config)
         self.feed_forward_norm = norm(config)
-        plain = config.activation in PLAIN
-        kind = ReferencePlainFeedForward if plain else ReferenceGatedFeedForward
-        self.feed_forward: nn.Module = kind(config)
+        plain = PLAIN.get(config.activation or "")
+        self.feed_forward: nn.Module = (
+            ReferenceFeedForward(config, plain) if plain else ReferenceGatedFeedForward(config)
+        )
 
     def forward(self, x: Tensor, drop: Drop) -> Tensor:
         def drop_within(site: str, x: Tensor) -> Tensor:

@@ -77,15 +77,6 @@ class ReferenceUnscaledAttention(nn.Module):
         return self.dense(torch.cat([p @ value for p, value in pairs], dim=-1))
 
 
-class ReferenceReLUFeedForward(ReferenceFeedForward):
-    def __init__(self, config: GPTConfig) -> None:
-        super().__init__(config)
-        self.formula = PLAIN[config.activation or "relu"]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.dense_4h_to_h(self.formula(self.dense_h_to_4h(x)))
-
-
 class ReferenceT5Block(nn.Module):
     """Of an encoder, or of a decoder, which looks at the encoder's result besides."""
 
@@ -96,9 +87,10 @@ class ReferenceT5Block(nn.Module):
         if is_decoder:
             self.cross_attention_norm = norm(config)
             self.cross_attention = ReferenceUnscaledAttention(config)
-        plain = config.activation is None or config.activation in PLAIN
-        kind = ReferenceReLUFeedForward if plain else ReferenceGatedFeedForward
-        self.feed_forward: nn.Module = kind(config)
+        plain = PLAIN.get(config.activation or "relu")
+        self.feed_forward: nn.Module = (
+            ReferenceFeedForward(config, plain) if plain else ReferenceGatedFeedForward(config)
+        )
 
     def forward(
         self, x: Tensor, distances: list[Tensor], drop: Drop, memory: Tensor | None = None
