@@ -6,8 +6,9 @@ others' last ones. So each worker begins with files of FIRST, and short tests st
 
 from __future__ import annotations
 
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 TESTS = Path(__file__).parent
@@ -18,6 +19,21 @@ FIRST = (  # a row for each worker of `make test`
     ("parallel/test_zero.py", "test_steps.py"),
     ("proof/test_transformers.py", "training/test_train.py", "faults/test_signals.py"),
 )
+
+
+def lacking(seconds: dict[str, float]) -> list[str]:
+    """What to say of files that FIRST lacks, by how long each took in a run: those that took longer
+    than half of FIRST. Nothing of a run that had not all of these."""
+    named = list(chain.from_iterable(FIRST))
+    if not seconds.keys() >= set(named):
+        return []
+    long = median(seconds[name] for name in named)
+    late = sorted(name for name in seconds.keys() - set(named) if seconds[name] > long)
+    return [
+        f"tests/{name} took {seconds[name]:.0f} s, longer than half of those that begin first: "
+        f"name it in FIRST of tests/order.py"
+        for name in late
+    ]
 
 
 def ordered(items: list[Any], workers: int) -> list[Any]:
