@@ -33,8 +33,17 @@ TRIALS = 25 if CHAOS else 3
 STATUS = {signal.SIGTERM: 0, signal.SIGINT: 130}
 
 
+def receive(signum: signal.Signals) -> None:
+    """Until the thread that reads signals has noted it, however long it waits for a processor."""
+    from rosetrainer.launch.stop import STOP
+
+    os.kill(os.getpid(), signum)
+    while STOP.signal is None:
+        time.sleep(0.001)
+
+
 def terminate(*_: object) -> None:
-    os.kill(os.getpid(), signal.SIGTERM)
+    receive(signal.SIGTERM)
 
 
 def do_nothing(*_: object) -> None:
@@ -42,7 +51,7 @@ def do_nothing(*_: object) -> None:
 
 
 def interrupt(*_: object) -> None:
-    os.kill(os.getpid(), signal.SIGINT)
+    receive(signal.SIGINT)
 
 
 @pytest.fixture(scope="module")
