@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
-from typing import Annotated, Literal, get_args
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
 from tyro.conf import Suppress
 
+from rosetrainer.model_choices import GATED, Activation, check_choices
 from rosetrainer.model_size import check_exists
 from rosetrainer.validation import (
     BelowOne,
@@ -20,22 +21,6 @@ from rosetrainer.validation import (
     divisors,
     one_of,
 )
-
-CHOICES: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("n_kv_heads", "norm", "qkv_bias", "dense_bias", "qk_norm"), ("llama",)),
-    **dict.fromkeys(("rotary_fraction", "rotary_pairs"), ("llama",)),
-    "norm_eps": ("llama", "bert", "t5"),
-    "activation": ("llama", "bert", "t5", "glm"),
-    "token_types": ("bert",),
-    "mask_token": ("bert", "glm"),
-    **dict.fromkeys(("start_token", "end_token"), ("t5", "glm")),
-    **dict.fromkeys(("relative_buckets", "relative_distance", "sentinel_token"), ("t5",)),
-}
-"""Fields that some architectures read, and which; the others have these things fixed."""
-GATED = ("swiglu", "geglu", "geglu_tanh", "reglu")
-Activation = Literal[
-    "swiglu", "geglu", "geglu_tanh", "reglu", "silu", "gelu", "gelu_tanh", "relu", "relu2"
-]
 
 
 @dataclass(frozen=True)
@@ -62,14 +47,16 @@ class GPTConfig:
     """The output head shares the token embedding's weights."""
     dropout: BelowOne = 0.0
     """Share of activations that training drops: embeddings, attention, and what blocks add."""
-    architecture: Literal["gpt2", "rotary", "llama", "bert", "t5", "glm"] = "gpt2"
+    architecture: Literal["gpt2", "rotary", "llama", "bert", "t5", "glm", "transformer_xl"] = "gpt2"
     """rotary: rotary positions, squared ReLU, norms without weights, outputs that begin at zero.
     llama: rotary positions and the choices below, by default those of Llama.
     bert: an encoder, trained to fill in hidden tokens.
     t5: an encoder and a decoder, trained to write the spans that are cut out of a text.
-    glm: the original one, that reads the text and writes the spans in one sequence."""
+    glm: the original one, that reads the text and writes the spans in one sequence.
+    transformer_xl: a GPT whose attention projects how far apart two tokens stand."""
     rotary_base: Positive = 10000.0
-    """Rotary positions: the slowest pair of a head turns once in about 6 times as many tokens."""
+    """Rotary positions: the slowest pair of a head turns once in about 6 times as many tokens.
+    transformer_xl: the same of the pairs of a distance's sine and cosine."""
     rotary_fraction: Annotated[float, Bounds(1e-3, 1)] = 1.0
     """llama: the share of a head's features, its first ones, that turn."""
     rotary_pairs: Literal["halves", "neighbours"] = "halves"
@@ -156,14 +143,7 @@ class GPTConfig:
                 f"n_heads can be {one_of(divisors(self.d_model))}, or give d_head"
             )
         check_exists(self)
-        if self.architecture == "rotary" and self.tied:
-            raise ConfigError("architecture=rotary has an output head of its own; add --no-tied")
-        if self.architecture == "rotary" and self.head_width % 2:
-            raise ConfigError(
-                f"architecture=rotary turns pairs, and a head is {self.head_width} wide; "
-                f"d_head can be {self.head_width + 1}"
-            )
-        self._check_choices()
+        check_choices(self)
         for name, value in (("n_heads", self.n_heads), ("d_ff", self.ff_width)):
             if value % tp_size:
                 possible = divisors(math.gcd(self.n_heads, self.ff_width))
@@ -185,65 +165,4 @@ class GPTConfig:
             raise ConfigError(
                 f"context_length={self.context_length} is not divisible by tp_size={tp_size}, over "
                 f"which sequence parallelism divides it; it can be a multiple of {tp_size}"
-            )
-
-    def _check_choices(self) -> None:
-        """Raises ConfigError for choices that the architecture does not have, or that mean nothing
-        together."""
-        defaults = {f.name: f.default for f in fields(self)}
-        for name, readers in CHOICES.items():
-            value = getattr(self, name)
-            if self.architecture not in readers and value != defaults[name]:
-                raise ConfigError(
-                    f"{name}={value} is a choice of architecture={one_of(readers)}, and this is "
-                    f"{self.architecture}; add --architecture {readers[0]}, or leave it out"
-                )
-        if self.architecture == "llama":
-            self._check_llama()
-        elif self.architecture == "bert":
-            self._check_bert()
-        elif self.architecture == "t5":
-            self._check_t5()
-        if self.architecture in ("bert", "glm") and self.activation in GATED:
-            plain = one_of(name for name in get_args(Activation) if name not in GATED)
-            raise ConfigError(
-                f"activation={self.activation} has a gate, and architecture={self.architecture} "
-                f"has none; it can be {plain}"
-            )
-
-    def _check_llama(self) -> None:
-        if self.n_heads % self.kv_heads:
-            raise ConfigError(
-                f"n_heads={self.n_heads} is not divisible by n_kv_heads={self.kv_heads}; "
-                f"n_kv_heads can be {one_of(divisors(self.n_heads))}"
-            )
-        if self.rotary_width % 2 or not self.rotary_width:
-            raise ConfigError(
-                f"architecture=llama turns pairs, and {self.rotary_width} of a head's "
-                f"{self.head_width} features (rotary_fraction={self.rotary_fraction:g}) are none; "
-                f"choose d_head x rotary_fraction even"
-            )
-        if self.bias and (self.qkv_bias or self.dense_bias):
-            which = "qkv_bias" if self.qkv_bias else "dense_bias"
-            raise ConfigError(f"{which} is for models without the other biases; add --no-bias")
-        if self.norm_eps is not None and self.norm not in (None, "rmsnorm"):
-            raise ConfigError(f"norm_eps is rmsnorm's, and norm={self.norm}; leave it out")
-
-    def _check_bert(self) -> None:
-        if not self.bias:
-            raise ConfigError("architecture=bert has biases; leave out --no-bias")
-
-    def _check_t5(self) -> None:
-        if self.bias:
-            raise ConfigError("architecture=t5 has no biases; add --no-bias")
-        buckets, farthest = self.relative_buckets, self.relative_distance
-        if farthest <= buckets // 2:
-            raise ConfigError(
-                f"relative_distance={farthest} is not above half of relative_buckets={buckets}, "
-                f"the distances that have one each; it can be {buckets // 2 + 1} or more"
-            )
-        if buckets % 4:
-            raise ConfigError(
-                f"relative_buckets={buckets} is not divisible by 4, the halves ahead and behind by "
-                f"the halves near and far; it can be {buckets // 4 * 4 or 4}"
             )

@@ -105,6 +105,7 @@ class Layout:
 LLAMA = (("architecture", "llama"), ("d_head", 6), ("bias", False))
 BERT = (("architecture", "bert"),)
 GLM = (("architecture", "glm"),)
+XL = (("architecture", "transformer_xl"),)
 T5 = (("architecture", "t5"), ("bias", False), ("relative_buckets", 8), ("relative_distance", 9))
 FAMILIES = (
     Layout(
@@ -129,6 +130,8 @@ FAMILIES = (
         *((4, 1), False, "attention", 0.0, True, False, 29, False, 1),
         (*GLM, ("activation", "relu"), ("bias", False)),
     ),
+    Layout(*((2, 2), True, "attention", 0.1, True, True, 139, False, 2), XL),
+    Layout(*((4, 1), False, "block", 0.0, False, False, 29, False, 1), (*XL, ("d_head", 5))),
     Layout(*((2, 2), True, "block", 0.1, True, True, 29, False, 2), T5),
     Layout(
         *((4, 1), False, "attention", 0.0, True, False, 139, False, 1),

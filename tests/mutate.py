@@ -79,6 +79,7 @@ TESTS: dict[str, tuple[list[str], list[str]]] = {
     "models/relative_bias.py": (["models/test_t5.py"], THEIRS),
     "models/rotary.py": (["models/test_rotary.py"], []),
     "models/t5.py": (["models/test_t5.py"], THEIRS),
+    "models/transformer_xl.py": (["models/test_transformer_xl.py"], LATTICE),
     "optim/adamw.py": (["training/test_training_parity.py", "optim/test_clip.py"], LATTICE),
     "optim/casts.py": (["optim/test_casts.py"], []),
     "optim/clip.py": (["optim/test_clip.py", "training/test_training_parity.py"], LATTICE),

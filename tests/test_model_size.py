@@ -54,7 +54,7 @@ def refused(main: Callable[[list[str]], Any], *flags: str) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("architecture", ["gpt2", "rotary"])
+@pytest.mark.parametrize("architecture", ["gpt2", "rotary", "transformer_xl"])
 def test_parameters_are_counted_without_building_them(architecture: Any) -> None:
     meta = ParallelContext(device=torch.device("meta"))
     for tied, bias, heads in itertools.product((True, False), (True, False), (2, 3)):

@@ -47,7 +47,7 @@ class GenerateCommand:
     each [MASK]."""
     whole: bool = False
     """Let the model see all tokens so far, as Hugging Face's library does, and not only the last
-    context_length; for rotary positions, and t5."""
+    context_length; for models without a table of positions."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes CUDA when each local rank has a GPU of its own."""
     pp_size: Count = 1
@@ -59,10 +59,11 @@ class GenerateCommand:
 def without_window(model: GPTConfig, tokens: int) -> GPTConfig:
     """The model with a context of so many tokens at least. Raises ConfigError if it has a table of
     positions, which ends."""
-    if model.architecture not in ("rotary", "llama", "t5"):
+    if model.architecture not in ("rotary", "llama", "t5", "transformer_xl"):
         raise ConfigError(
-            f"whole is for rotary positions and t5, and architecture={model.architecture} has a "
-            f"table of context_length={model.context_length}; leave --whole out"
+            f"whole is for models without a table of positions, and "
+            f"architecture={model.architecture} has a table of "
+            f"context_length={model.context_length}; leave --whole out"
         )
     return replace(model, context_length=max(model.context_length, tokens))
 

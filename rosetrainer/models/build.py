@@ -13,6 +13,7 @@ from rosetrainer.models.gpt import GPTModel
 from rosetrainer.models.llama import Llama
 from rosetrainer.models.rotary import RotaryGPT
 from rosetrainer.models.t5 import T5
+from rosetrainer.models.transformer_xl import TransformerXL
 from rosetrainer.parallel.context import ParallelContext
 from rosetrainer.parallel.pipeline.split_backward import split_backward
 from rosetrainer.parallel.pipeline.stage import cut_model
@@ -25,6 +26,7 @@ ARCHITECTURES: dict[str, type[GPTModel]] = {
     "bert": Bert,
     "t5": T5,
     "glm": Glm,
+    "transformer_xl": TransformerXL,
 }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rosetrainer.config import GPTConfig, OptimConfig, ParallelConfig
-from rosetrainer.model_config import GATED
+from rosetrainer.model_choices import GATED
 from rosetrainer.parallel_config import STAGES_PER_RANK
 from rosetrainer.validation import ConfigError, unknown_setting
 

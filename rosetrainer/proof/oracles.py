@@ -13,6 +13,7 @@ from rosetrainer.proof.reference_glm import ReferenceGlm
 from rosetrainer.proof.reference_llama import GATED, NORMS, PLAIN, ReferenceLlama
 from rosetrainer.proof.reference_rotary import ReferenceRotaryGPT
 from rosetrainer.proof.reference_t5 import ReferenceT5
+from rosetrainer.proof.reference_transformer_xl import ReferenceTransformerXL
 from rosetrainer.validation import ConfigError, unknown_setting
 
 ORACLES: dict[str, type[ReferenceGPT]] = {
@@ -22,6 +23,7 @@ ORACLES: dict[str, type[ReferenceGPT]] = {
     "bert": ReferenceBert,
     "t5": ReferenceT5,
     "glm": ReferenceGlm,
+    "transformer_xl": ReferenceTransformerXL,
 }
 KNOWN: dict[str, tuple[str | None, ...] | None] = {  # the settings that the oracles compute
     **dict.fromkeys(("vocab_size", "context_length", "n_layers", "n_heads", "d_model", "d_head")),

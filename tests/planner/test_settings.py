@@ -10,7 +10,7 @@ import torch
 
 from rosetrainer.commands.plan import main as plan_command
 from rosetrainer.config import GPTConfig, OptimConfig, ParallelConfig, TrainConfig
-from rosetrainer.model_config import CHOICES
+from rosetrainer.model_choices import CHOICES
 from rosetrainer.planner import settings
 from rosetrainer.planner.layout import Plan, Work, plan
 from rosetrainer.planner.report import plan_training

@@ -66,7 +66,8 @@ def plan_of(layout: lattice.Layout, rank: int) -> Plan:
     return plan(layout.model, layout.parallel, work, part=part)
 
 
-PLANNED = [one for one in lattice.layouts() if one.model.architecture != "t5"]
+NO_FORM = ("t5", "transformer_xl")
+PLANNED = [one for one in lattice.layouts() if one.model.architecture not in NO_FORM]
 
 
 @pytest.mark.parametrize("layout", PLANNED, ids=str)

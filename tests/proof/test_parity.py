@@ -27,6 +27,7 @@ from rosetrainer.proof.trajectory import Proof
 MODEL = GPTConfig(vocab_size=140, context_length=16, n_layers=2, n_heads=4, d_model=32)
 LONGER = replace(MODEL, context_length=BLOCK + 32)  # attention in blocks takes two
 SHORT = {"context_length": 48}  # where others show the blocks of attention
+DISTANCES: dict[str, Any] = {"architecture": "transformer_xl"}
 ROTARY: dict[str, Any] = {"architecture": "rotary", "tied": False}
 LLAMA: dict[str, Any] = {
     "architecture": "llama",
@@ -60,6 +61,7 @@ CASES: dict[str, tuple[int, int, dict[str, Any], dict[str, Any], Any]] = {
         "adamw",
     ),
     "pipeline-llama": (1, 2, {"pp_size": 2, "pp_schedule": "zero-bubble"}, LLAMA | SHORT, "muon"),
+    "distances": (1, 2, {"sequence_parallel": True}, DISTANCES | SHORT, "muon"),
     "llama": (1, 2, {"sequence_parallel": True}, LLAMA | SHORT | {"n_kv_heads": 1}, "adamw"),
 }
 
