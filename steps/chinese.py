@@ -18,6 +18,8 @@ WORDS = {  # what is not written, and what is: a rank is a process, and one thin
     "展宽": "升维",
     "一个比特也不差|逐位|一位一位": "逐比特相同",
     "收集": "gather 或 all-gather",
+    "rank [只都也不]?知道": "持有",
+    "补的行": "补零行",
     "(?<!（)shard spec": "切分说明",
     r"(?<![\w/\[(-])checkpoint(?![\w./])": "检查点",
     "损失": "loss",
