@@ -64,7 +64,7 @@ TESTS: dict[str, tuple[list[str], list[str]]] = {
         LATTICE,
     ),
     "parallel/pipeline/": ([*PIPELINE, *SINGLE], ["parallel/test_pipeline.py"]),
-    "parallel/zero/": (ZERO, LATTICE),
+    "parallel/zero/": (ZERO, [*LATTICE, "optim/test_muon.py"]),
     "models/attention.py": ([*MODEL, *EVERY], LATTICE),
     "models/bert.py": (["models/test_bert.py"], THEIRS),
     "models/build.py": (["models/test_rotary.py", *LLAMA, *SINGLE], THEIRS),

@@ -138,5 +138,10 @@ def test_the_last_blank_is_the_first_id() -> None:
     assert ids[-2:] == [0, 9]
 
 
+def test_ids_behind_a_tokenizer_s_are_blanks() -> None:
+    pieces = pieces_with_blanks(IdsTokenizer(14), config_of(**T5))
+    assert pieces.decode([13, 14, 15]) == " 13<extra_id_1><extra_id_0>"
+
+
 def test_ids_that_a_tokenizer_knows_keep_their_pieces() -> None:
     assert pieces_with_blanks(IdsTokenizer(16), config_of(**T5)).decode([15, 14]) == " 15 14"

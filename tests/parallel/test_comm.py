@@ -118,6 +118,17 @@ def test_an_axis_of_one_rank_communicates_and_counts_nothing() -> None:
     assert not axis.ledger.entries
 
 
+def test_a_ledger_goes_on_counting_what_was_started() -> None:
+    ledger = Ledger()
+    for _ in range(3):
+        ledger.record("all_reduce", "forward", 8)
+    ledger.clear()
+    with ledger.recomputing():
+        ledger.record("all_reduce", "forward", 8)
+    assert ledger.collectives_started == 4
+    assert list(ledger.entries) == [("all_reduce", "recompute")]
+
+
 def fail_on_rank_one() -> None:
     tp = init_tensor_parallel().tp
     if tp.rank == 1:

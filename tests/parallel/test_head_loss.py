@@ -156,6 +156,19 @@ def test_in_bf16_each_rounding_is_within_its_bound(tp_size: int) -> None:
     run_ranks(tp_size, check_bf16)
 
 
+@pytest.mark.parametrize("frozen", ["x", "weight"])
+def test_what_is_frozen_leaves_the_other_gradient_as_it_is(frozen: str) -> None:
+    x, weight, labels = random(B, T, D, seed=2), random(V, D, seed=1), labels_of_every_slice()
+    table, expected = table_with(weight, Axis("tp")), dense_loss(x, weight, labels)
+    table.weight.requires_grad_(frozen != "weight")
+    x.requires_grad_(frozen != "x")
+    (UPSTREAM * table.loss(x, labels)[0]).backward()
+    if frozen == "x":
+        assert_equal("weight.grad", table.weight.grad[:V], expected["weight.grad"])  # type: ignore
+    else:
+        assert_equal("x.grad", x.grad, expected["x.grad"])  # type: ignore[arg-type]
+
+
 def test_a_second_backward_is_refused_for_the_gradient_has_been_scaled() -> None:
     table, x = table_with(random(V, D, seed=1), Axis("tp")), random(B, T, D, seed=2)
     mean, _ = table.loss(x.requires_grad_(), labels_of_every_slice())
