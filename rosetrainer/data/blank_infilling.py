@@ -18,6 +18,8 @@ from rosetrainer.data.span_corruption import CUT, SPAN, ids_behind, places_of_sp
 from rosetrainer.data.token_file import Int64s
 from rosetrainer.validation import ConfigError
 
+LONGEST = 32  # tokens of a span: of a Poisson distribution of mean 3 hardly anything lies above
+
 
 @dataclass(frozen=True)
 class BlankTokens:
@@ -38,7 +40,8 @@ class BlankCorpus(ObjectiveCorpus):
 
     def __init__(self, corpus: Corpus, special: BlankTokens) -> None:
         self.row_length, self.special = corpus.context_length, special
-        window, self.cut, self.spans = sizes(corpus.context_length)
+        window, cut, spans = sizes(corpus.context_length)
+        self.lengths = SpanLengths(cut, spans)
         super().__init__(corpus, window)
 
     def asked(self, windows: Int64s, seed: int, numbers: Sequence[int]) -> tuple[Int64s, ...]:
@@ -72,12 +75,41 @@ class BlankCorpus(ObjectiveCorpus):
         """Part A, and the spans in random order, each with the place of its mask in A."""
         philox = np.random.Philox(key=np.array([seed, number], np.uint64), counter=[0, 0, 0, 3])
         text, spans, place = [], [], 0
-        for start, end in places_of_spans(len(window), self.cut, self.spans, philox):
+        lengths = self.lengths.draw(philox)
+        for start, end in places_of_spans(len(window), lengths, philox):
             text += [*window[place:start].tolist(), self.special.mask]
             spans.append((len(text) - 1, window[start:end].tolist()))
             place = end
         order = np.argsort(philox.random_raw(len(spans)), kind="stable")
         return [*text, *window[place:].tolist()], [spans[i] for i in order]
+
+
+class SpanLengths:
+    """Lengths of `spans` spans with `cut` tokens together.
+
+    The paper draws from a Poisson distribution of mean 3 until 15 % are cut out; here too, but of
+    the draws without an empty span only those that have this number and this sum.
+    """
+
+    def __init__(self, cut: int, spans: int) -> None:
+        n = np.arange(1, min(cut, LONGEST) + 1)
+        self.weights = SPAN**n / np.cumprod(n, dtype=np.float64) / np.expm1(SPAN)  # each one's
+        self.reach = np.zeros((spans + 1, cut + 1))  # that so many spans have so many tokens
+        self.reach[0, 0] = 1
+        for number in range(spans):
+            for length, weight in zip(n, self.weights, strict=True):
+                self.reach[number + 1, length:] += weight * self.reach[number, :-length]
+
+    def draw(self, philox: np.random.Philox) -> list[int]:
+        spans, left = (size - 1 for size in self.reach.shape)
+        lengths = []
+        for number in range(spans - 1, -1, -1):
+            after = self.reach[number, max(left - len(self.weights), 0) : left][::-1]
+            up_to = np.cumsum(self.weights[: len(after)] * after)
+            chance = int(philox.random_raw()) / 2**64 * up_to[-1]
+            lengths.append(int(np.searchsorted(up_to, chance, side="right")) + 1)
+            left -= lengths[-1]
+        return lengths
 
 
 def sizes(context_length: int) -> tuple[int, int, int]:

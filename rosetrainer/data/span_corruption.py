@@ -65,7 +65,8 @@ class SpanCorpus(ObjectiveCorpus):
         """The window without its spans, and these."""
         philox = np.random.Philox(key=np.array([seed, number], np.uint64), counter=[0, 0, 0, 2])
         source, target, place = [], [], 0
-        spans = places_of_spans(len(window), self.cut, self.spans, philox)
+        lengths = divided(self.cut, self.spans, philox)
+        spans = places_of_spans(len(window), lengths, philox)
         for number_of_span, (start, end) in enumerate(spans):
             sentinel = self.special.sentinel - number_of_span
             source += [*window[place:start].tolist(), sentinel]
@@ -76,17 +77,16 @@ class SpanCorpus(ObjectiveCorpus):
 
 
 def places_of_spans(
-    length: int, cut: int, spans: int, philox: np.random.Philox
+    length: int, lengths: list[int], philox: np.random.Philox
 ) -> list[tuple[int, int]]:
-    """Start and end of each of so many spans of a text, which have `cut` tokens together.
+    """Start and end of each of the spans of a text, which have these lengths.
 
     Only before the first one may be no text, so that no two spans touch.
     """
-    cuts = divided(cut, spans, philox)
-    texts = divided(length - cut + 1, spans + 1, philox)
+    texts = divided(length - sum(lengths) + 1, len(lengths) + 1, philox)
     texts[0] -= 1
     found, place = [], 0
-    for text, of_span in zip(texts, cuts, strict=False):  # after the last span comes text
+    for text, of_span in zip(texts, lengths, strict=False):  # after the last span comes text
         found.append((place + text, place + text + of_span))
         place += text + of_span
     return found

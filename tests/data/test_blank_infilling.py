@@ -10,7 +10,7 @@ import pytest
 
 from rosetrainer.config import IGNORED, ConfigError, GPTConfig
 from rosetrainer.data.batches import open_corpus
-from rosetrainer.data.blank_infilling import BlankCorpus, fill_blanks, sizes
+from rosetrainer.data.blank_infilling import BlankCorpus, SpanLengths, fill_blanks, sizes
 
 C, V = 64, 8  # of the rows, and the markov corpus's ids
 MASK, START, END = V, V + 1, V + 2
@@ -54,6 +54,20 @@ def test_a_row_holds_a_text_with_masks_and_its_spans_behind_it(
         assert (labels[A + cut + spans :] == IGNORED).all()
     assert len(orders) == 6  # of three spans, each order comes
     assert np.mean(lengths) == 3 and set(lengths) >= {1, 2, 3, 4, 5}
+
+
+def test_lengths_are_those_of_a_poisson_distribution_with_their_sum() -> None:
+    """Of two spans with five tokens: 1/n! of each, so 1/24, 1/12, 1/12 and 1/24 by the first."""
+    lengths = SpanLengths(5, 2)
+    found = [lengths.draw(np.random.Philox(seed)) for seed in range(6000)]
+    assert all(sum(pair) == 5 for pair in found)
+    counts = np.bincount([first for first, _ in found])
+    expected = np.array([0, 1000, 2000, 2000, 1000])
+    assert (abs(counts - expected) < 5 * np.sqrt(expected + 1)).all()
+    for context in (4, 64, 512, 2**14):
+        _, cut, spans = sizes(context)
+        many = SpanLengths(cut, spans).draw(np.random.Philox(1))
+        assert (len(many), sum(many), min(many)) == (spans, cut, 1)
 
 
 def test_a_row_is_cut_alike_in_every_layout(corpus: BlankCorpus) -> None:
