@@ -27,6 +27,9 @@ CORE = {  # a step's file, and the package's that is the same code
     "overlap.py": "parallel/overlap.py",
     "split_backward.py": "parallel/pipeline/split_backward.py",
     "data_parallel.py": "parallel/data_parallel.py",
+    "zero_cut.py": "parallel/zero/cut.py",
+    "zero_unit.py": "parallel/zero/unit.py",
+    "sharded_model.py": "parallel/zero/sharded_model.py",
 }
 ADDED_TO = ("optim/non_finite.py",)  # the package's has more functions than the step's
 MERGED = STEPS / ".propagate"  # conflicts that were handed to a person, until all is merged

@@ -181,7 +181,15 @@ PIPELINES += [("22_zero_bubble", "zero-bubble"), (NAMES[-1], "1f1b")]
 
 @pytest.mark.parametrize("name, schedule", PIPELINES)
 def test_a_pipeline_trains_as_tensor_parallel_ranks_do(name: str, schedule: str) -> None:
-    layouts: tuple[list[str], ...] = ([], ["--pp-size", "2", "--pp-schedule", schedule])
+    trains_as_tensor_parallel_ranks_do(name, ["--pp-size", "2", "--pp-schedule", schedule])
+
+
+def test_shards_train_as_tensor_parallel_ranks_do() -> None:
+    trains_as_tensor_parallel_ranks_do(NAMES[-1], ["--tp-size", "1", "--zero", "3"])
+
+
+def trains_as_tensor_parallel_ranks_do(name: str, layout: list[str]) -> None:
+    layouts: tuple[list[str], ...] = ([], layout)
     flags = ["--steps", "4", "--dtype", "float64", "--dropout", "0.1"]
     tp, pp = (
         run_ranks(2, run_script, str(STEPS / name), "train.py", *flags, *layout)[0]

@@ -81,12 +81,13 @@ def whole_for_a_while() -> str:
 ALL, SLICE = 96, 24
 """Units of a bar: what is whole on a rank, and a quarter of it, a rank's slice or a block."""
 
+TWO_BLOCKS, TWO_GRADIENTS = [("w", SLICE, "")] * 2, [("p0", SLICE, "")] * 2
 OWN_MOMENTS = [("r0", SLICE, "m"), ("r0", SLICE, "v")]
 HELD = [  # at each level: slices in a color, what is whole in grey, unsummed gradients striped
     [("w", ALL, "W"), ("p0", ALL, "dW"), ("w", ALL, "m"), ("w", ALL, "v")],
     [("r0", SLICE, "W"), ("w", ALL, "W"), ("p0", ALL, "dW"), *OWN_MOMENTS],
-    [("r0", SLICE, "W"), ("w", ALL, "W"), ("r0", SLICE, "dW"), ("p0", SLICE, ""), *OWN_MOMENTS],
-    [("r0", SLICE, "W"), ("w", SLICE, ""), ("r0", SLICE, "dW"), ("p0", SLICE, ""), *OWN_MOMENTS],
+    [("r0", SLICE, "W"), ("w", ALL, "W"), ("r0", SLICE, "dW"), *TWO_GRADIENTS, *OWN_MOMENTS],
+    [("r0", SLICE, "W"), *TWO_BLOCKS, ("r0", SLICE, "dW"), *TWO_GRADIENTS, *OWN_MOMENTS],
 ]
 
 
