@@ -147,6 +147,7 @@ ZEROS = (
     Layout(*((1, 4), False, "block", 0.0, False, True, 139, False, 2), zero=(3, False, 2)),
     Layout(*((2, 2), True, "none", 0.1, True, False, 29, True, 2), zero=(3, False, 1)),
     Layout(*((2, 2), False, "none", 0.0, True, True, 29, False, 1), KEYS, zero=(3, True, 1)),
+    Layout(*((1, 2), False, "none", 0.1, True, False, 139, False, 2), T5, zero=(3, False, 1)),
 )
 
 

@@ -9,11 +9,12 @@ import torch
 from rosetrainer.commands.train import TrainCommand, parse_train_flags
 from rosetrainer.config import TrainConfig
 from rosetrainer.data.batches import open_corpus
+from rosetrainer.data.span_corruption import SENTINELS
 from rosetrainer.hardware.performance import choose_dtype
 from rosetrainer.planner.report import describe
 from rosetrainer.validation import ConfigError, Count
 
-SPECIAL = {"bert": 1, "glm": 3}
+SPECIAL = {"bert": 1, "glm": 3, "t5": 2 + SENTINELS}
 """Ids that an architecture has behind those of its corpus."""
 MOST_LOGITS = 2**42  # of a micro-batch: they are counted chunk by chunk
 

@@ -42,15 +42,12 @@ class SpanCorpus(ObjectiveCorpus):
     def __init__(self, corpus: Corpus, special: SpecialTokens) -> None:
         super().__init__(corpus)
         self.special = special
-        self.cut = max(round(CUT * corpus.context_length), 1)
-        self.spans = max(round(self.cut / SPAN), 1)
+        self.cut, self.spans = cut_out(corpus.context_length)
         self.source_length = corpus.context_length - self.cut + self.spans + 1
-        self.target_length = self.cut + self.spans + 1
 
     def asked(self, windows: Int64s, seed: int, numbers: Sequence[int]) -> tuple[Int64s, ...]:
         """(R, C) windows -> sources (R, S), their masks, targets (R, T) and labels (R, T)."""
-        rows = len(windows)
-        S, T = (-(-n // ROUNDED_TO) * ROUNDED_TO for n in (self.source_length, self.target_length))
+        rows, (S, T) = len(windows), lengths(windows.shape[1])
         sources, masks = np.full((rows, S), self.special.end), np.zeros((rows, S), np.int64)
         masks[:, : self.source_length] = 1
         targets, labels = np.full((rows, T), self.special.end), np.full((rows, T), IGNORED)
@@ -74,6 +71,19 @@ class SpanCorpus(ObjectiveCorpus):
             place = end
         end_token = self.special.end
         return [*source, *window[place:].tolist(), end_token], [*target, end_token]
+
+
+def cut_out(context_length: int) -> tuple[int, int]:
+    """How many tokens of a window, and in how many spans."""
+    cut = max(round(CUT * context_length), 1)
+    return cut, max(round(cut / SPAN), 1)
+
+
+def lengths(context_length: int) -> tuple[int, int]:
+    """(S, T), those of a batch; a source and a target have a token for each span and an end."""
+    cut, spans = cut_out(context_length)
+    source, target = context_length - cut + spans + 1, cut + spans + 1
+    return -(-source // ROUNDED_TO) * ROUNDED_TO, -(-target // ROUNDED_TO) * ROUNDED_TO
 
 
 def places_of_spans(
@@ -113,7 +123,7 @@ def corrupt_spans(corpus: Corpus, model: GPTConfig, is_given: bool) -> tuple[GPT
         raise ConfigError(f"{missing[0]} is not said by the folder of --init-from; give {flag}")
     given = ids_behind(model, behind, own)
     changed = SpanCorpus(corpus, SpecialTokens(*given.values()))
-    longest = -(-changed.source_length // ROUNDED_TO) * ROUNDED_TO
+    longest, _ = lengths(corpus.context_length)
     if longest > corpus.context_length or changed.spans > min(SENTINELS, given["sentinel_token"]):
         raise ConfigError(
             f"context_length={corpus.context_length}: a source would have {longest} tokens, with "

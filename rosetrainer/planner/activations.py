@@ -8,7 +8,7 @@ Transformer Models" (Korthikanti et al.) counts activations like this.
 from __future__ import annotations
 
 from rosetrainer.config import GPTConfig, ParallelConfig
-from rosetrainer.planner import llama
+from rosetrainer.planner import llama, t5
 from rosetrainer.planner.attention import bytes_of_scores
 from rosetrainer.planner.shares import Share, Work, blocks, padded_vocabulary, parameters
 
@@ -19,7 +19,23 @@ def activations(model: GPTConfig, parallel: ParallelConfig, work: Work, share: S
     own = tp if parallel.sequence_parallel else 1  # over how many ranks the stream is divided
     gathered = 1 if parallel.sequence_parallel and not parallel.overlap and tp > 1 else own
     D, B, e, m = model.d_model, work.rows, work.product_bytes, work.weight_bytes
-    dropout = bool(model.dropout)
+    if model.architecture == "t5":
+        total = t5.activations(model, parallel, work, own, gathered)
+    else:
+        total = before_the_head(model, parallel, work, share, own, gathered)
+    if share.last:  # head and loss: the gradients of the input, of all tokens, and of the table
+        wide = D + (model.architecture == "bert")  # whose bias is a column more
+        total += B * work.tokens * wide * e + padded_vocabulary(model, tp) // tp * wide * max(m, 4)
+    return total + (weight_copies(model, parallel, work, share) if e < m else 0)
+
+
+def before_the_head(
+    model: GPTConfig, parallel: ParallelConfig, work: Work, share: Share, own: int, gathered: int
+) -> int:
+    """own, gathered: over how many ranks the stream is divided, and inputs of column-parallel
+    layers."""
+    tp, dropout = parallel.tp_size or 1, bool(model.dropout)
+    D, B, e, m = model.d_model, work.rows, work.product_bytes, work.weight_bytes
 
     def stream(T: int) -> int:  # a norm's input, mean and deviation
         return B * T // own * (D + 2) * m
@@ -69,10 +85,7 @@ def activations(model: GPTConfig, parallel: ParallelConfig, work: Work, share: S
         total += {"glm": B * T * T, "bert": T}.get(model.architecture, 0) * (share.layers > 0)
     if work.source_tokens:
         total += memory_and_masks(model, parallel, work, own, gathered)
-    if share.last:  # head and loss: the gradients of the input, of all tokens, and of the table
-        wide = D + (model.architecture == "bert")  # whose bias is a column more
-        total += B * work.tokens * wide * e + padded_vocabulary(model, tp) // tp * wide * max(m, 4)
-    return total + (weight_copies(model, parallel, work, share) if e < m else 0)
+    return total
 
 
 def memory_and_masks(

@@ -21,11 +21,10 @@ def bytes_of_block(
     model: GPTConfig, parallel: ParallelConfig, work: Work, own: int, gathered: int
 ) -> int:
     """What one block keeps that is not recomputed whole."""
-    tp, K, D = parallel.tp_size or 1, model.head_width, model.d_model
+    K, D = model.head_width, model.d_model
     e, m, tokens = work.product_bytes, work.weight_bytes, work.rows * work.tokens
-    h, g = heads(model, tp)
-    total = 2 * bytes_of_norm(model, work, own) + 2 * tokens // gathered * D * e
-    total += bool(model.dropout) * 2 * tokens // own * D  # which were dropped, one byte each
+    h, g = heads(model, parallel.tp_size or 1)
+    total = bytes_around_attention(model, parallel, work, own, gathered)
     fused = tokens * (h + 2 * g) * K * e
     total += (h + 2 * g) * K * D * m * (e == m)  # the weights side by side; else see weight_copies
     again = parallel.recompute == "attention"
@@ -41,10 +40,20 @@ def bytes_of_block(
     if not again:
         T = work.tokens
         total += bytes_of_scores(work.rows, h, T, T, e, dropout=dropout)
-    features = tokens * model.ff_width // tp * e
+    return total
+
+
+def bytes_around_attention(
+    model: GPTConfig, parallel: ParallelConfig, work: Work, own: int, gathered: int
+) -> int:
+    """Two norms, the inputs of attention and feed-forward layer, and this one."""
+    tokens, D, e = work.rows * work.tokens, model.d_model, work.product_bytes
+    total = 2 * bytes_of_norm(model, work, own) + 2 * tokens // gathered * D * e
+    total += bool(model.dropout) * 2 * tokens // own * D  # which were dropped, one byte each
+    features = tokens * model.ff_width // (parallel.tp_size or 1) * e
     if model.is_gated:
         return total + 4 * features  # gate and up, the gate's function, the product
-    return total + (1 if model.activation == "relu" else 2) * features
+    return total + (1 if model.function == "relu" else 2) * features
 
 
 def bytes_of_angles(model: GPTConfig, work: Work) -> int:

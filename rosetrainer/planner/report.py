@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from rosetrainer.config import TrainConfig
+from rosetrainer.data.span_corruption import lengths
 from rosetrainer.parallel.pipeline.simulation import (
     backward_takes_twice,
     checked_schedule,
@@ -29,11 +30,13 @@ def plan_training(config: TrainConfig, dtype: torch.dtype, pp_rank: int = 0) -> 
     Of ZeRO's shards the last one's, which is the largest.
     """
     check_settings(config.optim)
-    dp = config.parallel.dp_size or 1
+    dp, T = config.parallel.dp_size or 1, config.model.context_length
+    S, T = lengths(T) if config.model.architecture == "t5" else (0, T)
     work = Work(
         config.optim.micro_batch(dp),
-        config.model.context_length,
+        T,
         config.optim.accumulation(dp),
+        S,
         product_bytes=dtype.itemsize,
         weight_bytes=8 if dtype == torch.float64 else 4,
     )

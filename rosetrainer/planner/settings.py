@@ -16,7 +16,8 @@ COUNTED: dict[type, dict[str, tuple[Any, ...] | None]] = {
         **dict.fromkeys(("d_head", "d_ff", "bias", "tied", "dropout")),
         "token_types": None,
         **dict.fromkeys(("n_kv_heads", "qkv_bias", "dense_bias", "qk_norm", "rotary_fraction")),
-        "architecture": ("gpt2", "llama", "bert", "glm"),
+        "architecture": ("gpt2", "llama", "bert", "glm", "t5"),
+        "relative_buckets": None,
         "norm": (None, "rmsnorm", "layernorm", "none"),
         "activation": (None, *GATED, "silu", "gelu", "gelu_tanh", "relu", "relu2"),
     },
@@ -34,9 +35,8 @@ COUNTED: dict[type, dict[str, tuple[Any, ...] | None]] = {
 }
 # Fields that change neither.
 WITHOUT_EFFECT: dict[type, tuple[str, ...]] = {
-    GPTConfig: (  # of t5 those are that are refused as a whole
-        *("rotary_base", "rotary_pairs", "norm_eps", "mask_token"),
-        *("relative_buckets", "relative_distance"),
+    GPTConfig: (
+        *("rotary_base", "rotary_pairs", "norm_eps", "mask_token", "relative_distance"),
         *("start_token", "end_token", "sentinel_token"),
     ),
     ParallelConfig: (),

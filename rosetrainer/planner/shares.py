@@ -69,8 +69,12 @@ def parameters(
     model: GPTConfig, tp: int, encoder_decoder: bool, share: Share
 ) -> Iterator[Parameter]:
     """Each parameter as a rank holds it, in order. An encoder-decoder's share is all of it."""
-    if model.architecture == "llama":
-        yield from llama_parameters(model, tp, share)
+    if model.architecture in ("llama", "t5"):
+        yield from (
+            llama_parameters(model, tp, share)
+            if model.architecture == "llama"
+            else t5_parameters(model, tp)
+        )
         return
     D, F, bias = model.d_model, model.ff_width, model.bias
     width = model.n_heads * model.head_width
@@ -152,6 +156,28 @@ def llama_parameters(model: GPTConfig, tp: int, share: Share) -> Iterator[Parame
     yield from in_blocks(list(block()), share.layers)
     yield from norm * share.last
     yield from [table] * (share.last and not model.tied)
+
+
+def t5_parameters(model: GPTConfig, tp: int) -> Iterator[Parameter]:
+    """As `parameters`; the decoder's blocks stand first, and the encoder's are used first."""
+    D, F, layers = model.d_model, model.ff_width // tp, model.n_layers
+    h, width = model.n_heads // tp, model.n_heads // tp * model.head_width
+    table = Parameter((padded_vocabulary(model, tp) // tp, D))
+    norm = Parameter((D,), replicated=True)
+    gates = (2,) if model.is_gated else ()
+
+    def of(*shapes: tuple[int, ...]) -> list[Parameter]:
+        return [norm, *(Parameter(shape, multiplied=True) for shape in shapes)]
+
+    attention = of((width, D), (2, width, D), (D, width))
+    feed_forward = of((*gates, F, D), (D, F))
+    yield table
+    yield from in_blocks([*attention, *feed_forward, *attention], layers, layers)
+    yield norm
+    yield from [table] * (not model.tied)
+    yield from in_blocks([*attention, *feed_forward], layers)
+    yield norm
+    yield from [Parameter((model.relative_buckets, h))] * 2
 
 
 def padded_vocabulary(model: GPTConfig, tp: int) -> int:

@@ -21,6 +21,7 @@ from rosetrainer.parallel.dropout import DropoutSeed
 from rosetrainer.parallel.sharding import init_weights
 from rosetrainer.planner.layout import Work, plan
 from rosetrainer.planner.layout import buckets as bucket_bytes
+from rosetrainer.planner.report import plan_training
 from rosetrainer.validation import ConfigError
 
 BF16 = GPTConfig(139, context_length=64, n_layers=3, n_heads=4, d_model=64)
@@ -79,6 +80,16 @@ def test_the_command_prints_both_tables(capsys: pytest.CaptureFixture[str]) -> N
         assert line.split()[3:5] == [f"{calls:,}", f"{payload:,}"]
     assert f"{predicted.memory['activations']:,}" in shown
     assert not torch.distributed.is_initialized()
+
+
+def test_of_t5_the_two_sides_are_planned_that_a_window_is_divided_into() -> None:
+    """Of 256 tokens 38 are cut out in 13 spans: a source has 256 - 38 + 14, a target 38 + 14,
+    and both are multiples of 8."""
+    model = replace(TrainConfig().model, vocab_size=358, architecture="t5", bias=False)
+    config = replace(TrainConfig(), model=model, parallel=ParallelConfig(2, 1))
+    rows = config.optim.micro_batch(1)
+    expected = plan(model, config.parallel, Work(rows, 56, config.optim.accumulation(1), 232))
+    assert plan_training(config, torch.float32) == expected
 
 
 def test_the_command_takes_all_flags_of_train(capsys: pytest.CaptureFixture[str]) -> None:

@@ -40,6 +40,11 @@ LLAMA = TrainConfig(
     TRAIN.optim,
 )
 BERT = replace(TRAIN, model=replace(TRAIN.model, architecture="bert", token_types=2))
+T5 = replace(
+    TRAIN,
+    model=replace(TRAIN.model, architecture="t5", bias=False),
+    parallel=ParallelConfig(2, 2, sequence_parallel=True),
+)
 ZERO = replace(TRAIN, parallel=ParallelConfig(2, 4, zero=3))
 SAME_BYTES = {"activation": ("geglu", "geglu_tanh", "reglu")}
 """Values of a counted field that are planned as LLAMA's own."""
@@ -53,6 +58,8 @@ def base(field: Field[Any]) -> TrainConfig:
         return replace(LLAMA, model=replace(LLAMA.model, activation="swiglu"))
     if field.name == "token_types":
         return BERT
+    if field.name in ("relative_buckets", "relative_distance"):
+        return T5
     return LLAMA if "llama" in CHOICES.get(field.name, ()) else TRAIN
 
 
@@ -135,7 +142,7 @@ def test_a_setting_that_plan_does_not_know_is_refused(monkeypatch: pytest.Monkey
 def test_another_architecture_or_optimizer_is_refused() -> None:
     rotary = ["--architecture", "rotary", "--no-tied"]
     with pytest.raises(
-        ConfigError, match="architecture=rotary, only for gpt2, llama, bert or glm; one"
+        ConfigError, match="architecture=rotary, only for gpt2, llama, bert, glm or t5; one"
     ):
         plan_command(["--vocabulary", "99", *rotary])
     with pytest.raises(ConfigError, match="optimizer=muon, only for adamw; one belongs in"):
