@@ -30,8 +30,6 @@ class _Casts:
         self.functions = {(F, "linear"): self.linear_of_copies, **casting}
 
     def linear_of_copies(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        if torch.compiler.is_compiling() or not torch.is_autocast_enabled(x.device.type):
-            return self.linear(x, weight, bias)
         return self.linear(
             x, self.for_product(weight), None if bias is None else self.for_product(bias)
         )

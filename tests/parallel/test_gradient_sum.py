@@ -94,6 +94,11 @@ def test_gradients_are_summed_while_others_are_made(
     assert all(started == first for started in others), "the same order on all ranks"
 
 
+def test_one_rank_has_nothing_to_sum() -> None:
+    model = GPTModel(tiny_config())
+    assert data_parallel.GradientSum(model, model.tp).buckets == []
+
+
 def test_a_bucket_is_full_at_its_limit_and_not_before() -> None:
     tensors = [torch.zeros(n) for n in (2, 3, 1, 9, 1)]
     found = [[t.numel() for t in one] for one in data_parallel.buckets(tensors, 5 * 4)]
