@@ -93,7 +93,7 @@ class ParallelContext:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     recompute: str = "none"  # or "attention", or "block": what is computed again, not kept
     pp: Axis = field(default_factory=lambda: Axis("pp"))
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)  # the pipeline's settings
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)  # what it was built from
 
     @property
     def axes(self) -> tuple[Axis, ...]:
