@@ -17,6 +17,7 @@ from rosetrainer.optim.optimizer import build_optimizer
 from rosetrainer.optim.precision import autocast_for
 from rosetrainer.parallel.context import ParallelContext
 from rosetrainer.parallel.sharding import init_weights
+from rosetrainer.parallel.zero.groups import shard_model
 from rosetrainer.training.trainer import train_step
 
 
@@ -50,6 +51,7 @@ class OurStep:
         self.model = build_model(work.model, self.context)
         if dtype == torch.float64:
             self.model.double()
+        shard_model(self.model, self.context, products=dtype)
         self.optimizer = build_optimizer(self.model, self.config.optim)
         init_weights(self.model, self.config.run.seed)
         if compiles(self.config, self.context.tp.size, self.context.device)[0]:

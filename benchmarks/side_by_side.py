@@ -33,6 +33,7 @@ Figures = dict[str, Any]
 Rounds = dict[str, list[Figures]]
 Pairs = Mapping[str, tuple[str, str]]
 """By what they compare: the other side, ours."""
+Ratio = Callable[[Rounds, str, str], float]
 
 
 class Runs(Protocol):
@@ -79,11 +80,12 @@ class StayingSide:
 
     name: str
     process: subprocess.Popen[str]
+    asks: str = ""
 
     def run(self) -> Figures:
         assert self.process.stdin
         if self.process.poll() is None:  # else its output has ended too
-            self.process.stdin.write("\n")
+            self.process.stdin.write(f"{self.asks}\n")
             self.process.stdin.flush()
         return self.figures()
 
@@ -119,7 +121,11 @@ def answer(measure: Callable[[], Figures]) -> None:
 
 
 def in_turn(
-    sides: Sequence[Runs], rounds: int, pairs: Pairs, longest: float = LONGEST_SECONDS
+    sides: Sequence[Runs],
+    rounds: int,
+    pairs: Pairs,
+    longest: float = LONGEST_SECONDS,
+    ratio: Ratio | None = None,
 ) -> Rounds:
     """Each side's figures, round by round; every second round begins at the other end.
 
@@ -138,7 +144,8 @@ def in_turn(
             done += 1
             each = (time.monotonic() - began) / done
             most = min(rounds, max(done, int(longest / each)))
-            ratios = [f"{name} {ratio_of(found, *pair):.3f}" for name, pair in pairs.items()]
+            of_pair = ratio or ratio_of
+            ratios = [f"{name} {of_pair(found, *pair):.3f}" for name, pair in pairs.items()]
             left = f"{each * (most - done):.0f} s to go; Ctrl-C keeps what is there"
             told = [f"round {done} of {most}", *ratios, left if done < most else "done"]
             print(", ".join(told), file=sys.stderr, flush=True)
@@ -157,6 +164,12 @@ def in_turn(
 def ratio_of(found: Rounds, theirs: str, ours: str) -> float:
     """How many times as fast ours is, by the medians of all rounds."""
     return median(found, theirs, "seconds") / median(found, ours, "seconds")
+
+
+def paired_ratio(found: Rounds, theirs: str, ours: str) -> float:
+    """As ratio_of, by the median of each round's own ratio: sides that ran beside each other."""
+    pairs = zip(found[theirs], found[ours], strict=True)
+    return statistics.median(a["seconds"] / b["seconds"] for a, b in pairs)
 
 
 def median(found: Rounds, side: str, figure: str) -> float:

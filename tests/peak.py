@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -23,13 +25,67 @@ class Peak(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
         for key, storage in storages(result).items():
-            if key not in self.given:
+            known = self.made.get(key)
+            new = known is None or known[0].expired() or known[1] != storage.nbytes()
+            if new and key not in self.given:
                 self.made[key] = StorageWeakRef(storage), storage.nbytes()
-        self.made = {key: one for key, one in self.made.items() if not one[0].expired()}
-        self.bytes = max(self.bytes, sum(size for _, size in self.made.values()))
+                self.count()
         return result
+
+    def count(self) -> None:
+        """Of those that are there, as large as they are now."""
+        alive = {key: alive_at(reference) for key, (reference, _) in self.made.items()}
+        self.made = {k: (self.made[k][0], s.nbytes()) for k, s in alive.items() if s is not None}
+        self.bytes = max(self.bytes, sum(size for _, size in self.made.values()))
+
+
+def alive_at(reference: StorageWeakRef) -> torch.UntypedStorage | None:
+    """The storage, whose size may have changed; None if it is gone."""
+    return torch.UntypedStorage._new_with_weak_ptr(reference.cdata)
 
 
 def storages(tree: Any) -> dict[int, torch.UntypedStorage]:
     tensors = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) and not leaf.is_meta]
     return {t.untyped_storage()._cdata: t.untyped_storage() for t in tensors}
+
+
+class Allocated:
+    """What torch's allocator holds of all that it has given inside, kernels' own tensors too."""
+
+    MARK = "from here on"
+
+    def __enter__(self) -> Allocated:
+        gc.collect()  # what is freed later would count as if it had been given inside
+        self.profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True).__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.profile.__exit__(*error)
+
+    def mark(self) -> None:
+        """From here on the peak is looked for."""
+        with record_function(self.MARK):
+            pass
+
+    @property
+    def peak(self) -> int:
+        """Bytes, the most at once since the last mark.
+
+        By the sums that the allocator tells with each event: what gloo's threads free has no event.
+        """
+        results: Any = self.profile.profiler.kineto_results
+        events, found = list(results.experimental_event_tree()), []
+        for event in events:  # grows meanwhile
+            events += event.children
+            if event.name in ("[memory]", self.MARK):
+                found.append(event)
+        found.sort(key=lambda one: one.start_time_ns)
+        first = next(one.extra_fields for one in found if one.name != self.MARK)
+        before = held = most = first.total_allocated - first.alloc_size
+        for event in found:
+            if event.name == self.MARK:
+                most = held
+            else:
+                held = event.extra_fields.total_allocated
+                most = max(most, held)
+        return most - before

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -43,9 +44,24 @@ class _Casts:
         if not weight or not x.is_contiguous():
             return CAST(x)
         if parameter not in self.made:
-            with torch.enable_grad():  # who asks first may need none, and others do
-                self.made[parameter] = CAST(parameter)
-        return self.made[parameter].view(x.shape)
+            self.made[parameter] = CAST(parameter.detach())
+        copy: Tensor = _Copy.apply(parameter, self.made[parameter])
+        return copy.view(x.shape)
+
+
+class _Copy(torch.autograd.Function):
+    """The copy as if it was made here: backward goes from the latest operation to the first, and
+    gradients through one that was made in an earlier micro-batch would all come last, too late for
+    their sums to travel meanwhile."""
+
+    @staticmethod
+    def forward(ctx: Any, parameter: Tensor, copy: Tensor) -> Tensor:
+        ctx.dtype = parameter.dtype
+        return copy.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient.to(ctx.dtype), None
 
 
 CASTS = _Casts()

@@ -26,7 +26,7 @@ def activations(model: GPTConfig, parallel: ParallelConfig, work: Work, share: S
     if share.last:  # head and loss: the gradients of the input, of all tokens, and of the table
         wide = D + (model.architecture == "bert")  # whose bias is a column more
         total += B * work.tokens * wide * e + padded_vocabulary(model, tp) // tp * wide * max(m, 4)
-    return total + (weight_copies(model, parallel, work, share) if e < m else 0)
+    return total + weight_copies(model, parallel, work, share)
 
 
 def before_the_head(
@@ -104,7 +104,12 @@ def memory_and_masks(
 
 
 def weight_copies(model: GPTConfig, parallel: ParallelConfig, work: Work, share: Share) -> int:
-    """Bytes of the weights' copies in the products' dtype, in blocks that are not recomputed."""
+    """Bytes of the weights' copies in the products' dtype, in blocks that are not recomputed.
+
+    Level 3 of ZeRO gathers weights in that dtype.
+    """
+    if parallel.zero == 3 or work.product_bytes >= work.weight_bytes:
+        return 0
     sizes = parameters(model, parallel.tp_size or 1, bool(work.source_tokens), share)
     own = sum(p.elements for p in sizes if p.multiplied and parallel.recompute != "block")
     return own * work.product_bytes

@@ -14,6 +14,7 @@ from rosetrainer.parallel_config import SPLIT_BACKWARD
 from rosetrainer.planner import zero
 from rosetrainer.planner.activations import activations
 from rosetrainer.planner.loss import bytes_of_sums
+from rosetrainer.planner.peak import peak
 from rosetrainer.planner.pipeline import live_bytes, messages, shares_of_rank, together
 from rosetrainer.planner.settings import check_settings
 from rosetrainer.planner.shares import (
@@ -36,6 +37,8 @@ class Plan:
 
     ledger: LedgerTable
     memory: dict[str, int]
+    peak: int | None = None
+    """The most at once, within a few percent; None of a pipeline's rank."""
 
 
 def plan(
@@ -63,7 +66,7 @@ def plan(
         "parameters": held,
         "gradients": held,
         "optimizer": 2 * held + 4 * len(sizes),  # two moments, and a count of steps in fp32
-        **(zero.memory(parallel, sizes, work.weight_bytes, part) if parallel.zero else {}),
+        **(zero.memory(parallel, sizes, work, part) if parallel.zero else {}),
         "activations": live_bytes(
             parallel,
             pp_rank,
@@ -71,7 +74,8 @@ def plan(
             {s: activations(model, parallel, work, share) for s, share in shares.items()},
         ),
     }
-    return Plan(ledger(model, parallel, work, sizes, own, pp_rank, part), memory)
+    at_once = peak(model, parallel, work, own, sizes, memory) if parallel.pp_size == 1 else None
+    return Plan(ledger(model, parallel, work, sizes, own, pp_rank, part), memory, at_once)
 
 
 def ledger(
@@ -98,8 +102,7 @@ def ledger(
         add("pp", "all_reduce", "optimizer", 8, 8, 8)  # loss, norm, who has a bad gradient
     if parallel.dp_size and parallel.dp_size > 1:
         if parallel.zero:
-            how = (parallel, sizes, work.micro_batches, work.weight_bytes)
-            for axis, operation, phase, payloads in zero.moved(*how):
+            for axis, operation, phase, payloads in zero.moved(parallel, sizes, work):
                 add(axis, operation, phase, *payloads)
             add("dp", "all_reduce", "optimizer", 8)  # the norm
         else:

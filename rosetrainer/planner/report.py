@@ -76,7 +76,10 @@ def table(found: Plan, sizes: dict[str, int]) -> list[str]:
     lines.append(f"{'a rank holds':34} {'bytes':>23}")
     for name, size in found.memory.items():
         lines.append(f"  {name:32} {size:23,}")
-    return [*lines, f"  {'together':32} {sum(found.memory.values()):23,}"]
+    lines.append(f"  {'together':32} {sum(found.memory.values()):23,}")
+    if found.peak is not None:
+        lines.append(f"  {'at once, in the backward pass':32} {found.peak:23,}")
+    return lines
 
 
 def bubble(config: TrainConfig) -> str:

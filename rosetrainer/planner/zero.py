@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 
 from rosetrainer.config import ParallelConfig
 from rosetrainer.parallel.zero.cut import dim_of_slices
-from rosetrainer.planner.shares import Parameter
+from rosetrainer.planner.shares import Parameter, Work
 
 Moved = tuple[str, str, str, list[int]]  # axis, operation, phase, payload bytes of each call
 
@@ -33,26 +33,39 @@ def widths(sizes: Sequence[Parameter], shards: int) -> list[int]:
     return found
 
 
-def moved(
-    parallel: ParallelConfig, sizes: Sequence[Parameter], micro_batches: int, number_bytes: int
-) -> Iterator[Moved]:
+def gathered_bytes(one: Parameter, level: int, work: Work) -> int:
+    """Of one of its numbers: level 3 gathers what a block multiplies as it is multiplied."""
+    short = level == 3 and one.multiplied and one.block
+    return min(work.product_bytes, work.weight_bytes) if short else work.weight_bytes
+
+
+def rows_to_gather(sizes: Sequence[Parameter], parallel: ParallelConfig, work: Work) -> list[int]:
+    """Bytes of the rows of each unit, which are whole numbers of a weight's bytes."""
+    shards, found = shards_of(parallel), [0] * (1 + max(one.block for one in sizes))
+    for one in sizes:
+        own = elements_of_slice(one, shards, shards - 1)
+        found[one.block] += own * gathered_bytes(one, parallel.zero, work)
+    return [shards * -(-size // work.weight_bytes) * work.weight_bytes for size in found]
+
+
+def moved(parallel: ParallelConfig, sizes: Sequence[Parameter], work: Work) -> Iterator[Moved]:
     """What a step moves of parameters and gradients over dp."""
     shards, level = shards_of(parallel), parallel.zero
     axis = "dp" if parallel.dp_replicas == 1 else "shards"
-    each = widths(sizes, shards)
-    root, *blocks = (shards * width * number_bytes for width in each)
-    again = micro_batches if level == 3 else 1  # at other levels they stay for the whole step
+    root, *blocks = rows_to_gather(sizes, parallel, work)
+    again = work.micro_batches if level == 3 else 1  # at other levels they stay for the whole step
     yield axis, "all_gather", "forward", [root, *blocks * again]
     if level == 3 and not parallel.zero_keep:  # what the last block has gathered is used at once
-        yield axis, "all_gather", "backward", blocks[:-1] * micro_batches
-    times = micro_batches if level > 1 else 1
-    yield axis, "reduce_scatter", "backward", [root, *blocks] * times
+        yield axis, "all_gather", "backward", blocks[:-1] * work.micro_batches
+    times = work.micro_batches if level > 1 else 1
+    each = [width * work.weight_bytes for width in widths(sizes, shards)]
+    yield axis, "reduce_scatter", "backward", [shards * size for size in each] * times
     if parallel.dp_replicas > 1:
-        yield "replicas", "all_reduce", "backward", [width * number_bytes for width in each]
+        yield "replicas", "all_reduce", "backward", each
 
 
 def memory(
-    parallel: ParallelConfig, sizes: Sequence[Parameter], number_bytes: int, part: int
+    parallel: ParallelConfig, sizes: Sequence[Parameter], work: Work, part: int
 ) -> dict[str, int]:
     """Bytes that one of the shards holds from step to step, and of what it gathers for a while.
 
@@ -60,12 +73,12 @@ def memory(
     level 3 what is gathered is unit 0, a block, and the rows of one that come or have come.
     """
     shards = shards_of(parallel)
-    each = widths(sizes, shards)
-    rows = sum(each) * number_bytes
+    each = rows_to_gather(sizes, parallel, work)
+    rows = sum(widths(sizes, shards)) * work.weight_bytes
     whole = [0] * len(each)
     for one in sizes:
-        whole[one.block] += one.elements * number_bytes
-    own = sum(elements_of_slice(one, shards, part) for one in sizes) * number_bytes
+        whole[one.block] += one.elements * gathered_bytes(one, parallel.zero, work)
+    own = sum(elements_of_slice(one, shards, part) for one in sizes) * work.weight_bytes
     of_level_3 = parallel.zero == 3
     found = {
         "parameters": rows + (0 if of_level_3 else sum(whole)),
@@ -74,5 +87,5 @@ def memory(
     }
     if of_level_3:
         blocks = sum(whole[1:]) if parallel.zero_keep else max(whole[1:])
-        found["gathered"] = whole[0] + blocks + shards * max(each[1:]) * number_bytes
+        found["gathered"] = whole[0] + blocks + max(each[1:])
     return found

@@ -153,7 +153,7 @@ class Proof:
             model.double()
         whole = whole or self.whole
         load_whole(model, {name: whole[name] for name, _ in model.named_parameters()})
-        shard_model(model, context, whole_matrices(model, self.optim))
+        shard_model(model, context, whole_matrices(model, self.optim), dtype)
         return model
 
     def trajectory(

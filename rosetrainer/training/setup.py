@@ -227,7 +227,7 @@ def build(
     if dtype == torch.float64:
         model.double()
     timeout = config.monitor.timeout + WATCH_MARGIN_SECONDS
-    shard_model(model, context, whole_matrices(model, config.optim), timeout)
+    shard_model(model, context, whole_matrices(model, config.optim), dtype, timeout)
     optimizer = build_optimizer(model, config.optim)
     if location.checkpoint is None:
         if config.run.init_from:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -12,9 +12,12 @@ from torch import nn
 
 from rosetrainer.config import TrainConfig
 from rosetrainer.data.batches import Corpus, rows_of_rank
+from rosetrainer.hardware import gloo_sums
+from rosetrainer.hardware.kernels import replaced
 from rosetrainer.optim.casts import weights_cast_once
 from rosetrainer.optim.non_finite import check_gradients
 from rosetrainer.optim.precision import Autocast
+from rosetrainer.parallel import comm
 from rosetrainer.parallel.context import ParallelContext
 from rosetrainer.parallel.data_parallel import (
     GradientSum,
@@ -41,14 +44,17 @@ def compute_gradients(
     Raises NonFiniteGradientError on every rank if a gradient of one is not finite.
     """
     if sharded := sharding_of(model):
-        loss = accumulate_gradients(model, batches, context, autocast, seed, sharded.backward)
+        # Level 3 gathers weights as they are multiplied: copies would outlive what it frees.
+        copies = nullcontext() if sharded.level == 3 else weights_cast_once()
+        with fast_sums(context), copies:
+            loss = accumulate_gradients(model, batches, context, autocast, seed, sharded.backward)
         local = sharded.finish()
         if math.isfinite(loss):
             check_gradients(local, context)  # type: ignore[arg-type]
             reduce_gradients(model, context)  # over tp; over dp they are summed
         return loss
     over_dp = GradientSum(model, context.dp)
-    with weights_cast_once():
+    with fast_sums(context), weights_cast_once():
         if context.pp.size > 1:
             loss = accumulate_in_stages(model, batches, context, autocast, seed)
         else:
@@ -60,6 +66,12 @@ def compute_gradients(
         sum_tied_gradients(model, context)
         reduce_gradients(model, context, over_dp)
     return loss
+
+
+def fast_sums(context: ParallelContext) -> AbstractContextManager[None]:
+    """Inside, a reduce-scatter is one where gloo would make an all-reduce of it."""
+    ours = {(comm, "_reduce_scatter_single"): gloo_sums.reduce_scatter_single}
+    return replaced(ours if context.device.type == "cpu" else {})
 
 
 def micro_batches(

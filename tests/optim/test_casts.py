@@ -88,3 +88,21 @@ def test_a_weight_is_cast_once_a_step_and_nothing_is_rounded_otherwise(name: str
         assert any("query_key_value" in weight for weight in multiplied)
         for weight in multiplied:
             assert (once[weight], each[weight] >= MICRO_BATCHES * STEPS) == (STEPS, True), weight
+
+
+def test_gradients_come_last_block_first_in_each_micro_batch() -> None:
+    """So that their sums can travel meanwhile, though the copy is of the first micro-batch."""
+    model = build_model(CONFIG)
+    init_weights(model, 1)
+    came: list[str] = []
+    for name, parameter in model.named_parameters():
+        parameter.register_post_accumulate_grad_hook(lambda _, name=name: came.append(name))
+    batches = [(2 * i, *random_batch(CONFIG, 2, i)) for i in range(MICRO_BATCHES)]
+    compute_gradients(model, batches, ParallelContext(), autocast_for(torch.bfloat16, CPU))
+    weights = [name for name in came if name.endswith("dense_4h_to_h.weight")]
+    each = [f"blocks.{i}.feed_forward.dense_4h_to_h.weight" for i in (3, 2, 1, 0)]
+    assert weights == each * MICRO_BATCHES
+    for start in range(0, len(came), len(came) // MICRO_BATCHES):
+        of_micro_batch = came[start : start + len(came) // MICRO_BATCHES]
+        first_of_next = of_micro_batch.index("blocks.2.feed_forward.dense_4h_to_h.weight")
+        assert all("blocks.3" not in name for name in of_micro_batch[first_of_next:])

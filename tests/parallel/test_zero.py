@@ -19,6 +19,7 @@ from rosetrainer.optim.clip import clip_gradients
 from rosetrainer.optim.muon import hidden_layers
 from rosetrainer.optim.non_finite import NonFiniteGradientError
 from rosetrainer.optim.optimizer import build_optimizer
+from rosetrainer.optim.precision import autocast_for
 from rosetrainer.parallel.context import ParallelContext, init_parallel
 from rosetrainer.parallel.dropout import DropoutSeed
 from rosetrainer.parallel.replicas import check_replicas, checksum
@@ -227,3 +228,37 @@ def test_what_zero_cannot_divide_is_refused(sizes: dict[str, Any], message: str)
     world = sizes["dp_size"] * sizes.get("pp_size", 1)
     with pytest.raises(ConfigError, match=message):
         ParallelConfig(**{"tp_size": 1, **sizes}).resolve(world)
+
+
+def trained_in_bf16(
+    context: ParallelContext, products: torch.dtype | None
+) -> tuple[dict[str, Tensor], set[torch.dtype]]:
+    """Whole weights after three updates, and in what a block's weights are gathered."""
+    config = tiny_config(**CONFIG)
+    model = GPTModel(config, context)
+    load_whole(model, {n: w.float() for n, w in dense_model(config).state_dict().items()})
+    shard_model(model, context, products=products)
+    optimizer = build_optimizer(model, OPTIM)
+    autocast = autocast_for(torch.bfloat16, context.device)
+    for step in range(STEPS):
+        batches = own_batches(context, config, step)
+        compute_gradients(model, batches, context, autocast, DropoutSeed(5, step))
+        optimizer.step()
+        optimizer.zero_grad()
+    sharded = sharding_of(model)
+    assert sharded
+    gathered = {max(unit.whole, key=Tensor.numel).dtype for unit in sharded.units[1:]}
+    return gather_whole(model), gathered
+
+
+def check_bf16() -> None:
+    context = init_parallel(ParallelConfig(dp_size=3, zero=3))
+    plain, wide = trained_in_bf16(context, None)
+    found, short = trained_in_bf16(context, torch.bfloat16)
+    assert (wide, short) == ({torch.float32}, {torch.bfloat16})
+    assert all(torch.equal(found[name], plain[name]) for name in plain)
+
+
+def test_weights_that_are_gathered_in_bf16_train_bitwise_alike() -> None:
+    """As if they were gathered whole and then cast."""
+    run_ranks(3, check_bf16)

@@ -20,7 +20,7 @@ from rosetrainer.parallel.context import Axis, ParallelContext
 from rosetrainer.parallel.sharding import shard_spec
 from rosetrainer.parallel.zero.cut import ShardCut, ZeroSpec, dim_of_slices, shape_of, zero_spec
 from rosetrainer.parallel.zero.sharded_model import ShardedModel, units_of
-from rosetrainer.parallel.zero.unit import Unit
+from rosetrainer.parallel.zero.short_rows import ShortUnit, multiplied
 
 
 @dataclass(frozen=True)
@@ -43,14 +43,19 @@ class GroupCut(ShardCut):
         return slice(0, n if part == self.owner else 0)
 
 
-class GroupUnit(Unit):
+class GroupUnit(ShortUnit):
     """Its gradient is summed over the shards, and then over the groups of them."""
 
     def __init__(
-        self, parameters: list[nn.Parameter], specs: list[ZeroSpec], shards: Axis, replicas: Axis
+        self,
+        parameters: list[nn.Parameter],
+        specs: list[ZeroSpec],
+        axes: tuple[Axis, Axis],
+        dtypes: list[torch.dtype],
     ) -> None:
-        super().__init__(parameters, specs, shards)
-        self.replicas = replicas
+        """axes: of the shards, of their replicas."""
+        super().__init__(parameters, specs, axes[0], dtypes)
+        self.replicas = axes[1]
 
     def finish_step(self) -> None:
         assert self.gradient is not None
@@ -62,24 +67,31 @@ def shard_model(
     model: nn.Module,
     context: ParallelContext,
     matrices: Collection[nn.Parameter] = (),
+    products: torch.dtype | None = None,
     timeout_seconds: float = 300.0,
 ) -> None:
     """Lets the model be sharded as context.parallel.zero says; at level 0 it stays as it is.
 
-    matrices: parameters that belong whole to one shard each, as Muon wants them.
+    matrices: parameters that belong whole to one shard each, as Muon wants them. products: the
+    dtype of matrix products, in which level 3 gathers what blocks multiply; unless given, their
+    own.
     """
     if not context.parallel.zero or context.dp.size == 1:
         return
     shards, replicas = shard_axes(context, timeout_seconds)
-    owner, blocks, units = owners(matrices, shards.size), blocks_of(model), []
+    owner, blocks, units = owners(matrices, shards.size), blocks_of(model), list[GroupUnit]()
+    shorter = products is not None and products.itemsize < next(model.parameters()).itemsize
+    short = multiplied(blocks) if shorter and context.parallel.zero == 3 else set()
     for parameters in units_of(model, blocks):
+        parameters.sort(key=short.__contains__)
+        dtypes = [products if products and p in short else p.dtype for p in parameters]
         specs = []
         for parameter in parameters:
             spec = shard_spec(parameter)
             dim = dim_of_slices(shape_of(spec.index), shards.size)
             cut = GroupCut(context.dp, dim, replicas.size, owner=owner.get(parameter))
             specs.append(zero_spec(spec, cut))
-        units.append(GroupUnit(parameters, specs, shards, replicas))
+        units.append(GroupUnit(parameters, specs, (shards, replicas), dtypes))
     model.sharded = ShardedModel(model, blocks, units, context.parallel)  # type: ignore[assignment]
 
 
