@@ -1,4 +1,4 @@
-"""Byte-level byte-pair encoding and WordPiece, by the library `tokenizers`."""
+"""Byte-level byte-pair encoding, WordPiece and Unigram, by the library `tokenizers`."""
 
 from __future__ import annotations
 
@@ -19,15 +19,17 @@ class BPETokenizer(Tokenizer):
     `backend` is a tokenizers.Tokenizer. Sennrich et al., "Neural Machine Translation of Rare Words
     with Subword Units"; on bytes: Radford et al., "Language Models are Unsupervised Multitask
     Learners" (GPT-2). Where `backend` has the special token END, that ends a document. It may be
-    BERT's WordPiece too, which reads words and forgets how they were spelled and set apart.
+    BERT's WordPiece too, which reads words and forgets how they were spelled and set apart, or
+    T5's Unigram, which forgets how they were set apart: Kudo, "Subword Regularization: Improving
+    Neural Network Translation Models with Multiple Subword Candidates".
     """
 
     kind, FILE, END = "bpe", "tokenizer.json", "<|endoftext|>"
 
     def __init__(self, backend: Any):
         added = backend.get_added_tokens_decoder()
-        is_wordpiece = type(backend.model).__name__ == WordPiece.__name__
-        piece_of = WordPiece(backend.model) if is_wordpiece else ByteLevel()
+        kinds = {kind.__name__: kind for kind in (WordPiece, Unigram)}
+        piece_of = kinds.get(type(backend.model).__name__, ByteLevel)(backend.model)
         try:
             tokens = [backend.id_to_token(i) for i in range(backend.get_vocab_size())]
             pieces = [
@@ -36,7 +38,7 @@ class BPETokenizer(Tokenizer):
             ]
         except (AttributeError, KeyError, TypeError):
             raise ConfigError(
-                "it is neither a byte-level BPE nor a WordPiece whose ids are 0, 1, 2, …"
+                "it is no byte-level BPE, WordPiece or Unigram whose ids are 0, 1, 2, …"
             ) from None
         super().__init__(pieces)
         backend.no_truncation()  # which is for batches of sentences, as padding is
@@ -95,7 +97,7 @@ class BPETokenizer(Tokenizer):
 class ByteLevel:
     """The bytes that a token of GPT-2's alphabet stands for."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: Any) -> None:
         self.byte_of = {char: byte for byte, char in enumerate(_gpt2_alphabet())}
 
     def __call__(self, token: str) -> bytes:
@@ -113,6 +115,21 @@ class WordPiece:
         return (token.removeprefix(self.prefix) if goes_on else f" {token}").encode()
 
 
+class Unigram:
+    """A space is a character of a token; where a vocabulary has all bytes, a token is one byte."""
+
+    SPACE, BYTE = "\u2581", re.compile("<0x([0-9A-F]{2})>")
+
+    def __init__(self, model: Any) -> None:
+        self.has_bytes = all(
+            model.token_to_id(f"<0x{byte:02X}>") is not None for byte in range(256)
+        )
+
+    def __call__(self, token: str) -> bytes:
+        byte = self.BYTE.fullmatch(token) if self.has_bytes else None
+        return bytes.fromhex(byte[1]) if byte else token.replace(self.SPACE, " ").encode()
+
+
 def find_tokenizer(name: str) -> Path | None:
     """A tokenizer.json, of which `name` is the path or the folder; None if there is none."""
     path = Path(name)
@@ -124,7 +141,8 @@ def parts(text: str, length: int = PART) -> Iterator[str]:
     """Consecutive parts of text, of `length` characters or a little more.
 
     A cut lies between the end of a word and a line feed. No token of the GPT-2 pattern spans that
-    place, so the parts' tokens, put together, are the tokens of the whole text.
+    place, and to a Unigram a line feed is a space. So the parts' tokens, put together, are the
+    tokens of the whole text.
     """
     word_end, start = re.compile(r"(?<=[A-Za-z0-9.])(?=\n)"), 0
     while start < len(text):

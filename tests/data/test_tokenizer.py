@@ -6,13 +6,16 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rosetrainer.data.bpe import BPETokenizer, parts
+from rosetrainer.checkpoint.huggingface.run_from import tokens_of
+from rosetrainer.data.bpe import BPETokenizer, find_tokenizer, parts
 from rosetrainer.data.corpus import load_tokenizer
 from rosetrainer.data.tokenizer import BytesTokenizer, CharsTokenizer
 from rosetrainer.validation import ConfigError
@@ -134,6 +137,42 @@ def test_bpe_knows_the_special_tokens_of_other_tokenizers():
     tokenizer = BPETokenizer(backend)
     assert tokenizer.end_of_text == tokenizer.vocab_size - 2
     assert tokenizer.pieces[-2:] == [b"", "<| reserved 中 |>".encode()]
+
+
+def unigram(byte_fallback: bool) -> Any:
+    """As T5's: half of the words of TEXT, and its characters; with byte_fallback the bytes too."""
+    pieces = [f"\u2581{word}" for word in sorted(set(TEXT.split()))[::2]]
+    pieces += ["\u2581", *sorted(set(TEXT) - set(" \n"))]
+    pieces += [f"<0x{byte:02X}>" for byte in range(256 * byte_fallback)]
+    special = ["<pad>", "</s>", "<unk>"]
+    scores = [(piece, -1.0 - 0.01 * number) for number, piece in enumerate([*special, *pieces])]
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.Unigram(scores, unk_id=2, byte_fallback=byte_fallback)
+    )
+    splits, decoders = tokenizers.pre_tokenizers, tokenizers.decoders
+    backend.pre_tokenizer = splits.Sequence([splits.WhitespaceSplit(), splits.Metaspace()])
+    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
+    backend.add_special_tokens(special)
+    return backend
+
+
+@pytest.mark.parametrize("byte_fallback", [False, True])
+def test_unigram_is_read_as_its_library_reads_it(byte_fallback: bool, tmp_path: Path) -> None:
+    """But for the space before the first word; and in parts of a text as in the whole."""
+    backend, text = unigram(byte_fallback), TEXT + "\u03a9 cats\n sat" * byte_fallback
+    backend.save(str(tmp_path / "tokenizer.json"))
+    path = find_tokenizer(str(tmp_path))
+    assert path
+    tokenizer = BPETokenizer.load(path)
+    ids = tokenizer.encode(text).tolist()
+    assert ids == backend.encode(text, add_special_tokens=False).ids
+    assert len(text.split()) < len(ids) < len(text), "some words are one token"
+    assert tokenizer.decode(ids) == " " + backend.decode(ids)
+    assert tokenizer.decode(ids).split() == text.split()
+    assert ids == [i for part in parts(text, 7) for i in tokenizer.encode(part).tolist()]
+    assert (2 in tokenizer.encode("\u03a9").tolist()) != byte_fallback  # which is unknown
+    meta, remark = tokens_of(tmp_path, tokenizer.vocab_size)
+    assert (meta["tokenizer"], meta["end_of_text"], remark) == ("bpe", None, "")
 
 
 @pytest.mark.parametrize(
