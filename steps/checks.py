@@ -16,6 +16,7 @@ from guide import check_guide
 from ladder import STEPS, StepError, added_code, find, folders, python_files
 from pages import SECTIONS, heading, headings, pages, predictions, says, written_anew
 from pictures.album import check_pictures
+from scripts import check_scripts
 from upkeep import (
     ADDED_TO,
     CORE,
@@ -74,6 +75,7 @@ def check_steps(steps: list[Path]) -> None:
     for step in steps:
         for page in pages(step):
             check_sections(page)
+            check_scripts(page)
 
 
 def check_shared() -> None:

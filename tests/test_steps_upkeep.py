@@ -201,6 +201,16 @@ def test_check_fails_on_a_heading_that_the_other_pages_do_not_have(root: Path) -
     )
 
 
+def test_check_fails_on_a_script_that_imports_what_the_step_has_not(root: Path) -> None:
+    for page in (root / "steps/04_column_parallel_linear").glob("README*.md"):
+        edit(page, "import ColumnParallelLinear, shard_spec\n", "import RowParallelLinear\n")
+    assert refused(root, "04") == (
+        "04_column_parallel_linear/README.md has a script that imports RowParallelLinear from "
+        "tensor_parallel.py, which has none; write the file that it is in now, and run the script: "
+        "its output stands on the page"
+    )
+
+
 def test_check_fails_on_a_prediction_without_an_answer(root: Path) -> None:
     page = root / "steps/07_row_parallel_ffn/README.zh.md"
     page.write_text(re.sub(r"\n2\. .*\n3\. .*\n\n</details>", "\n\n</details>", page.read_text()))
