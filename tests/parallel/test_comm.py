@@ -113,6 +113,9 @@ def test_an_axis_of_one_rank_communicates_and_counts_nothing() -> None:
         comm.scatter_to_tensor_parallel_region,
     ):
         assert function(x, axis) is x
+    alone = Axis("tp", sequence_parallel=True)
+    for function in (comm.enter_tensor_parallel_region, comm.leave_tensor_parallel_region):
+        assert function(x, alone) is x
     for collective in (comm.all_reduce, comm.all_gather, comm.reduce_scatter, comm.broadcast_):
         assert torch.equal(collective(x, axis, "forward"), x)
     assert not axis.ledger.entries

@@ -99,14 +99,6 @@ def test_one_rank_has_nothing_to_sum() -> None:
     assert data_parallel.GradientSum(model, model.tp).buckets == []
 
 
-def test_a_bucket_is_full_at_its_limit_and_not_before() -> None:
-    tensors = [torch.zeros(n) for n in (2, 3, 1, 9, 1)]
-    found = [[t.numel() for t in one] for one in data_parallel.buckets(tensors, 5 * 4)]
-    assert found == [[2, 3], [1], [9], [1]]
-    mixed = [torch.zeros(1), torch.zeros(1, dtype=torch.float64), torch.zeros(1)]
-    assert len(list(data_parallel.buckets(mixed, 99))) == 3
-
-
 def check_beside_torch() -> None:
     """DistributedDataParallel averages, so each rank's loss is weighed by what it counts."""
     config, context = tiny_config(tied=True), init_parallel(ParallelConfig(dp_size=3))

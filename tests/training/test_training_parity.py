@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -200,11 +201,15 @@ def test_the_schedule_warms_up_and_ends_at_its_floor() -> None:
     assert rates[4] == 1.0
     assert rates[-1] == pytest.approx(0.1)
     assert rates[4:] == sorted(rates[4:], reverse=True)
+    assert rates[9] == pytest.approx(0.1 + 0.9 * 0.75)  # a third of the way down a cosine
+    line = [learning_rate(replace(config, schedule="linear"), step, 20) for step in range(20)]
+    assert line[:4] == rates[:4]
+    assert line[4:] == pytest.approx([0.1 + 0.9 * (1 - n / 16) for n in range(16)])
 
 
 def test_buckets_hold_every_tensor_once_in_order() -> None:
-    tensors = [torch.zeros(n) for n in (3, 4, 100, 1, 2)] + [torch.zeros(2, dtype=torch.float64)]
+    tensors = [torch.zeros(n) for n in (3, 5, 100, 1, 2)] + [torch.zeros(2, dtype=torch.float64)]
     grouped = list(buckets(tensors, limit_bytes=32))
-    assert [[t.numel() for t in group] for group in grouped] == [[3, 4], [100], [1, 2], [2]]
+    assert [[t.numel() for t in group] for group in grouped] == [[3, 5], [100], [1, 2], [2]]
     flat = [t for group in grouped for t in group]
     assert all(a is b for a, b in zip(flat, tensors, strict=True))
