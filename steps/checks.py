@@ -16,7 +16,7 @@ from guide import check_guide
 from ladder import STEPS, StepError, added_code, find, folders, python_files
 from pages import SECTIONS, heading, headings, pages, predictions, says, written_anew
 from pictures.album import check_pictures
-from scripts import check_scripts
+from scripts import check_patches, check_scripts
 from upkeep import (
     ADDED_TO,
     CORE,
@@ -76,6 +76,7 @@ def check_steps(steps: list[Path]) -> None:
         for page in pages(step):
             check_sections(page)
             check_scripts(page)
+            check_patches(page)
 
 
 def check_shared() -> None:

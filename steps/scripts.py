@@ -1,4 +1,4 @@
-"""What a page's scripts import from the step's own files is there."""
+"""What a page's scripts import, and what its patches replace, is in the step's own files."""
 
 from __future__ import annotations
 
@@ -28,6 +28,24 @@ def check_scripts(page: Path) -> None:
                         f"{file.name}, which has none; write the file that it is in now, and run "
                         "the script: its output stands on the page"
                     )
+
+
+def check_patches(page: Path) -> None:
+    """Raises StepError with the first short patch (an exercise's) that no file of the step has.
+
+    The step's own diff, with the names of its files, is written by `readme`.
+    """
+    sources = [file.read_text() for file in page.parent.glob("*.py")]
+    for patch in re.findall(r"^```diff\n(.*?)^```$", page.read_text(), re.M | re.S):
+        replaced = "".join(line[1:] for line in patch.splitlines(True) if line[0] in "- ")
+        if patch.startswith("--- ") or not re.search(r"^-", patch, re.M):
+            continue
+        if not any(replaced in source for source in sources):
+            raise StepError(
+                f"{page.parent.name}/{page.name} has a patch to `{replaced.splitlines()[0].strip()}"
+                "`, which no file of the step has; write it for the code as it is, and look whether"
+                " its answer still holds"
+            )
 
 
 def names_in(file: Path) -> set[str]:

@@ -211,6 +211,17 @@ def test_check_fails_on_a_script_that_imports_what_the_step_has_not(root: Path) 
     )
 
 
+def test_check_fails_on_a_patch_to_what_the_step_has_not(root: Path) -> None:
+    for page in (root / "steps/07_row_parallel_ffn").glob("README*.md"):
+        text = page.read_text()
+        at = text.index("```diff\n-        self.dense_h_to_4h")
+        page.write_text(text[:at] + "```diff\n-    old = 1\n+    new = 1\n```\n\n" + text[at:])
+    assert refused(root, "07") == (
+        "07_row_parallel_ffn/README.md has a patch to `old = 1`, which no file of the step has; "
+        "write it for the code as it is, and look whether its answer still holds"
+    )
+
+
 def test_check_fails_on_a_prediction_without_an_answer(root: Path) -> None:
     page = root / "steps/07_row_parallel_ffn/README.zh.md"
     page.write_text(re.sub(r"\n2\. .*\n3\. .*\n\n</details>", "\n\n</details>", page.read_text()))
