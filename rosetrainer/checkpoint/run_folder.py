@@ -171,10 +171,12 @@ def read_run(folder: Path) -> tuple[TrainConfig, Tokenizer]:
     tokenizer = load_tokenizer(folder, _read_json(folder / META))
     known, size = tokenizer.vocab_size, config.model.vocab_size
     behind = config.model.architecture in ("t5", "glm")  # which have tokens that no text has
-    if known > size or (known < size and not behind):
+    if known > size or (known < size and not behind and not config.run.init_from):
         raise ConfigError(
             f"{folder / META} has {known} tokens and the model {size}: they are of different runs"
         )
+    if not behind:  # a model of others may have more ids than its tokenizer, for an even size
+        tokenizer.pieces += [b""] * (size - known)
     return config, tokenizer
 
 

@@ -17,6 +17,7 @@ from rosetrainer.checkpoint.saver import Saver, load_checkpoint
 from rosetrainer.config import GPTConfig, TrainConfig
 from rosetrainer.data.batches import Corpus, open_corpus
 from rosetrainer.data.blank_infilling import fill_blanks
+from rosetrainer.data.bpe import BPETokenizer, find_tokenizer
 from rosetrainer.data.masked_tokens import hide_tokens
 from rosetrainer.data.span_corruption import corrupt_spans
 from rosetrainer.environment import choose_device, world_from_environment
@@ -97,7 +98,7 @@ def check_config(
     if objective := OBJECTIVES.get(config.model.architecture):
         model, corpus = objective(corpus, config.model, config.run.init_from is not None)
         config = replace(config, model=model)
-    else:
+    elif not config.run.init_from:
         config = config.with_settings(vocab_size=corpus.meta.vocab_size)
     if device.type == "cpu":
         numbers = 3 if config.optim.optimizer == "muon" else 4  # weight, gradient, moments
@@ -116,9 +117,15 @@ def check_config(
 
 
 def check_tokens(folder: Path, config: TrainConfig, corpus: Corpus) -> None:
-    """Raises ConfigError unless the corpus holds the tokens of the folder's model."""
+    """Raises ConfigError unless the corpus holds the tokens of the folder's model.
+
+    That may have more ids than its tokenizer, for an even size: no text has these.
+    """
     has, wants = corpus.meta.vocab_size, config.model.vocab_size
-    if has != wants:
+    if has < wants and folder.exists():
+        path = find_tokenizer(str(folder))
+        wants = BPETokenizer.load(path).vocab_size if path else wants
+    if has > wants or (has < wants and folder.exists()):
         raise ConfigError(
             f"{corpus.folder} has {has} token ids, and the model of {folder} {wants}; make a "
             f"corpus by its tokenizer: prepare file PATH... --tokenizer {folder}"

@@ -161,6 +161,20 @@ def test_a_bpe_corpus_s_tokenizer_travels_with_the_run(tmp_path: Path) -> None:
     assert len(ids) < 10
 
 
+def test_a_model_of_others_may_have_ids_behind_those_of_its_tokenizer(run: Path) -> None:
+    """No text has them, but the model may write one."""
+    save(run)
+    config = TrainConfig(model=tiny_config(vocab_size=300))
+    for init_from in (run, None):
+        run_folder.describe_run(run, config.with_settings(init_from=init_from), run)
+        if init_from:
+            _, tokenizer = run_folder.read_run(run)
+            assert tokenizer.decode([104, 299, 105]) == "hi"
+        else:
+            with pytest.raises(ConfigError, match="has 256 tokens and the model 300: they are of"):
+                run_folder.read_run(run)
+
+
 def test_files_of_different_runs_are_told_apart(run: Path) -> None:
     save(run)
     (run / "meta.json").write_text(

@@ -171,8 +171,12 @@ def test_unigram_is_read_as_its_library_reads_it(byte_fallback: bool, tmp_path: 
     assert tokenizer.decode(ids).split() == text.split()
     assert ids == [i for part in parts(text, 7) for i in tokenizer.encode(part).tolist()]
     assert (2 in tokenizer.encode("\u03a9").tolist()) != byte_fallback  # which is unknown
-    meta, remark = tokens_of(tmp_path, tokenizer.vocab_size)
-    assert (meta["tokenizer"], meta["end_of_text"], remark) == ("bpe", None, "")
+    size = tokenizer.vocab_size
+    own = {"tokenizer": "bpe", "vocab_size": size, "end_of_text": None}
+    assert tokens_of(tmp_path, size) == tokens_of(tmp_path, size + 28) == (own, "")
+    meta, remark = tokens_of(tmp_path, size - 1)
+    assert meta == {"tokenizer": "ids", "vocab_size": size - 1}
+    assert f"has {size} tokens and the model {size - 1}: prompts and texts" in remark
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from unittest import mock
 
 import huggingface
 import pytest
+import tokenizers
 import torch
 import torch.nn.functional as F
 from peak import Peak
@@ -19,6 +20,7 @@ from runs import losses
 from rosetrainer.checkpoint.huggingface.families import model_of
 from rosetrainer.checkpoint.huggingface.load import find_weights, load_weights
 from rosetrainer.checkpoint.huggingface.source import Source
+from rosetrainer.checkpoint.run_folder import read_run
 from rosetrainer.commands import convert, generate, parity, plan
 from rosetrainer.config import ConfigError, GPTConfig, ParallelConfig
 from rosetrainer.data.batches import open_corpus
@@ -182,6 +184,26 @@ def test_another_corpus_is_one_line(theirs: Path, markov: Path, tmp_path: Path) 
     with pytest.raises(ConfigError, match="has 8 token ids, and the model of .*gpt2 61; make a"):
         losses_here(markov, folder, tmp_path)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_model_may_have_ids_behind_those_of_its_tokenizer(markov: Path, tmp_path: Path) -> None:
+    """For an even size: the corpus has those of the tokenizer, and the model keeps its own."""
+    import transformers
+
+    folder, run, more = tmp_path / "llama", tmp_path / "run", V + 3
+    config = transformers.LlamaConfig(**{**huggingface.SHAPE, "vocab_size": more})
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    with pytest.raises(ConfigError, match=f"has {V} token ids, and the model of .*llama {more}; "):
+        losses_here(markov, folder, tmp_path)
+    known = tokenizers.models.WordPiece({word: n for n, word in enumerate("abcdefgh")})
+    tokenizers.Tokenizer(known).save(str(folder / "tokenizer.json"))
+    (found,) = run_ranks(1, losses, markov, folder, run)
+    assert len(found) == 3
+    shutil.rmtree(folder)  # and so where the folder is gone
+    assert run_ranks(1, losses, markov, folder, run, "--steps", "4")
+    saved, tokenizer = read_run(run)
+    assert (saved.model.vocab_size, tokenizer.vocab_size) == (more, more)
+    assert tokenizer.decode([1, more - 1, 2]) == "bc"
 
 
 def losses_here(data: Path, folder: Path, tmp_path: Path, *more: str) -> None:

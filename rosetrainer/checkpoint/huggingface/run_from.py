@@ -60,10 +60,11 @@ def tokens_of(folder: Path, vocab_size: int) -> tuple[dict[str, Any], str]:
         tokenizer = BPETokenizer.load(path)
     except ConfigError as error:
         return ids, f"{error}: {numbers}"
-    if tokenizer.vocab_size != vocab_size:
+    known = tokenizer.vocab_size
+    if known > vocab_size:
         return (
             ids,
-            f"{path} has {tokenizer.vocab_size} tokens and the model {vocab_size}: {numbers}",
+            f"{path} has {known} tokens and the model {vocab_size}: {numbers}",
         )
     end = tokenizer.end_of_text
-    return {"tokenizer": "bpe", "vocab_size": vocab_size, "end_of_text": end}, ""
+    return {"tokenizer": "bpe", "vocab_size": known, "end_of_text": end}, ""
