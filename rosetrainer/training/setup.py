@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 
 from rosetrainer.checkpoint.huggingface.load import find_weights, load_weights
+from rosetrainer.checkpoint.huggingface.run_from import check_tokens
 from rosetrainer.checkpoint.run_folder import check_unlocked, describe_run
 from rosetrainer.checkpoint.saver import Saver, load_checkpoint
 from rosetrainer.config import GPTConfig, TrainConfig
 from rosetrainer.data.batches import Corpus, open_corpus
 from rosetrainer.data.blank_infilling import fill_blanks
-from rosetrainer.data.bpe import BPETokenizer, find_tokenizer
 from rosetrainer.data.masked_tokens import hide_tokens
 from rosetrainer.data.span_corruption import corrupt_spans
 from rosetrainer.environment import choose_device, world_from_environment
@@ -64,7 +64,6 @@ from rosetrainer.training.open_run import RunLocation, open_run
 from rosetrainer.training.resume_plan import ResumePlan, find_resume_plan
 from rosetrainer.training.run_identity import settle_dtype
 from rosetrainer.training.trainer import Trainer, TrainingState
-from rosetrainer.validation import ConfigError
 
 Objective = Callable[[Corpus, GPTConfig, bool], tuple[GPTConfig, Corpus]]
 OBJECTIVES: dict[str, Objective] = {
@@ -94,7 +93,7 @@ def check_config(
     corpus = open_corpus(config.run.data, config.model.context_length, read_all=local_rank == 0)
     corpus.tokenizer()  # better found broken now than by whoever wants text of the trained model
     if config.run.init_from:
-        check_tokens(config.run.init_from, config, corpus)
+        check_tokens(config.run.init_from, config.model.vocab_size, corpus)
     if objective := OBJECTIVES.get(config.model.architecture):
         model, corpus = objective(corpus, config.model, config.run.init_from is not None)
         config = replace(config, model=model)
@@ -114,22 +113,6 @@ def check_config(
     if plan.folder:
         check_unlocked(plan.folder)
     return config, corpus, plan, compiled
-
-
-def check_tokens(folder: Path, config: TrainConfig, corpus: Corpus) -> None:
-    """Raises ConfigError unless the corpus holds the tokens of the folder's model.
-
-    That may have more ids than its tokenizer, for an even size: no text has these.
-    """
-    has, wants = corpus.meta.vocab_size, config.model.vocab_size
-    if has < wants and folder.exists():
-        path = find_tokenizer(str(folder))
-        wants = BPETokenizer.load(path).vocab_size if path else wants
-    if has > wants or (has < wants and folder.exists()):
-        raise ConfigError(
-            f"{corpus.folder} has {has} token ids, and the model of {folder} {wants}; make a "
-            f"corpus by its tokenizer: prepare file PATH... --tokenizer {folder}"
-        )
 
 
 def train(

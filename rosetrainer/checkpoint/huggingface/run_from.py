@@ -18,7 +18,8 @@ from rosetrainer.checkpoint.run_folder import CONFIG, META, TOKENIZER
 from rosetrainer.checkpoint.safetensors_file import Entry, write_safetensors
 from rosetrainer.checkpoint.slices import Draft
 from rosetrainer.config import GPTConfig, RunConfig, TrainConfig
-from rosetrainer.data.bpe import BPETokenizer
+from rosetrainer.data.batches import Corpus
+from rosetrainer.data.bpe import BPETokenizer, find_tokenizer
 from rosetrainer.durable_files import write_json
 from rosetrainer.validation import ConfigError
 
@@ -62,9 +63,22 @@ def tokens_of(folder: Path, vocab_size: int) -> tuple[dict[str, Any], str]:
         return ids, f"{error}: {numbers}"
     known = tokenizer.vocab_size
     if known > vocab_size:
-        return (
-            ids,
-            f"{path} has {known} tokens and the model {vocab_size}: {numbers}",
-        )
+        return ids, f"{path} has {known} tokens and the model {vocab_size}: {numbers}"
     end = tokenizer.end_of_text
     return {"tokenizer": "bpe", "vocab_size": known, "end_of_text": end}, ""
+
+
+def check_tokens(folder: Path, vocab_size: int, corpus: Corpus) -> None:
+    """Raises ConfigError unless the corpus holds the tokens of the folder's model.
+
+    That may have more ids than its tokenizer, for an even size: no text has these.
+    """
+    has, wants = corpus.meta.vocab_size, vocab_size
+    if has < wants and folder.exists():
+        path = find_tokenizer(str(folder))
+        wants = BPETokenizer.load(path).vocab_size if path else wants
+    if has > wants or (has < wants and folder.exists()):
+        raise ConfigError(
+            f"{corpus.folder} has {has} token ids, and the model of {folder} {wants}; make a "
+            f"corpus by its tokenizer: prepare file PATH... --tokenizer {folder}"
+        )
