@@ -82,7 +82,7 @@ TESTS: dict[str, tuple[list[str], list[str]]] = {
     "models/t5.py": (["models/test_t5.py"], THEIRS),
     "models/transformer_xl.py": (["models/test_transformer_xl.py"], LATTICE),
     "optim/adamw.py": (["training/test_training_parity.py", "optim/test_clip.py"], LATTICE),
-    "optim/casts.py": (["optim/test_casts.py"], []),
+    "optim/casts.py": (["optim/test_casts.py"], ["hardware/test_block_compile.py"]),
     "optim/clip.py": (["optim/test_clip.py", "training/test_training_parity.py"], LATTICE),
     "optim/muon.py": (["optim/test_muon.py"], MUON),
     "optim/non_finite.py": (["parallel/test_techniques.py", "optim/test_clip.py"], []),
