@@ -27,7 +27,7 @@ from rosetrainer.commands import generate, parity, plan
 from rosetrainer.commands import train as train_command
 from rosetrainer.config import GPTConfig, OptimConfig, TrainConfig
 from rosetrainer.model_size import parameter_count
-from rosetrainer.models.build import build_model
+from rosetrainer.models.build import ARCHITECTURES, build_model
 from rosetrainer.parallel.context import ParallelContext
 from rosetrainer.parallel.sharding import shard_spec
 from rosetrainer.training.setup import check_config, train
@@ -54,16 +54,18 @@ def refused(main: Callable[[list[str]], Any], *flags: str) -> str:
     return str(caught.value)
 
 
+META = ParallelContext(device=torch.device("meta"))
+
+
 @pytest.mark.parametrize("architecture", ["gpt2", "rotary", "transformer_xl"])
 def test_parameters_are_counted_without_building_them(architecture: Any) -> None:
-    meta = ParallelContext(device=torch.device("meta"))
     for tied, bias, heads in itertools.product((True, False), (True, False), (2, 3)):
         if architecture == "rotary" and tied:
             continue
         shape = {"n_layers": 3, "d_model": 24, "d_head": 6, "d_ff": 22, "n_heads": heads}
         how = {"tied": tied, "bias": bias, "architecture": architecture}
         config = GPTConfig(139, 10, **shape, **how)  # type: ignore[arg-type]
-        specs = [shard_spec(parameter) for parameter in build_model(config, meta).parameters()]
+        specs = [shard_spec(parameter) for parameter in build_model(config, META).parameters()]
         whole = [torch.empty(spec.dense_shape, device="meta").numel() for spec in specs]
         assert parameter_count(config) == sum(whole)
 
@@ -161,3 +163,25 @@ def test_a_rank_of_many_machines_needs_its_own_part_alone(monkeypatch: pytest.Mo
     model_size.check_memory(SMALL, 16, "training", 1 / 4)
     with pytest.raises(ConfigError):
         model_size.check_memory(replace(SMALL, d_ff=65), 16, "training", 1 / 4)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_matrices_decay_and_what_says_where_a_token_stands_does_not(architecture: Any) -> None:
+    how: dict[str, dict[str, Any]] = {
+        "rotary": {"tied": False},
+        "llama": {"bias": False, "qk_norm": True, "n_kv_heads": 2},
+        "t5": {"bias": False},
+    }
+    config = GPTConfig(32, 16, 2, 4, 16, architecture=architecture, **how.get(architecture, {}))
+    specs = {
+        name: shard_spec(parameter)
+        for name, parameter in build_model(config, META).named_parameters()
+    }
+    places = ("position_embedding", "token_type_embedding", "encoder_bias", "decoder_bias")
+    decayed = {
+        name
+        for name, spec in specs.items()
+        if len(spec.dense_shape) == 2 and not any(place in name for place in places)
+    }
+    assert decayed == {name for name, spec in specs.items() if spec.decay}
+    assert 0 < len(decayed) < len(specs) or architecture == "rotary"

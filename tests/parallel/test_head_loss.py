@@ -169,6 +169,17 @@ def test_what_is_frozen_leaves_the_other_gradient_as_it_is(frozen: str) -> None:
         assert_equal("x.grad", x.grad, expected["x.grad"])  # type: ignore[arg-type]
 
 
+def test_logits_beyond_what_an_exponential_holds_are_taken() -> None:
+    x, weight, labels = random(B, T, D, seed=2), 500 * random(V, D, seed=1), labels_of_every_slice()
+    expected, found = (
+        dense_loss(x, weight, labels),
+        our_loss(table_with(weight, Axis("tp")), x, labels),
+    )
+    assert expected["losses"].max() > 1000
+    for name in ("mean", "losses", "x.grad"):
+        assert_equal(name, found[name], expected[name])
+
+
 def test_a_second_backward_is_refused_for_the_gradient_has_been_scaled() -> None:
     table, x = table_with(random(V, D, seed=1), Axis("tp")), random(B, T, D, seed=2)
     mean, _ = table.loss(x.requires_grad_(), labels_of_every_slice())
