@@ -93,7 +93,8 @@ def run_rank_of(command: TrainCommand, world_size: int) -> int:
     STOP.grace = command.grace
     with no_garbage_collection():
         from rosetrainer.training.setup import check_config, train
-    keep_freed_memory()
+    if command.config.parallel.zero < 3:  # which gathers and frees: holes between what stays
+        keep_freed_memory()
     _, stopped_by = train(*check_config(command.config, world_size))
     return stop_status(stopped_by)
 

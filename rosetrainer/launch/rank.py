@@ -155,7 +155,8 @@ def _says(error: Exception, reasons: Iterable[str]) -> bool:
 
 def memory_advice() -> str:
     return (
-        "training needs less with a smaller --micro-batch-size or with --recompute block, and "
-        "more ranks with --tp-size share the model; the same flags after "
+        "training needs less with a smaller --micro-batch-size or with --recompute block, "
+        "--zero 3 lets the ranks of --dp-size share the model, and more ranks with --tp-size do; "
+        "the same flags after "
         f"`{environment.trainer_command()} plan` predict how much"
     )

@@ -5,6 +5,7 @@ Imports no torch, so that a signal counts from a process's first moment on.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import signal
@@ -73,7 +74,8 @@ class StopRequest:
         given = min(measured, self.grace)
         late = threading.Timer(given, self._give_up, [signum, given])
         late.daemon = True  # a rank that leaves before does not wait for it
-        late.start()
+        with contextlib.suppress(RuntimeError):  # no memory for a thread: the launcher ends us then
+            late.start()
         if need >= 1 and reports_for_machine():
             short = f"; --grace gives {self.grace:g} s" * (need > self.grace)
             print(
