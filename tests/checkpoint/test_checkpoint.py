@@ -195,6 +195,14 @@ def write_one(run: Path, step: int, config: TrainConfig) -> Written:
     return draft.complete(1, Progress(step, step, 0, 0, "float32", {}, config))
 
 
+def test_a_folder_that_has_gone_is_one_line(config: TrainConfig, tmp_path: Path) -> None:
+    draft = Draft(tmp_path, 1, "one")
+    progress = Progress(1, 1, 0, 0, "float32", {}, config)
+    with pytest.raises(CheckpointError, match=f"cannot write in {tmp_path}: No such file"):
+        draft.complete(0, progress)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_was_just_written_is_not_read_again(
     config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

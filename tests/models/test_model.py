@@ -183,6 +183,7 @@ def test_a_sequence_that_is_too_long_is_refused() -> None:
     model = GPTModel(tiny_config())
     with pytest.raises(ValueError, match="13 tokens exceed context_length=12"):
         model(torch.zeros(1, 13, dtype=torch.int64))
+    assert model(torch.zeros(1, 12, dtype=torch.int64))[0].shape == (1, 12, 29)
 
 
 def test_heads_and_features_that_ranks_cannot_share_are_refused() -> None:
