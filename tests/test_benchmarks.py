@@ -11,6 +11,7 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from benchmarks import (
     families,
     pipeline,
     pipelining_step,
+    sharded,
     side_by_side,
     start_up,
     tensor_parallel,
@@ -191,6 +193,28 @@ def test_torch_s_pipelines_compute_what_ours_do_and_are_compared(tmp_path: Path)
         (ways,) = found[f"m {m}"]
         assert ways["theory"] == pytest.approx(1 / (m + 1))
         assert all(0 < ways[way] < 1 for way in bubbles.WAYS)
+
+
+def check_sharded() -> None:
+    """Each of torch's ways, and ours at each level, computes what one process does."""
+    work = Work(replace(WORK.model, n_layers=2), batch_size=4, steps=1, rounds=1)
+    context = init_parallel(ParallelConfig(dp_size=2), "cpu")
+    whole = PlainStep(work, torch.float64, plain_model(work.model))
+    first, second = whole(), whole()
+    for name in sharded.THEIRS:
+        theirs = sharded.builders(work, torch.float64, context)[name]()
+        expect(theirs(), first, 1e-10)
+        expect(theirs(), second, 1e-10)  # of updated weights
+    plain = {name: tensor.double() for name, tensor in our_names(plain_model(work.model)).items()}
+    for name in sharded.OURS:
+        ours: Any = sharded.builders(work, torch.float64, context)[name]()
+        load_whole(ours.model, plain)
+        expect(ours(), first, 1e-10)
+    end_parallel()
+
+
+def test_torch_s_ways_to_share_a_batch_compute_what_ours_do() -> None:
+    run_ranks(2, check_sharded)
 
 
 def test_the_time_of_a_message_is_that_of_those_that_were_waited_for() -> None:
