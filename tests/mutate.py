@@ -44,6 +44,7 @@ PIPELINE = ["parallel/test_schedule.py", "parallel/test_pipeline_beside_torch.py
 SINGLE = ["parallel/test_pipeline.py::test_a_schedule_computes_what_one_process_does"]
 ZERO = ["parallel/test_zero_beside_torch.py", "parallel/test_zero.py"]
 LATTICE = ["proof/test_lattice.py"]
+SIZES = ["test_model_size.py"]
 WRITES = ["training/test_pipelined_runs.py::test_every_layout_writes_the_same_text"]
 THEIRS = ["proof/test_transformers.py"]
 MUON = ["proof/test_parity.py::test_a_right_layout_is_proved_right_in_each_dtype[muon]"]
@@ -67,17 +68,17 @@ TESTS: dict[str, tuple[list[str], list[str]]] = {
     "parallel/pipeline/": ([*PIPELINE, *SINGLE], ["parallel/test_pipeline.py"]),
     "parallel/zero/": (ZERO, [*LATTICE, "optim/test_muon.py"]),
     "models/attention.py": ([*MODEL, *EVERY], LATTICE),
-    "models/bert.py": (["models/test_bert.py"], THEIRS),
+    "models/bert.py": (["models/test_bert.py", *SIZES], THEIRS),
     "models/build.py": (["models/test_rotary.py", *LLAMA, *SINGLE], THEIRS),
     "models/encoder_decoder.py": (["models/test_encoder_decoder.py"], LATTICE),
     "models/filling.py": (["models/test_filling.py"], []),
     "models/generation.py": (["commands/test_generate.py"], [*THEIRS, *WRITES]),
     "models/glm.py": (["models/test_glm.py"], LATTICE),
     "models/gpt.py": ([*MODEL, *EVERY], LATTICE),
-    "models/layers.py": (["models/test_rotary.py", "models/test_t5.py"], LATTICE),
+    "models/layers.py": (["models/test_rotary.py", *SIZES, "models/test_t5.py"], LATTICE),
     "models/llama.py": (["models/test_llama.py"], THEIRS),
     "models/positions.py": (["models/test_rotary.py", "models/test_llama.py"], LATTICE),
-    "models/relative_bias.py": (["models/test_t5.py"], THEIRS),
+    "models/relative_bias.py": (["models/test_t5.py", *SIZES], THEIRS),
     "models/rotary.py": (["models/test_rotary.py"], []),
     "models/t5.py": (["models/test_t5.py"], THEIRS),
     "models/transformer_xl.py": (["models/test_transformer_xl.py"], LATTICE),

@@ -176,7 +176,7 @@ def test_a_wrong_interface_ends_both_hosts_with_one_line(
     flags = ["--data", str(markov), "--out", str(tmp_path / "run"), "--steps", "5"]
     wrong = {"GLOO_SOCKET_IFNAME": "lo"}
     first, second = ended(hosts.start(0, *flags), hosts.start(1, *flags, **wrong))
-    assert (first[0], second[0]) == (2, 2)
+    assert (first[0], second[0]) == (2, 2), first[2] + second[2]
     told = errors(first[2] + second[2])
     assert len(told) == 2
     assert any(

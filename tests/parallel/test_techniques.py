@@ -193,8 +193,8 @@ def test_a_checksum_is_of_every_bit_and_its_place_whatever_the_chunk() -> None:
             for other in (tensor.flip(0), tensor.T, torch.nextafter(tensor, tensor + 1)):
                 assert int(checksum(other)) != sums[0]
     assert len(set(sums)) == 1
-    words = torch.tensor([1, 2, -3], dtype=torch.int16)
-    assert int(checksum(words)) == 1 * 1 + 3 * 2 - 5 * 3
+    words = torch.tensor([1, 2, -4], dtype=torch.int16)
+    assert int(checksum(words)) == 1 * 1 + 3 * 2 - 5 * 4
 
 
 def test_a_replica_that_drifted_by_one_bit_is_named() -> None:
