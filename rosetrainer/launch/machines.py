@@ -10,7 +10,8 @@ import os
 import socket
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
+from datetime import timedelta
 
 import torch.distributed as dist
 
@@ -41,7 +42,7 @@ def meet_machines(store: dist.Store) -> None:
     if local_rank > 0:  # the first rank of each machine speaks for it
         for what in ("machine", "failure"):
             store.set(f"{what} of rank {rank}", "")
-        _raise_failures(store, world_size)
+        _raise_failures(store, rank, world_size)
         return
     name = os.environ[INTERFACE].split(",")[0]
     own = next(iter(addresses(name)), "127.0.0.1")
@@ -61,7 +62,7 @@ def meet_machines(store: dist.Store) -> None:
                 "their ports through"
             )
         store.set(f"failure of rank {rank}", told)
-        _raise_failures(store, world_size)  # waits for all, who may still try to come here
+        _raise_failures(store, rank, world_size)  # waits for all, who may still try to come here
 
 
 def interface_towards(address: str) -> str:
@@ -108,7 +109,13 @@ def _misses(place: str) -> str:
     return ""
 
 
-def _raise_failures(store: dist.Store, world_size: int) -> None:
-    for told in store.multi_get([f"failure of rank {rank}" for rank in range(world_size)]):
-        if told:
-            raise ConfigError(told.decode())
+def _raise_failures(store: dist.Store, rank: int, world_size: int) -> None:
+    every = range(world_size)
+    failures = store.multi_get([f"failure of rank {other}" for other in every])
+    for told in filter(None, failures):
+        store.set(f"rank {rank} has read", "")
+        if rank == 0:  # which keeps the store: who has not read by then would only lose it
+            with suppress(RuntimeError):
+                within = timedelta(seconds=CONNECT_SECONDS)
+                store.wait([f"rank {other} has read" for other in every], within)
+        raise ConfigError(told.decode())

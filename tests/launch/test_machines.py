@@ -91,3 +91,30 @@ def test_a_machine_that_is_not_reached_ends_all_ranks_with_one_line(tmp_path: Pa
 
 def test_one_machine_is_asked_nothing(tmp_path: Path) -> None:
     assert run_ranks(2, meet, str(tmp_path), 2, None) == [("", "")] * 2
+
+
+class Kept(dist.Store):
+    """A store of rank 0's: rank 2 reads what has failed only once rank 0 waits for that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told = {f"failure of rank {rank}": b"" for rank in range(3)}
+        self.told["failure of rank 1"] = b"it does not reach"
+        self.wanted: list[str] = []
+
+    def multi_get(self, keys: list[str]) -> list[bytes]:
+        return [self.told[key] for key in keys]
+
+    def set(self, key: str, value: str) -> None:
+        self.told[key] = value.encode()
+
+    def wait(self, keys: list[str], *_: object) -> None:
+        self.wanted = [key for key in keys if key not in self.told]
+
+
+def test_who_keeps_the_store_ends_after_all_have_read_why() -> None:
+    store = Kept()
+    for rank in (1, 0):
+        with pytest.raises(ConfigError, match="it does not reach"):
+            machines._raise_failures(store, rank, 3)
+    assert store.wanted == ["rank 2 has read"]
