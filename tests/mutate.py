@@ -65,7 +65,10 @@ TESTS: dict[str, tuple[list[str], list[str]]] = {
         ["parallel/test_head_loss.py", *RANGE, COMM[1], *MODEL, *EVERY],
         LATTICE,
     ),
-    "parallel/pipeline/": ([*PIPELINE, *SINGLE], ["parallel/test_pipeline.py"]),
+    "parallel/pipeline/": (
+        [*PIPELINE, *SINGLE],
+        ["parallel/test_pipeline.py", "reporting/test_timeline.py"],
+    ),
     "parallel/zero/": (ZERO, [*LATTICE, "optim/test_muon.py"]),
     "models/attention.py": ([*MODEL, *EVERY], LATTICE),
     "models/bert.py": (["models/test_bert.py", *SIZES], THEIRS),
