@@ -66,9 +66,9 @@ def check_training() -> None:
     losses = train(GPTConfig(vocab_size=corpus.alphabet), corpus, steps=100)
     above = losses[-1] - corpus.floor
     print(f"first loss {losses[0]:.4f}, val loss {losses[-1]:.4f}, {above:.4f} above the floor")
-    assert abs(losses[0] - math.log(corpus.alphabet)) < 0.1
+    assert abs(losses[0] - math.log(corpus.alphabet)) < 0.1, f"first loss is {losses[0]:.4f}"
     # The floor is the chain's own loss on these very tokens; a model may be lucky on a few.
-    assert -0.01 < above < 0.05
+    assert -0.01 < above < 0.05, f"val loss is {above:.4f} above the floor"
 
 
 def main() -> None:

@@ -46,7 +46,7 @@ def main() -> None:
         torch.testing.assert_close(found, expected, rtol=TOLERANCE, atol=0)
         worst = worst_difference(own, {name: dense[name] for name in own})
         held = m if name == "afab" else min(p - context.pp.rank, m)
-        assert model.most_kept == held, (model.most_kept, held)
+        assert model.most_kept == held, f"{name} holds {model.most_kept}, expected {held}"
         say(f"{name}, {m} micro-batches: max grad diff vs dense: {worst:.1e}, rank 0 holds {held}")
     end_parallel()
 
