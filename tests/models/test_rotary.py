@@ -134,7 +134,10 @@ def test_the_norm_is_layer_norm_without_weights() -> None:
         ({"tied": True}, "architecture=rotary has an output head of its own; add --no-tied"),
         ({"d_head": 5}, "turns pairs, and a head is 5 wide; d_head can be 6"),
         ({"rotary_base": 0.0}, "rotary_base=0.0 must be from 1e-30 to 1000000000"),
-        ({"architecture": "mamba"}, "'mamba' must be gpt2, rotary, llama, bert, t5 or glm"),
+        (
+            {"architecture": "mamba"},
+            "'mamba' must be gpt2, rotary, llama, bert, t5, glm or transformer_xl",
+        ),
     ],
 )
 def test_what_cannot_be_is_one_line(changes: dict[str, Any], message: str) -> None:

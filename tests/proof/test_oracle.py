@@ -49,7 +49,8 @@ def test_an_architecture_without_an_oracle_is_refused(monkeypatch: pytest.Monkey
     monkeypatch.delitem(ORACLES, "rotary")
     monkeypatch.setitem(KNOWN, "architecture", tuple(ORACLES))
     with pytest.raises(
-        ConfigError, match="for architecture=rotary, only for gpt2, llama, bert, t5 or glm; "
+        ConfigError,
+        match="for architecture=rotary, only for gpt2, llama, bert, t5, glm or transformer_xl; ",
     ):
         parity.main(["--architecture", "rotary", "--no-tied"])
 
