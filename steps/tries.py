@@ -24,7 +24,8 @@ WAIT = 60  # seconds of a rank for another, in a reader's folder: there a hang i
 FOLLOWS = re.compile("Connection (closed|reset)")  # the error of a rank whose neighbour died
 # With what assert_close says below its first line: the two numbers, or how far two tensors differ.
 ERROR = re.compile(
-    r"^\w[\w.]*(?:Error|Exception|Interrupt)\b.*(?:!\n\n(?:Expected|Mismatched|Greatest).*)?$", re.M
+    r"^\w[\w.]*(?:Error|Exception|Interrupt)\b.*?(?:!\n\n(?:Expected|Mismatched|Greatest).*)?$",
+    re.M,
 )
 
 
