@@ -14,6 +14,7 @@ from tries import capture, command
 ROUNDS = 15  # of which the one of median length is kept
 SCRIPT = """
 import json, sys
+from contextlib import nullcontext
 from dataclasses import replace
 from time import perf_counter
 import torch, torch.distributed as dist
@@ -23,13 +24,13 @@ from sharding import init_weights
 from vocab_parallel import VocabParallelEmbedding
 import vocab_parallel
 
-spans = []
+seen = {"waits": [], "sums": [], "dX": [], "dW": []}
 
 def timed(call):
     def timed_call(*args, **settings):
         begin = perf_counter()
         result = call(*args, **settings)
-        spans.append((begin, perf_counter()))
+        seen["waits"].append((begin, perf_counter()))
         return result
     return timed_call
 
@@ -47,13 +48,16 @@ found = [[] for _ in runs]
 for number in range(ROUNDS + 1):
     for kept, run in zip(found, runs):
         dist.barrier()
-        spans.clear()
+        for spans in seen.values():
+            spans.clear()
         begin = perf_counter()
         loss = run()
         half = perf_counter()
-        loss.backward()
+        with AROUND:
+            loss.backward()
         if number:
-            kept.append([begin, half, perf_counter(), list(spans)])
+            end = perf_counter()
+            kept.append([begin, half, end, {name: list(spans) for name, spans in seen.items()}])
 with open(f"{context.rank}.json", "w") as file:
     json.dump(found, file)
 parallel_context.end_parallel()
@@ -66,6 +70,7 @@ class Timeline:
 
     variants: dict[str, object]
     build: str
+    around: str = "nullcontext()"  # what a backward pass runs in
 
 
 TIMELINES = {
@@ -80,6 +85,42 @@ def build(sequence_parallel):
     x = torch.randn(4, 256 // (tp.size if sequence_parallel else 1), 256, requires_grad=True)
     return lambda: block(x).square().mean()
 """,
+    ),
+    "19": Timeline(
+        {"no overlap": False, "overlap": True},
+        """
+from torch.utils._python_dispatch import TorchDispatchMode
+from tensor_parallel import ColumnParallelLinear
+
+class Products(TorchDispatchMode):
+    def __torch_dispatch__(self, call, types, args=(), settings=None):
+        begin = perf_counter()
+        result = call(*args, **(settings or {}))
+        if call is torch.ops.aten.mm.default:
+            name = "dX" if len(result) == 4 * 128 else "dW"
+            seen[name].append((begin, perf_counter()))
+        return result
+
+all_reduce = dist.all_reduce
+
+def noted(*args, **settings):
+    begin = perf_counter()
+    work = all_reduce(*args, **settings)
+    work.get_future().then(lambda _: seen["sums"].append((begin, perf_counter())))
+    return work
+
+dist.all_reduce = noted
+
+def build(overlap):
+    layer = ColumnParallelLinear(512, 1536, tp=replace(context.tp, overlap=overlap))
+    init_weights(layer, 1)
+    x, gradient = torch.randn(4, 128, 512, requires_grad=True), torch.randn(4, 128, 768)
+    def run():
+        layer.zero_grad()
+        return (layer(x) * gradient).sum()
+    return run
+""",
+        around="Products()",
     ),
     "20": Timeline(
         {"1": 16 * 2**20, "4": 4 * 2**20},
@@ -101,8 +142,9 @@ def build(chunk_bytes):
 def measured(number: str) -> dict[str, list[dict[str, object]]]:
     """For each variant what each rank did, in ms from the first rank's begin, of a median round.
 
-    `half`: the end of its forward pass, `end`: of its backward pass, `waits`: [from, to] of each
-    wait for a collective. Raises StepError if the run fails.
+    `half`: the end of its forward pass, `end`: of its backward pass; [from, to] of each of its
+    `waits` for a collective and, where the step's code notes them, of `sums` under way and of the
+    products `dX` and `dW`. Raises StepError if the run fails.
     """
     step, timeline = find(number), TIMELINES[number]
     with tempfile.TemporaryDirectory() as scratch:
@@ -110,6 +152,7 @@ def measured(number: str) -> dict[str, list[dict[str, object]]]:
         for name in python_files(step):
             shutil.copy(step / name, folder / name)
         script = SCRIPT.replace("BUILD", timeline.build).replace("ROUNDS", str(ROUNDS))
+        script = script.replace("AROUND", timeline.around)
         variants = str(list(timeline.variants.values()))
         (folder / "measured.py").write_text(script.replace("VARIANTS", variants))
         done = capture(command("measured.py", step, 2), folder)
@@ -126,9 +169,13 @@ def measured(number: str) -> dict[str, list[dict[str, object]]]:
             {
                 "half": ms(half - zero),
                 "end": ms(end - zero),
-                "waits": [[ms(since - zero), ms(until - zero)] for since, until in spans],
+                **{
+                    name: [[ms(since - zero), ms(until - zero)] for since, until in spans]
+                    for name, spans in seen.items()
+                    if spans
+                },
             }
-            for _, half, end, spans in both
+            for _, half, end, seen in both
         ]
     return kept
 

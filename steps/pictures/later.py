@@ -137,7 +137,7 @@ def overlap() -> str:
     }
     product, whole_sum = ms["product"], ms["all-reduce"]
     panels = [
-        ([("dX", 0), ("dW", product + whole_sum)], [("all-reduce", product)]),
+        ([("dX", 0), ("dW", product)], [("all-reduce", 2 * product)]),
         ([("dX", 0), ("dW", product)], [("all-reduce", product)]),
         ([("dX", 0), ("dW", product)], [("all-gather", 0), ("reduce-scatter", product)]),
     ]
