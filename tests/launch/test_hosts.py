@@ -95,6 +95,8 @@ class Hosts:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            # A background job ignores it, and so does all that it starts.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
 
     def start(self, host: int, *flags: str, change: str = "", **environment: str) -> Process:
