@@ -50,7 +50,7 @@ THEIRS = ["proof/test_transformers.py"]
 MUON = ["proof/test_parity.py::test_a_right_layout_is_proved_right_in_each_dtype[muon]"]
 
 TESTS: dict[str, tuple[list[str], list[str]]] = {
-    "parallel/comm.py": ([*COMM, *MODEL, *EVERY], LATTICE),
+    "parallel/comm.py": ([*COMM, *SINGLE, *MODEL, *EVERY], LATTICE),
     "parallel/context.py": (["parallel/test_context.py", *COMM, *EVERY, *SINGLE], LATTICE),
     "parallel/data_parallel.py": ([*SUMS, *EVERY, *LLAMA], LATTICE),
     "parallel/dropout.py": ([*EVERY, "parallel/test_seeds.py"], LATTICE),
@@ -244,8 +244,12 @@ def show(results: list[dict[str, Any]]) -> None:
         row = [of[name] for name in ("killed", "survived", "broken", "hung")]
         print(f"{kind:24}{row[0]:8}{row[1]:10}{row[2]:12}{row[3]:6}")
     same = [one for one in survived if one["shown"] in explained]
-    share = f", {100 * counts['killed'] / judged:.1f} %" if judged else ""
-    print(f"killed by an assertion: {counts['killed']} of {judged} that run to their end{share}")
+    for many, what in (
+        (judged, "run to their end"),
+        (judged - len(same), "compute something else"),
+    ):
+        share = f", {100 * counts['killed'] / many:.1f} %" if many else ""
+        print(f"killed by an assertion: {counts['killed']} of {many} that {what}{share}")
     print(f"survived: {len(survived)}, of which {len(same)} are explained in {EXPLAINED.name}")
     for one in survived:
         if one["shown"] not in explained:

@@ -136,6 +136,7 @@ def test_what_becomes_of_a_mutant_is_told_apart(
     (small / "SURVIVORS.md").write_text(f"# The same\n- {file}{same}\n")
     assert mutate.main([]) == 0  # nothing is tried again
     out = capsys.readouterr().out
+    assert "killed by an assertion: 3 of 4 that compute something else, 75.0 %" in out
     assert "survived: 2, of which 1 are explained" in out
     assert out.count("not explained:") == 1
 
