@@ -22,6 +22,7 @@ from rosetrainer.checkpoint.manifest import (
     CheckpointError,
     Progress,
     checkpoints,
+    is_sound,
     read_manifest,
 )
 from rosetrainer.checkpoint.slices import Draft, Written, retain
@@ -201,6 +202,19 @@ def test_a_folder_that_has_gone_is_one_line(config: TrainConfig, tmp_path: Path)
     with pytest.raises(CheckpointError, match=f"cannot write in {tmp_path}: No such file"):
         draft.complete(0, progress)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_of_a_link_only_the_link_is_removed(config: TrainConfig, tmp_path: Path) -> None:
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    run.mkdir()
+    elsewhere.mkdir()
+    write_one(elsewhere, 1, config)
+    (run / "step_000001").symlink_to(elsewhere / "step_000001")
+    for step in (2, 3):
+        write_one(run, step, config)
+    retain(run, keep=1)
+    assert [folder.name for folder in run.iterdir()] == ["step_000003"]
+    assert is_sound(elsewhere / "step_000001")
 
 
 def test_what_was_just_written_is_not_read_again(

@@ -93,6 +93,10 @@ def check_primitives(tp_size: int) -> None:
     assert torch.equal(x, before)
     first = comm.broadcast_(x.clone().contiguous(), tp, "forward")
     assert torch.equal(first, before - 100 * r)
+    sending = comm.start_send(x, tp, (r + 1) % n, "forward")
+    received = comm.start_receive(torch.empty(x.shape), tp, (r - 1) % n, "forward").wait()
+    assert torch.equal(received, before - 100 * r + 100 * ((r - 1) % n))
+    assert torch.equal(sending.wait(), before)
     for dtype in (torch.float64, torch.bfloat16, torch.int64):
         assert comm.all_reduce(torch.ones(3, dtype=dtype), tp, "forward").eq(n).all()
 
