@@ -109,6 +109,11 @@ class GPTConfig:
         return self.n_kv_heads if self.n_kv_heads is not None else self.n_heads
 
     @property
+    def has_position_table(self) -> bool:
+        """Whether it has an embedding for each position, and so none beyond context_length."""
+        return self.architecture not in ("rotary", "llama", "t5", "transformer_xl")
+
+    @property
     def rotary_width(self) -> int:
         """Features of a head that turn."""
         return int(self.head_width * self.rotary_fraction)

@@ -21,12 +21,12 @@ def parameter_count(config: Any) -> int:
     if config.architecture == "t5":
         return _parameters_of_t5(config)
     D, F, width = config.d_model, config.ff_width, config.n_heads * config.head_width
-    is_relative = config.architecture == "transformer_xl"  # distances instead of a table
-    has_table = config.architecture != "rotary" and not is_relative
     norm = (config.architecture != "rotary") * D * (1 + config.bias)
     block = 4 * D * width + 2 * D * F + 2 * norm + config.bias * (3 * width + F + 2 * D)
-    block += is_relative * (D + 2) * width
-    tables = config.vocab_size * D * (1 + (not config.tied)) + has_table * config.context_length * D
+    if config.architecture == "transformer_xl":  # the projection of distances, two biases
+        block += (D + 2) * width
+    tables = config.vocab_size * D * (1 + (not config.tied))
+    tables += config.has_position_table * config.context_length * D
     if config.architecture == "glm":  # whose positions have a second dimension
         tables += config.context_length * D
     if config.architecture == "bert":  # its transform before the output head, and its bias

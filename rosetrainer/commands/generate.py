@@ -59,7 +59,7 @@ class GenerateCommand:
 def without_window(model: GPTConfig, tokens: int) -> GPTConfig:
     """The model with a context of so many tokens at least. Raises ConfigError if it has a table of
     positions, which ends."""
-    if model.architecture not in ("rotary", "llama", "t5", "transformer_xl"):
+    if model.has_position_table:
         raise ConfigError(
             f"whole is for models without a table of positions, and "
             f"architecture={model.architecture} has a table of "
