@@ -103,12 +103,14 @@ def memory_and_masks(
     return masks - shared * (L - 1) * encoded // own * work.product_bytes
 
 
-def weight_copies(model: GPTConfig, parallel: ParallelConfig, work: Work, share: Share) -> int:
-    """Bytes of the weights' copies in the products' dtype, in blocks that are not recomputed.
+def keeps_copies(parallel: ParallelConfig, work: Work) -> bool:
+    """Whether weights are cast for products; level 3 of ZeRO gathers them in that dtype."""
+    return parallel.zero < 3 and work.product_bytes < work.weight_bytes
 
-    Level 3 of ZeRO gathers weights in that dtype.
-    """
-    if parallel.zero == 3 or work.product_bytes >= work.weight_bytes:
+
+def weight_copies(model: GPTConfig, parallel: ParallelConfig, work: Work, share: Share) -> int:
+    """Bytes of the weights' copies in the products' dtype, in blocks that are not recomputed."""
+    if not keeps_copies(parallel, work):
         return 0
     sizes = parameters(model, parallel.tp_size or 1, bool(work.source_tokens), share)
     own = sum(p.elements for p in sizes if p.multiplied and parallel.recompute != "block")

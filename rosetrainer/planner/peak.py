@@ -14,7 +14,7 @@ from rosetrainer.config import GPTConfig, ParallelConfig
 from rosetrainer.parallel.data_parallel import BUCKET_BYTES
 from rosetrainer.parallel.vocab_parallel import rows_of_a_chunk
 from rosetrainer.planner import zero
-from rosetrainer.planner.activations import activations, weight_copies
+from rosetrainer.planner.activations import activations, keeps_copies, weight_copies
 from rosetrainer.planner.shares import Parameter, Share, Work, padded_vocabulary
 
 Held = Callable[[int], int]
@@ -46,7 +46,7 @@ def peak(
 
 def copies_of_weights(parallel: ParallelConfig, work: Work, sizes: Sequence[Parameter]) -> int:
     """Of each weight in the products' dtype, where that is a shorter one: for the whole step."""
-    if parallel.zero == 3 or work.product_bytes >= work.weight_bytes:
+    if not keeps_copies(parallel, work):
         return 0
     return sum(one.elements for one in sizes if one.multiplied) * work.product_bytes
 

@@ -69,12 +69,11 @@ def parameters(
     model: GPTConfig, tp: int, encoder_decoder: bool, share: Share
 ) -> Iterator[Parameter]:
     """Each parameter as a rank holds it, in order. An encoder-decoder's share is all of it."""
-    if model.architecture in ("llama", "t5"):
-        yield from (
-            llama_parameters(model, tp, share)
-            if model.architecture == "llama"
-            else t5_parameters(model, tp)
-        )
+    if model.architecture == "llama":
+        yield from llama_parameters(model, tp, share)
+        return
+    if model.architecture == "t5":
+        yield from t5_parameters(model, tp)
         return
     D, F, bias = model.d_model, model.ff_width, model.bias
     width = model.n_heads * model.head_width
