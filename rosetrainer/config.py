@@ -67,6 +67,9 @@ class OptimConfig:
     """Decay of Muon's mean of gradients."""
     schedule: Literal["cosine", "linear"] = "cosine"
     """How the learning rate falls after the warm-up."""
+    freeze: str | None = None
+    """Parameters that are not trained: patterns of the names in a checkpoint, with commas, such as
+    token_embedding*,blocks.0.*"""
 
     def micro_batch(self, dp_size: int) -> int:
         """Sequences in one forward pass of a rank."""
@@ -131,6 +134,11 @@ class TrainConfig:
         tp_size, dp_size = self.parallel.resolve(world_size)
         self.model.check(tp_size, self.parallel.sequence_parallel)
         self.parallel.check_pipeline(self.model, self.optim.accumulation(dp_size))
+        if self.optim.freeze is not None and self.parallel.pp_size > 1:
+            raise ConfigError(
+                f"freeze={self.optim.freeze} does not go with a pipeline yet, and pp_size="
+                f"{self.parallel.pp_size}; pp_size can be 1"
+            )
         if self.model.tied and self.optim.head_learning_rate is not None:
             raise ConfigError(
                 f"head_learning_rate={self.optim.head_learning_rate:g}, but the output head is the "

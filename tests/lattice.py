@@ -10,6 +10,7 @@ import functools
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from rosetrainer.models.build import build_model
 from rosetrainer.models.encoder_decoder import EncoderDecoderModel
 from rosetrainer.optim.adamw import AdamW
 from rosetrainer.optim.clip import clip_gradients
+from rosetrainer.optim.frozen import freeze
 from rosetrainer.optim.optimizer import build_optimizer
 from rosetrainer.parallel import data_parallel
 from rosetrainer.parallel.context import ParallelContext, init_parallel
@@ -70,12 +72,15 @@ class Layout:
     """Of another family than GPT-2, by the config's names, the architecture first."""
     zero: tuple[int, bool, int] = (0, False, 1)
     """Level, whether what is gathered is kept, replicas."""
+    frozen: str = ""
+    """Patterns of the names of parameters that are not trained."""
 
     def __str__(self) -> str:
         on = ["encoder-decoder"] * self.encoder_decoder + ["GPT"] * (not self.choices)
         on += [f"{name} {value}" for name, value in self.choices]
         on += [f"ZeRO {self.zero[0]}, {self.zero[2]} replicas"] * (self.zero[0] > 0)
         on += [f"tp {self.ranks[0]} x dp {self.ranks[1]}", f"V {self.vocab_size}"]
+        on += [f"frozen {self.frozen}"] * bool(self.frozen)
         on += ["tied"] * self.tied + ["sequence-parallel"] * self.sequence_parallel
         on += [f"recompute {self.recompute}"] * (self.recompute != "none")
         on += [f"dropout {self.dropout}"] * (self.dropout > 0) + ["overlap"] * self.overlap
@@ -149,12 +154,38 @@ ZEROS = (
     Layout(*((2, 2), False, "none", 0.0, True, True, 29, False, 1), KEYS, zero=(3, True, 1)),
     Layout(*((1, 2), False, "none", 0.1, True, False, 139, False, 2), T5, zero=(3, False, 1)),
 )
+FROZEN = (
+    Layout(
+        *((2, 2), True, "none", 0.1, True, True, 139, False, 2),
+        frozen="token_embedding*,blocks.0.*",
+    ),
+    Layout(
+        *((1, 2), False, "none", 0.0, True, False, 29, False, 2),
+        zero=(1, False, 1),
+        frozen="*embedding*,final_norm*,output_head*,blocks.0.attention.*",
+    ),
+    Layout(
+        *((2, 2), False, "block", 0.0, True, False, 139, False, 2),
+        zero=(3, False, 1),
+        frozen="*embedding*,blocks.0.feed_forward.*,blocks.1.*",
+    ),
+    Layout(
+        *((1, 4), False, "attention", 0.1, True, True, 29, False, 2),
+        zero=(3, False, 2),
+        frozen="*embedding*,blocks.0.*",
+    ),
+)
 
 
 @functools.cache
 def layouts() -> list[Layout]:
     """Those that meet every pair of settings, and some of each other family."""
-    return [*(Layout(*row) for row in pairwise.rows(list(FACTORS.values()))), *FAMILIES, *ZEROS]
+    return [
+        *(Layout(*row) for row in pairwise.rows(list(FACTORS.values()))),
+        *FAMILIES,
+        *ZEROS,
+        *FROZEN,
+    ]
 
 
 def build(layout: Layout, context: ParallelContext) -> nn.Module:
@@ -164,6 +195,7 @@ def build(layout: Layout, context: ParallelContext) -> nn.Module:
     specs = {name: shard_spec(p) for name, p in model.named_parameters()}
     noisy = {name: replace(spec, init_std=0.3) for name, spec in specs.items()}
     load_whole(model, {name: draw_whole(spec, 2, name) for name, spec in noisy.items()})
+    freeze(model, layout.frozen or None)
     shard_model(model, context)
     return model
 
@@ -206,9 +238,13 @@ def update(model: nn.Module, optimizer: Any, step: int) -> None:
     if step:
         optimizer.step()
         return
-    for parameter in model.parameters():
+    for parameter in trained(model).values():
         assert parameter.grad is not None
         parameter.sub_(parameter.grad, alpha=SGD_RATE)
+
+
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def one_process(layout: Layout) -> dict[str, Any]:
@@ -218,6 +254,9 @@ def one_process(layout: Layout) -> dict[str, Any]:
     whole = gather_whole(build(layout, ParallelContext()))
     dense = build_reference(layout.model).double()
     dense.load_state_dict(whole)
+    for name, parameter in dense.named_parameters():
+        still = any(fnmatch(name, pattern) for pattern in layout.frozen.split(","))
+        parameter.requires_grad_(not still)
     optimizer = oracle_optimizer(dense)
     start = {name: p.detach().clone() for name, p in dense.named_parameters()}
     found: dict[str, Any] = {"losses": [], "norms": []}
@@ -229,7 +268,7 @@ def one_process(layout: Layout) -> dict[str, Any]:
         loss.backward()
         gradients = {n: p.grad.clone() for n, p in dense.named_parameters() if p.grad is not None}
         norm = torch.cat([g.flatten() for g in gradients.values()]).norm()
-        for parameter in dense.parameters():
+        for parameter in trained(dense).values():
             assert parameter.grad is not None
             parameter.grad.mul_((CLIP / norm).clamp(max=1))
         update(dense, optimizer, step)
@@ -240,7 +279,7 @@ def one_process(layout: Layout) -> dict[str, Any]:
     found["weights"] = {n: p.detach() for n, p in dense.named_parameters()}
     found["stood still"] = [n for n, whole in found["weights"].items() if whole.equal(start[n])]
     for key in ("exp_avg", "exp_avg_sq"):
-        found[key] = {n: optimizer.state[p][key] for n, p in dense.named_parameters()}
+        found[key] = {n: optimizer.state[p][key] for n, p in trained(dense).items()}
     return found
 
 
@@ -277,8 +316,11 @@ def train(layout: Layout, context: ParallelContext) -> dict[str, Any]:
         found["losses"].append(compute_gradients(model, batches, context, seed=seed))
         if step == 0:
             found["norms"].append(clip_gradients(model, context, 0.0))
-            found["gradients"] = gather_whole(model, gradients=True)
-            found["gradients"] = {n: g.clone() for n, g in found["gradients"].items()}
+            found["gradients"] = {
+                name: shard_spec(p).unshard(p.grad, "checkpoint").clone()
+                for name, p in trained(model).items()
+                if p.grad is not None
+            }
             for axis in axes:
                 axis.ledger.clear()
         norm = clip_gradients(model, context, CLIP)
@@ -296,9 +338,10 @@ def train(layout: Layout, context: ParallelContext) -> dict[str, Any]:
     for key in ("exp_avg", "exp_avg_sq"):
         found[key] = {
             name: shard_spec(p).unshard(optimizer.state[p][key], "checkpoint")
-            for name, p in model.named_parameters()
+            for name, p in trained(model).items()
         }
     found["held"] = held(model, optimizer)
+    found["frozen"] = [name for name, p in model.named_parameters() if not p.requires_grad]
     return found
 
 
@@ -397,6 +440,7 @@ def compare(chosen: list[tuple[Layout, str]]) -> list[dict[str, Any]]:
         ours = train(layout, init_parallel(layout.parallel))
         expected = torch.load(path, weights_only=True)
         kept_here = {"kept": ours["kept"], "held": ours["held"], "ledger": ours["ledger"]}
+        kept_here["frozen"] = ours["frozen"]
         if layout.zero[0] == 3:
             kept_here["held"]["gathered"] = max(ours["gathered"])
         alive = [{key: side[key] for key in ALIVE} for side in (ours, expected)]

@@ -15,16 +15,18 @@ from rosetrainer.parallel.sharding import shard_spec
 
 def whole_matrices(model: nn.Module, config: OptimConfig) -> list[nn.Parameter]:
     """Whose update needs the whole matrix: those that Muon takes, if it is used."""
-    return [layer.weight for layer in hidden_layers(model) if config.optimizer == "muon"]
+    weights = [layer.weight for layer in hidden_layers(model) if config.optimizer == "muon"]
+    return [weight for weight in weights if weight.requires_grad]
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> AdamW:
-    """What config.optimizer names, over the model's parameters."""
+    """What config.optimizer names, over the model's parameters that are trained."""
     muon = whole_matrices(model, config)
     own_rate = config.head_learning_rate is not None
     head = list(model.get_submodule("output_head").parameters()) if own_rate else []
+    head = [weight for weight in head if weight.requires_grad]
     taken = {id(weight) for weight in (*muon, *head)}
-    parameters = [p for p in model.parameters() if id(p) not in taken]
+    parameters = [p for p in model.parameters() if p.requires_grad and id(p) not in taken]
     decayed = [p for p in parameters if shard_spec(p).decay]
     others = [p for p in parameters if not shard_spec(p).decay]
     decay, rate = {"weight_decay": config.weight_decay}, {"peak": config.learning_rate}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from dataclasses import asdict
@@ -17,6 +18,7 @@ from rosetrainer.launch.stop import report_stop
 from rosetrainer.models.gpt import GPTModel
 from rosetrainer.optim.optimizer import learning_rate
 from rosetrainer.parallel.context import ParallelContext
+from rosetrainer.parallel.sharding import shard_spec
 from rosetrainer.parallel.zero.sharded_model import sharding_of
 from rosetrainer.reporting.loss_curve import CURVE, NARROWEST
 from rosetrainer.reporting.run_log import RunLog
@@ -47,9 +49,12 @@ def introduce(folder: Path, config: TrainConfig, model: GPTModel, dp_size: int) 
     optim, tokens = config.optim, config.model.context_length
     own = f"{sum(p.numel() for p in model.parameters()):,}"
     held = f"{own} parameters on this rank"
-    if sharded := sharding_of(model):
-        whole = sum(tensor.numel() for unit in sharded.units for tensor in unit.whole)
+    if sharding_of(model):
+        shapes = [getattr(shard_spec(p), "gathered_shape", p.shape) for p in model.parameters()]
+        whole = sum(map(math.prod, shapes))
         held = f"{own} of {whole:,} parameters are this rank's slices"
+    if frozen := sum(p.numel() for p in model.parameters() if not p.requires_grad):
+        held += f", {frozen:,} of them frozen"
     accumulation, micro = optim.accumulation(dp_size), optim.micro_batch(dp_size)
     parts = f" = {dp_size} dp ranks x {accumulation} micro-batches x {micro} sequences"
     print(

@@ -40,6 +40,7 @@ from rosetrainer.model_size import check_memory
 from rosetrainer.models.build import build_model
 from rosetrainer.models.gpt import GPTModel
 from rosetrainer.optim.adamw import AdamW
+from rosetrainer.optim.frozen import freeze
 from rosetrainer.optim.optimizer import build_optimizer, whole_matrices
 from rosetrainer.optim.precision import autocast_for
 from rosetrainer.parallel.comm import all_reduce
@@ -60,6 +61,7 @@ from rosetrainer.reporting.run_log import LOG, RunLog, has_evaluation
 from rosetrainer.reporting.screen import own_screen
 from rosetrainer.reporting.timeline import Timeline, check_timeline
 from rosetrainer.training.agreement import check_same_settings, gather_texts, world_axis
+from rosetrainer.training.memory_need import bytes_of_a_number, frozen_share
 from rosetrainer.training.open_run import RunLocation, open_run
 from rosetrainer.training.resume_plan import ResumePlan, find_resume_plan
 from rosetrainer.training.run_identity import settle_dtype
@@ -99,12 +101,9 @@ def check_config(
         config = replace(config, model=model)
     elif not config.run.init_from:
         config = config.with_settings(vocab_size=corpus.meta.vocab_size)
+    frozen = frozen_share(config)
     if device.type == "cpu":
-        numbers = 3 if config.optim.optimizer == "muon" else 4  # weight, gradient, moments
-        on_all = (numbers, 2, 1, 0)[config.parallel.zero]
-        shards = dp_size // config.parallel.dp_replicas if config.parallel.zero else 1
-        each = on_all + (numbers - on_all) / shards
-        each *= 8 if config.precision.dtype == "float64" else 4
+        each = bytes_of_a_number(config, dp_size, frozen)
         copies = local_world_size / tp_size / config.parallel.pp_size
         check_memory(config.model, each, "weights, gradients and moments", copies)
     plan = find_resume_plan(config, corpus) if rank == 0 else ResumePlan()
@@ -216,6 +215,7 @@ def build(
     model = build_model(config.model, context)
     if dtype == torch.float64:
         model.double()
+    freeze(model, config.optim.freeze)
     timeout = config.monitor.timeout + WATCH_MARGIN_SECONDS
     shard_model(model, context, whole_matrices(model, config.optim), dtype, timeout)
     optimizer = build_optimizer(model, config.optim)

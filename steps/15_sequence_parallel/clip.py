@@ -19,10 +19,11 @@ def clip_gradients(model: nn.Module, context: ParallelContext, max_norm: float) 
     The norm is that of the whole gradients: each part counts once, on the first rank that holds
     it. A max_norm of 0 only measures.
     """
-    specs = [shard_spec(parameter) for parameter in model.parameters()]
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    specs = [shard_spec(parameter) for parameter in trained.values()]
     axes = [axis for axis in context.axes if any(spec.is_cut_over(axis) for spec in specs)]
     gradients, counted = [], []
-    for (name, parameter), spec in zip(model.named_parameters(), specs, strict=True):
+    for (name, parameter), spec in zip(trained.items(), specs, strict=True):
         assert parameter.grad is not None, f"{name} has no gradient"
         gradients.append(parameter.grad)
         if parameter.grad.numel() and counts_here(spec, axes):  # a part may be empty

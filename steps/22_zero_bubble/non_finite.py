@@ -21,9 +21,10 @@ def check_gradients(model: nn.Module, context: ParallelContext) -> None:
     """
     names, gradients = [], []
     for name, parameter in model.named_parameters():
-        assert parameter.grad is not None, f"{name} has no gradient"
-        names.append(name)
-        gradients.append(parameter.grad)
+        if parameter.requires_grad:
+            assert parameter.grad is not None, f"{name} has no gradient"
+            names.append(name)
+            gradients.append(parameter.grad)
     norms = torch._foreach_norm(gradients)
     suspects = (~torch.stack([norm.float() for norm in norms]).isfinite()).nonzero()
     # A sum of squares is nan or inf if a number is, but finite numbers too can overflow it.

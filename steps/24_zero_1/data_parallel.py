@@ -112,7 +112,7 @@ class GradientSum:
         self.axis, addends = axis, []
         for parameter in model.parameters() if axis.size > 1 else ():
             spec = shard_spec(parameter)
-            if spec.is_partial(axis):
+            if parameter.requires_grad and spec.is_partial(axis):
                 cut = next((cut for cut in spec.cuts if cut.axis.name == axis.name), None)
                 part, parts = (cut.part, cut.parts) if cut else (0, 1)
                 addends.append(Addend(parameter, part, parts))

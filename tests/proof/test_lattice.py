@@ -41,10 +41,11 @@ def test_both_sides_are_alive_and_the_layout_is_active(
     """Else equal nothings would agree: what one process finds, and each rank, moves."""
     sizes = dict(zip(("tp", "dp"), layout.ranks, strict=True))
     for found in results[layout]:
+        assert bool(found["frozen"]) == bool(layout.frozen)
         for side in found["alive"]:
             assert min(side["norms"]) > lattice.CLIP, "clipping bites, in each step"
             assert min(abs(loss - math.log(layout.vocab_size)) for loss in side["losses"]) > 1e-4
-            assert side["stood still"] == []
+            assert side["stood still"] == found["frozen"]
         for axis, size in sizes.items():
             moved = [
                 (payload, phase)
@@ -55,7 +56,7 @@ def test_both_sides_are_alive_and_the_layout_is_active(
             assert bool(moved) == (size > 1)
             assert all(payload > 0 for payload, _ in moved)
         sums = [calls for key, (calls, _) in found["ledger"] if key in GRADIENTS_OVER_DP]
-        assert layout.ranks[1] == 1 or min(sums) >= 3, "buckets"
+        assert layout.ranks[1] == 1 or min(sums) >= (1 if layout.frozen else 3), "buckets"
 
 
 def plan_of(layout: lattice.Layout, rank: int) -> Plan:
@@ -67,7 +68,11 @@ def plan_of(layout: lattice.Layout, rank: int) -> Plan:
     return plan(layout.model, layout.parallel, work, part=part)
 
 
-PLANNED = [one for one in lattice.layouts() if one.model.architecture != "transformer_xl"]
+PLANNED = [
+    one
+    for one in lattice.layouts()
+    if one.model.architecture != "transformer_xl" and not one.frozen
+]
 
 
 @pytest.mark.parametrize("layout", PLANNED, ids=str)

@@ -10,6 +10,8 @@ import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,7 +21,8 @@ from rosetrainer.parallel.comm import start_all_reduce
 from rosetrainer.parallel.context import Axis, ParallelContext
 from rosetrainer.parallel.sharding import shard_spec
 from rosetrainer.parallel.zero.cut import ShardCut, ZeroSpec, dim_of_slices, shape_of, zero_spec
-from rosetrainer.parallel.zero.sharded_model import ShardedModel, units_of
+from rosetrainer.parallel.zero.frozen import PartlyFrozen, parts
+from rosetrainer.parallel.zero.sharded_model import ShardedModel
 from rosetrainer.parallel.zero.short_rows import ShortUnit, multiplied
 
 
@@ -79,10 +82,11 @@ def shard_model(
     if not context.parallel.zero or context.dp.size == 1:
         return
     shards, replicas = shard_axes(context, timeout_seconds)
-    owner, blocks, units = owners(matrices, shards.size), blocks_of(model), list[GroupUnit]()
+    owner, blocks = owners(matrices, shards.size), blocks_of(model)
     shorter = products is not None and products.itemsize < next(model.parameters()).itemsize
     short = multiplied(blocks) if shorter and context.parallel.zero == 3 else set()
-    for parameters in units_of(model, blocks):
+
+    def unit_of(parameters: list[nn.Parameter]) -> GroupUnit:
         parameters.sort(key=short.__contains__)
         dtypes = [products if products and p in short else p.dtype for p in parameters]
         specs = []
@@ -91,8 +95,15 @@ def shard_model(
             dim = dim_of_slices(shape_of(spec.index), shards.size)
             cut = GroupCut(context.dp, dim, replicas.size, owner=owner.get(parameter))
             specs.append(zero_spec(spec, cut))
-        units.append(GroupUnit(parameters, specs, (shards, replicas), dtypes))
-    model.sharded = ShardedModel(model, blocks, units, context.parallel)  # type: ignore[assignment]
+        return GroupUnit(parameters, specs, (shards, replicas), dtypes)
+
+    trained = parts(model, blocks, trained=True)
+    units, later = [unit_of(own) for _, own in trained], [module for module, _ in trained[1:]]
+    still = parts(model, blocks, trained=False)
+    sharded: Any = ShardedModel
+    if still and context.parallel.zero == 3:
+        sharded = partial(PartlyFrozen, frozen=[(module, unit_of(own)) for module, own in still])
+    model.sharded = sharded(model, later, units, context.parallel)
 
 
 def shard_axes(context: ParallelContext, timeout_seconds: float) -> tuple[Axis, Axis]:

@@ -30,7 +30,7 @@ class LocalGradients:
 
     def named_parameters(self) -> Iterator[tuple[str, Any]]:
         for name, value in self.whole_specs.items():
-            yield name, SimpleNamespace(grad=value)
+            yield name, SimpleNamespace(grad=value, requires_grad=True)
 
 
 class ShardedModel:
@@ -49,7 +49,7 @@ class ShardedModel:
     ) -> None:
         """blocks: in the order of their use. units: of what units_of lists."""
         self.level, self.keep, self.overlap = parallel.zero, parallel.zero_keep, parallel.overlap
-        self.names = {parameter: name for name, parameter in model.named_parameters()}
+        self.names = {p: name for name, p in model.named_parameters() if p.requires_grad}
         self.largest: dict[str, Tensor] = {}
         self.units = units
         for number, unit in enumerate(units):
@@ -60,7 +60,7 @@ class ShardedModel:
             block.register_forward_hook(partial(self._after_forward, number))
         outside = set(units[0].parameters)
         for module in model.modules():
-            if outside & set(module.parameters(recurse=False)):
+            if module is model or outside & set(module.parameters(recurse=False)):
                 module.register_forward_pre_hook(partial(self._before_forward, 0))
         self.missing = [0] * len(units)
         self.expected: list[int] = []
@@ -114,9 +114,10 @@ class ShardedModel:
 
     def _made(self, number: int, _: Tensor) -> None:
         self.missing[number] -= 1
-        if self.missing[number]:
-            return
-        assert self.expected.pop() == number, "blocks end their backward pass in another order"
+        while self.expected and not self.missing[self.expected[-1]]:
+            self._sum(self.expected.pop())
+
+    def _sum(self, number: int) -> None:
         if self.level == 1 and not self.is_last:
             return
         unit = self.units[number]
