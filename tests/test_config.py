@@ -47,6 +47,7 @@ MAY_BE_ZERO: dict[str, list[object]] = {
     "head_learning_rate": [None],
     "bias": [True],
     "tied": [True],
+    "freeze": ["4"],  # a name, which the model is asked for
 }
 
 
