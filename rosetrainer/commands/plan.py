@@ -31,11 +31,6 @@ def main(argv: list[str]) -> int:
     """The command. Raises ConfigError for a user's mistake."""
     command = parse_train_flags(PlanCommand, argv, "plan")
     config, parallel = command.config, command.config.parallel
-    if config.optim.freeze is not None:
-        raise ConfigError(
-            f"plan counts all parameters as trained ones, and freeze={config.optim.freeze}; leave "
-            f"--freeze out: with it a run takes less"
-        )
     tp_size, dp_size, pp_size = parallel.tp_size or 1, parallel.dp_size or 1, parallel.pp_size
     hosts = len(command.hosts.split(",")) if command.hosts else 1
     if command.nproc or command.hosts:

@@ -31,6 +31,7 @@ COUNTED: dict[type, dict[str, tuple[Any, ...] | None]] = {
     OptimConfig: {
         **dict.fromkeys(("global_batch_size", "micro_batch_size")),
         "optimizer": ("adamw",),
+        "freeze": (None,),
     },
 }
 # Fields that change neither.
