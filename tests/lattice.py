@@ -370,13 +370,12 @@ def spy_on_gathers(sharded: ShardedModel) -> list[int]:
     """From now on the bytes of what is gathered whenever a unit's rows have come."""
     found: list[int] = []
 
-    def copy(unit: Unit, rows: Tensor, whole: list[Tensor], to_rows: bool) -> None:
-        original(unit, rows, whole, to_rows)
-        if not to_rows:
-            tensors = [tensor for one in sharded.units for tensor in one.whole]
-            found.append(rows.nbytes + sum(t.untyped_storage().nbytes() for t in tensors))
+    def fill(unit: Unit, whole: list[Tensor], rows: Tensor) -> None:
+        original(unit, whole, rows)
+        tensors = [tensor for one in sharded.units for tensor in one.whole]
+        found.append(rows.nbytes + sum(t.untyped_storage().nbytes() for t in tensors))
 
-    original, Unit._copy = Unit._copy, copy  # type: ignore[assignment, method-assign]
+    original, Unit._fill = Unit._fill, fill  # type: ignore[method-assign]
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from bisect import bisect, bisect_left
 from typing import Any
 
 import torch
@@ -71,7 +72,8 @@ class Allocated:
     def peak(self) -> int:
         """Bytes, the most at once since the last mark.
 
-        By the sums that the allocator tells with each event: what gloo's threads free has no event.
+        What gloo's threads free has no event, and is not in the sums that the allocator tells. It
+        is known to be gone once its place is given again.
         """
         results: Any = self.profile.profiler.kineto_results
         events, found = list(results.experimental_event_tree()), []
@@ -80,12 +82,37 @@ class Allocated:
             if event.name in ("[memory]", self.MARK):
                 found.append(event)
         found.sort(key=lambda one: one.start_time_ns)
-        first = next(one.extra_fields for one in found if one.name != self.MARK)
-        before = held = most = first.total_allocated - first.alloc_size
+        given, most = Places(), 0
         for event in found:
             if event.name == self.MARK:
-                most = held
+                most = given.bytes
+            elif event.extra_fields.alloc_size > 0:
+                given.give(event.extra_fields.ptr, event.extra_fields.alloc_size)
+                most = max(most, given.bytes)
             else:
-                held = event.extra_fields.total_allocated
-                most = max(most, held)
-        return most - before
+                given.free(event.extra_fields.ptr)
+        return most
+
+
+class Places:
+    """Of an address space, what is given and not yet free, or given again."""
+
+    def __init__(self) -> None:
+        self.starts, self.ends, self.bytes = list[int](), dict[int, int](), 0
+
+    def give(self, start: int, size: int) -> None:
+        first = bisect(self.starts, start)
+        if first and self.ends[self.starts[first - 1]] > start:
+            first -= 1
+        last = bisect_left(self.starts, start + size)
+        for gone in self.starts[first:last]:
+            self.free(gone)
+        self.starts.insert(first, start)
+        self.ends[start] = start + size
+        self.bytes += size
+
+    def free(self, start: int) -> None:
+        """Nothing, if it was given before all of these."""
+        if start in self.ends:
+            self.starts.pop(bisect_left(self.starts, start))
+            self.bytes -= self.ends.pop(start) - start

@@ -104,8 +104,8 @@ def memory_and_masks(
 
 
 def keeps_copies(parallel: ParallelConfig, work: Work) -> bool:
-    """Whether weights are cast for products; level 3 of ZeRO gathers them in that dtype."""
-    return parallel.zero < 3 and work.product_bytes < work.weight_bytes
+    """Whether weights are cast for products; ZeRO gathers them in that dtype."""
+    return not parallel.zero and work.product_bytes < work.weight_bytes
 
 
 def weight_copies(model: GPTConfig, parallel: ParallelConfig, work: Work, share: Share) -> int:

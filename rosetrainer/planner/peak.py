@@ -96,11 +96,11 @@ def gradients_of_zero(
 ) -> tuple[Held, Held]:
     """As gradients, of which a unit's are whole until they are summed; what is gathered, too.
 
-    A unit's sum takes its rows and a copy of them while the next unit's gradients are made.
+    A unit's sum takes its rows and those that come while the next unit's gradients are made.
     """
     shards, level = zero.shards_of(parallel), parallel.zero
     rows = [width * work.weight_bytes for width in zero.widths(sizes, shards)]
-    whole = of_units(sizes, lambda one: one.elements * zero.gathered_bytes(one, level, work))
+    whole = of_units(sizes, lambda one: one.elements * zero.gathered_bytes(one, work))
     travelling = zero.rows_to_gather(sizes, parallel, work)
     accumulated = work.micro_batches > 1
 
@@ -113,18 +113,20 @@ def gradients_of_zero(
 
     def sums(b: int) -> int:
         """Of units after b: each a row; and what the last of them still needs."""
-        under_way = (2 * shards + 1) * rows[b + 1] if b + 1 < len(rows) else 0
+        under_way = (2 * shards - 1) * rows[b + 1] if b + 1 < len(rows) else 0
         done = sum(rows) if accumulated and level > 1 else sum(rows[b + 2 :])
         return done + under_way
 
+    def accumulating(b: int) -> int:
+        """At level 1, of the units whose sum has not begun."""
+        return shards * sum(rows[: b + 1]) if accumulated and level == 1 else 0
+
     def before(b: int) -> int:
-        left = sum(whole[: b + 1]) if accumulated and level == 1 else whole[0]
-        return gathered(b) + sums(b) + left
+        return gathered(b) + sums(b) + accumulating(b) + whole[0]
 
     def after(b: int) -> int:
         own = whole[b] if b else 0
-        left = sum(whole[: b + 1]) if accumulated and level == 1 else whole[0] + own
-        return gathered(b) + sums(b) + left
+        return gathered(b) + sums(b) + accumulating(b) + whole[0] + own
 
     return before, after
 

@@ -33,9 +33,9 @@ def widths(sizes: Sequence[Parameter], shards: int) -> list[int]:
     return found
 
 
-def gathered_bytes(one: Parameter, level: int, work: Work) -> int:
-    """Of one of its numbers: level 3 gathers what a block multiplies as it is multiplied."""
-    short = level == 3 and one.multiplied and one.block
+def gathered_bytes(one: Parameter, work: Work) -> int:
+    """Of one of its numbers: what a block multiplies is gathered as it is multiplied."""
+    short = one.multiplied and one.block
     return min(work.product_bytes, work.weight_bytes) if short else work.weight_bytes
 
 
@@ -44,7 +44,7 @@ def rows_to_gather(sizes: Sequence[Parameter], parallel: ParallelConfig, work: W
     shards, found = shards_of(parallel), [0] * (1 + max(one.block for one in sizes))
     for one in sizes:
         own = elements_of_slice(one, shards, shards - 1)
-        found[one.block] += own * gathered_bytes(one, parallel.zero, work)
+        found[one.block] += own * gathered_bytes(one, work)
     return [shards * -(-size // work.weight_bytes) * work.weight_bytes for size in found]
 
 
@@ -77,7 +77,7 @@ def memory(
     rows = sum(widths(sizes, shards)) * work.weight_bytes
     whole = [0] * len(each)
     for one in sizes:
-        whole[one.block] += one.elements * gathered_bytes(one, parallel.zero, work)
+        whole[one.block] += one.elements * gathered_bytes(one, work)
     own = sum(elements_of_slice(one, shards, part) for one in sizes) * work.weight_bytes
     of_level_3 = parallel.zero == 3
     found = {

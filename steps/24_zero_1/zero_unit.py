@@ -34,6 +34,7 @@ class Unit:
         self.whole = [p.data for p in parameters]
         for tensor, whole, spec in zip(self.slices, self.whole, specs, strict=True):
             tensor.copy_(whole[spec.box(shards.rank)])
+        self.rows: Tensor | None = None  # (S, W): the whole gradients, until they are summed
         self.show(gathered=False)
 
     def _places_of(self, part: int) -> list[slice]:
@@ -54,31 +55,38 @@ class Unit:
         if self.is_gathered:
             return
         rows = all_gather(self.row[None], self.shards, phase, dim=0)  # (S, W)
-        self._copy(rows, self.whole, to_rows=False)
+        self._fill(self.whole, rows)
         self.show(gathered=True)
+
+    @torch.no_grad()
+    def collect(self) -> None:
+        """Adds the whole gradients to the rows, and frees them."""
+        is_first = self.rows is None
+        if self.rows is None:
+            self.rows = self.row.new_empty(self.shards.size, len(self.row))
+        for part, places in enumerate(self.places):
+            self.rows[part, places[-1].stop :] = 0
+            for place, parameter, spec in zip(places, self.parameters, self.specs, strict=True):
+                assert parameter.grad is not None, "a parameter has no gradient"
+                slice_of_row = self.rows[part, place].view(spec.box_shape(part))
+                slice_of_whole = parameter.grad[spec.box(part)]
+                (slice_of_row.copy_ if is_first else slice_of_row.add_)(slice_of_whole)
+        for parameter in self.parameters:
+            parameter.grad = None
 
     def finish_step(self) -> None:
         """Sums the whole gradients over the shards; the parameters are slices, each with its
         gradient."""
-        gradients = []
-        for parameter in self.parameters:
-            assert parameter.grad is not None, "a parameter has no gradient"
-            gradients.append(parameter.grad)
-            parameter.grad = None
-        rows = self.row.new_zeros(self.shards.size, len(self.row))
-        self._copy(rows, gradients, to_rows=True)
-        row = reduce_scatter(rows, self.shards, "backward", dim=0)  # (1, W)
+        self.collect()
+        assert self.rows is not None
+        row = reduce_scatter(self.rows, self.shards, "backward", dim=0)  # (1, W)
+        self.rows = None
         self.show(gathered=False)
         for i, place in enumerate(self.places[self.shards.rank]):
             self.parameters[i].grad = row[0, place].view(self.slices[i].shape)
 
     @torch.no_grad()
-    def _copy(self, rows: Tensor, whole: list[Tensor], to_rows: bool) -> None:
+    def _fill(self, whole: list[Tensor], rows: Tensor) -> None:
         for part, places in enumerate(self.places):
             for place, tensor, spec in zip(places, whole, self.specs, strict=True):
-                slice_of_row = rows[part, place].view(spec.box_shape(part))
-                slice_of_whole = tensor[spec.box(part)]
-                if to_rows:
-                    slice_of_row.copy_(slice_of_whole)
-                else:
-                    slice_of_whole.copy_(slice_of_row)
+                tensor[spec.box(part)].copy_(rows[part, place].view(spec.box_shape(part)))

@@ -38,6 +38,7 @@ class Unit:
         self.is_gathered = False
         self.is_fresh = False  # whether the whole tensors are what the slices are
         self.gathering: Pending | None = None
+        self.rows: Tensor | None = None  # (S, W): the whole gradients, until they are summed
         self.scattering: Pending | None = None
         self.gradient: Tensor | None = None  # (1, W): this rank's row of the sum so far
         self.show(gathered=False)
@@ -69,7 +70,7 @@ class Unit:
             for whole, spec in zip(self.whole, self.specs, strict=True):
                 size = math.prod(spec.gathered_shape) * whole.element_size()
                 whole.untyped_storage().resize_(size)
-            self._copy(rows, self.whole, to_rows=False)
+            self._fill(self.whole, rows)
             self.is_fresh = True
         self.show(gathered=True)
 
@@ -84,17 +85,26 @@ class Unit:
             for whole in self.whole:
                 whole.untyped_storage().resize_(0)
 
-    def start_scatter(self) -> None:
-        """Sums the whole gradients over the shards, each of which gets its row; and frees them."""
-        gradients = []
+    @torch.no_grad()
+    def collect(self) -> None:
+        """Adds the whole gradients to the rows, and frees them."""
+        is_first = self.rows is None
+        if self.rows is None:
+            self.rows = self.row.new_empty(self.shards.size, len(self.row))
+        for part, places in enumerate(self.places):
+            self.rows[part, places[-1].stop :] = 0
+            for place, parameter, spec in zip(places, self.parameters, self.specs, strict=True):
+                assert parameter.grad is not None, "a parameter has no gradient"
+                slice_of_row = self.rows[part, place].view(spec.box_shape(part))
+                slice_of_whole = parameter.grad[spec.box(part)]
+                (slice_of_row.copy_ if is_first else slice_of_row.add_)(slice_of_whole)
         for parameter in self.parameters:
-            assert parameter.grad is not None, "a parameter has no gradient"
-            gradients.append(parameter.grad)
             parameter.grad = None
-        rows = self.row.new_empty(self.shards.size, len(self.row))
-        for row, places in zip(rows, self.places, strict=True):
-            row[places[-1].stop :] = 0
-        self._copy(rows, gradients, to_rows=True)
+
+    def start_scatter(self) -> None:
+        """Sums the rows over the shards, each of which gets its own."""
+        assert self.rows is not None
+        rows, self.rows = self.rows, None
         self.scattering = start_reduce_scatter(rows, self.shards, "backward", dim=0)
 
     def finish_scatter(self) -> None:
@@ -113,12 +123,7 @@ class Unit:
         self.gradient = None
 
     @torch.no_grad()
-    def _copy(self, rows: Tensor, whole: list[Tensor], to_rows: bool) -> None:
+    def _fill(self, whole: list[Tensor], rows: Tensor) -> None:
         for part, places in enumerate(self.places):
             for place, tensor, spec in zip(places, whole, self.specs, strict=True):
-                slice_of_row = rows[part, place].view(spec.box_shape(part))
-                slice_of_whole = tensor[spec.box(part)]
-                if to_rows:
-                    slice_of_row.copy_(slice_of_whole)
-                else:
-                    slice_of_whole.copy_(slice_of_row)
+                tensor[spec.box(part)].copy_(rows[part, place].view(spec.box_shape(part)))

@@ -252,11 +252,13 @@ def trained_in_bf16(
 
 
 def check_bf16() -> None:
-    context = init_parallel(ParallelConfig(dp_size=3, zero=3))
-    plain, wide = trained_in_bf16(context, None)
-    found, short = trained_in_bf16(context, torch.bfloat16)
-    assert (wide, short) == ({torch.float32}, {torch.bfloat16})
-    assert all(torch.equal(found[name], plain[name]) for name in plain)
+    first = init_parallel(ParallelConfig(dp_size=3))
+    for level in (1, 2, 3):
+        context = replace(first, parallel=replace(first.parallel, zero=level))
+        plain, wide = trained_in_bf16(context, None)
+        found, short = trained_in_bf16(context, torch.bfloat16)
+        assert (wide, short) == ({torch.float32}, {torch.bfloat16})
+        assert all(torch.equal(found[name], plain[name]) for name in plain), level
 
 
 def test_weights_that_are_gathered_in_bf16_train_bitwise_alike() -> None:

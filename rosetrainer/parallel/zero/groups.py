@@ -76,15 +76,14 @@ def shard_model(
     """Lets the model be sharded as context.parallel.zero says; at level 0 it stays as it is.
 
     matrices: parameters that belong whole to one shard each, as Muon wants them. products: the
-    dtype of matrix products, in which level 3 gathers what blocks multiply; unless given, their
-    own.
+    dtype of matrix products, in which what blocks multiply is gathered; unless given, their own.
     """
     if not context.parallel.zero or context.dp.size == 1:
         return
     shards, replicas = shard_axes(context, timeout_seconds)
     owner, blocks = owners(matrices, shards.size), blocks_of(model)
     shorter = products is not None and products.itemsize < next(model.parameters()).itemsize
-    short = multiplied(blocks) if shorter and context.parallel.zero == 3 else set()
+    short = multiplied(blocks) if shorter else set()
 
     def unit_of(parameters: list[nn.Parameter]) -> GroupUnit:
         parameters.sort(key=short.__contains__)

@@ -1,4 +1,4 @@
-"""Weights that travel in the dtype of products: level 3 under bf16 gathers half as much.
+"""Weights that travel in the dtype of products: under bf16 half as much is gathered, and held.
 
 Letters: S shards; W numbers of the longest row. In a row (W,) of fp32 numbers slices in bf16 lie
 two in a number's place, behind all others.
@@ -67,9 +67,9 @@ class ShortUnit(Unit):
             self.gathering = start_all_gather(row[None], self.shards, phase, dim=0)
 
     @torch.no_grad()
-    def _copy(self, rows: Tensor, whole: list[Tensor], to_rows: bool) -> None:
-        if to_rows or self.layout is None:
-            super()._copy(rows, whole, to_rows)
+    def _fill(self, whole: list[Tensor], rows: Tensor) -> None:
+        if self.layout is None:
+            super()._fill(whole, rows)
             return
         for part, row in enumerate(rows):
             boxes = [w[s.box(part)] for w, s in zip(whole, self.specs, strict=True)]
