@@ -375,7 +375,7 @@ def spy_on_gathers(sharded: ShardedModel) -> list[int]:
         tensors = [tensor for one in sharded.units for tensor in one.whole]
         found.append(rows.nbytes + sum(t.untyped_storage().nbytes() for t in tensors))
 
-    original, Unit._fill = Unit._fill, fill  # type: ignore[method-assign]
+    original, Unit._fill = Unit._fill, fill  # type: ignore[assignment, method-assign]
     return found
 
 

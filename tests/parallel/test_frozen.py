@@ -28,12 +28,12 @@ def frozen_blocks_held(sharded: PartlyFrozen) -> list[int]:
     """From now on, of how many blocks the frozen parameters are whole when some have come."""
     found: list[int] = []
 
-    def copy(unit: Unit, rows: Tensor, whole: list[Tensor], to_rows: bool) -> None:
-        original(unit, rows, whole, to_rows)
+    def fill(unit: Unit, whole: list[Tensor], rows: Tensor) -> None:
+        original(unit, whole, rows)
         blocks = [one.whole[0].untyped_storage().nbytes() > 0 for one in sharded.frozen[1:]]
         found.append(sum(blocks))
 
-    original, Unit._copy = Unit._copy, copy  # type: ignore[assignment, method-assign]
+    original, Unit._fill = Unit._fill, fill  # type: ignore[assignment, method-assign]
     return found
 
 
