@@ -158,6 +158,17 @@ def test_a_killed_run_with_other_flags_goes_on_bitwise(
     assert Finished.of(out) == never_interrupted[0]
 
 
+def test_a_run_whose_ranks_hold_slices_goes_on_bitwise(markov: Path, tmp_path: Path) -> None:
+    """Killed in a backward pass of level 3, which gathers in bf16."""
+    flags = [*FLAGS, "--dp-size", "2", "--zero", "3", "--dtype", "bfloat16", "--data", str(markov)]
+    out, whole = tmp_path / "run", tmp_path / "whole"
+    assert run(2, [*flags, "--out", str(whole)]).statuses == [0, 0]
+    command = [*flags, "--out", str(out)]
+    assert run(2, command, Fault(1, 5, "backward", kill)).statuses[1] == -9
+    assert run(2, command).statuses == [0, 0]
+    assert Finished.of(out) == Finished.of(whole)
+
+
 def test_all_ranks_killed_at_once(
     markov: Path, tmp_path: Path, never_interrupted: list[Finished]
 ) -> None:
