@@ -25,7 +25,8 @@ if "RANK" in os.environ:  # a rank that is being started and has not come to run
         time.sleep(0.005)
 
 from rosetrainer.launch import launcher, stop  # noqa: E402
-from rosetrainer.launch.rank import ERROR_REPORT, RankError, run_rank  # noqa: E402
+from rosetrainer.launch.errors import RankError  # noqa: E402
+from rosetrainer.launch.rank import ERROR_REPORT, run_rank  # noqa: E402
 from rosetrainer.validation import ConfigError  # noqa: E402
 
 

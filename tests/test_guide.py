@@ -48,7 +48,7 @@ def printed(folder: Path, script: str, rank: int) -> str:
     """What the script prints on this rank, and the error as it would be reported."""
     found = io.StringIO()
     with imports_of(folder), contextlib.redirect_stdout(found):
-        from rosetrainer.launch.rank import RankError
+        from rosetrainer.launch.errors import RankError
         from rosetrainer.validation import ConfigError
 
         module = import_module(script)

@@ -17,8 +17,9 @@ import time
 from pathlib import Path
 
 from rosetrainer.environment import LAUNCHED, name_ranks, usable_cores
+from rosetrainer.launch.errors import memory_advice
 from rosetrainer.launch.interfaces import INTERFACE, local_interface
-from rosetrainer.launch.rank import ERROR_FILE, PIPE_CLOSED, RENDEZVOUS_DIR, memory_advice
+from rosetrainer.launch.rank import ERROR_FILE, PIPE_CLOSED, RENDEZVOUS_DIR
 from rosetrainer.launch.stop import STOP, on_signals
 from rosetrainer.validation import ConfigError
 

@@ -8,20 +8,17 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import signal
 import sys
 import threading
 import time
-import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
-from errno import EACCES, EDQUOT, EFBIG, ENOSPC, EROFS
 from pathlib import Path
 from typing import NoReturn
 
 from rosetrainer import environment
-from rosetrainer.durable_files import room, short
+from rosetrainer.launch.errors import explain, lost_connection
 from rosetrainer.validation import ConfigError
 
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # variable, torchrun's too: a rank leaves its error there
@@ -31,18 +28,6 @@ PIPE_CLOSED = 128 + signal.SIGPIPE  # exit status when nobody reads our output a
 LATER = 60
 """Seconds added to the time of an error that follows from another rank's, so that the launcher
 takes that one for the cause: clocks of machines differ, and torchrun compares whole seconds."""
-
-LOST = (
-    *("Connection closed by peer", "Connection reset by peer", "Broken pipe"),
-    *("remote process exited", "NCCL communicator was aborted"),
-    "Connection was likely closed",  # to whoever keeps the store
-)
-NO_ROOM = [os.strerror(code) for code in (ENOSPC, EFBIG, EDQUOT, EROFS, EACCES)]
-NO_MEMORY = ("allocate memory", "not enough memory", "out of memory", "_ALLOC_FAILED")
-
-
-class RankError(Exception):
-    """An error with all that a user needs to know of it, in a few lines."""
 
 
 @dataclass
@@ -90,7 +75,7 @@ def end_rank(error: Exception) -> NoReturn:
     else:  # they have not met: a mistake of the user's is one of all ranks
         alone = isinstance(error, environment.PlaceError) or not isinstance(error, ConfigError)
         first = alone or environment.reports_for_machine()
-    follows = not first or _says(error, LOST)
+    follows = not first or lost_connection(error)
     if not record(f"error: {text}", now + LATER * follows) and first:
         print(f"error: {text}", file=sys.stderr)
     with contextlib.suppress(OSError):
@@ -113,50 +98,3 @@ def record(text: str, when: float) -> bool:
     counts = ("TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS")
     made, most = (int(os.environ.get(name, "0")) for name in counts)
     return environment.LAUNCHED in os.environ or made >= most
-
-
-def explain(error: Exception, folder: Path | None) -> tuple[str, int]:
-    """What to tell of it, and the exit status, 2 where the user can mend it.
-
-    folder: of the training run, where it has begun: a traceback goes into a file there.
-    """
-    if isinstance(error, ConfigError | RankError):
-        return str(error), 2 if isinstance(error, ConfigError) else 1
-    if _says(error, NO_ROOM):
-        where = folder or Path.cwd()
-        what = f"cannot write in {where}: {short(error)}; {room(where)} bytes can be written there"
-        return f"{what}; free some space, and the same command goes on", 2
-    rank, world_size = 0, 1
-    with contextlib.suppress(environment.PlaceError):
-        rank, world_size, _, _ = environment.world_from_environment()
-    who, trace = f"rank {rank} of {world_size}", "".join(traceback.format_exception(error)).rstrip()
-    if _says(error, LOST):
-        what = f"rank {rank} has lost its connection to another rank, which has ended"
-        return f"{what}; the same command goes on from the last checkpoint", 1
-    if isinstance(error, MemoryError) or _says(error, NO_MEMORY):
-        asked = re.search(r"tried to allocate ([\d.]+ \w+)", str(error), re.IGNORECASE)
-        for_what = f" when it asked for {asked[1]} more" if asked else ""
-        return f"{who} ran out of memory{for_what}\n  {memory_advice()}", 1
-    if folder:
-        file = folder / f"error_rank_{rank:05d}.txt"
-        with contextlib.suppress(OSError):
-            file.write_text(trace)
-            last = traceback.extract_tb(error.__traceback__)[-1]
-            place = f"{last.filename}, line {last.lineno}, in {last.name}"
-            what = traceback.format_exception_only(error)[0].partition("\n")[0]
-            return f"{who} failed: {what}\n  {place}\n  the whole traceback: {file}", 1
-    return f"{who} failed:\n{trace}", 1
-
-
-def _says(error: Exception, reasons: Iterable[str]) -> bool:
-    """torch, safetensors and the system alike tell in its text alone what an error is about."""
-    return any(reason in str(error) for reason in reasons)
-
-
-def memory_advice() -> str:
-    return (
-        "training needs less with a smaller --micro-batch-size or with --recompute block, "
-        "--zero 3 lets the ranks of --dp-size share the model, and more ranks with --tp-size do; "
-        "the same flags after "
-        f"`{environment.trainer_command()} plan` predict how much"
-    )

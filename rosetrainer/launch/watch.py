@@ -17,8 +17,9 @@ import torch
 import torch.distributed as dist
 
 from rosetrainer.heartbeat import HEARTBEAT, IdleClock
+from rosetrainer.launch.errors import RankError
 from rosetrainer.launch.process_group import START_SECONDS, store_host
-from rosetrainer.launch.rank import ERROR_REPORT, RankError, end_rank
+from rosetrainer.launch.rank import ERROR_REPORT, end_rank
 
 POLL_SECONDS = 0.25
 FOLLOW_SECONDS = 5.0  # a rank stays after another one has reported what hangs, or is about to

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rosetrainer.launch.rank import RankError
+from rosetrainer.launch.errors import RankError
 from rosetrainer.optim.non_finite import NonFiniteGradientError
 from rosetrainer.parallel.comm import all_reduce
 from rosetrainer.parallel.context import ParallelContext

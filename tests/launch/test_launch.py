@@ -25,14 +25,9 @@ from launch_probe import state
 from ranks import LONGEST_SECONDS
 
 from rosetrainer.environment import usable_cores
+from rosetrainer.launch.errors import explain
 from rosetrainer.launch.launcher import launch
-from rosetrainer.launch.rank import (
-    ERROR_FILE,
-    ERROR_REPORT,
-    LATER,
-    explain,
-    record,
-)
+from rosetrainer.launch.rank import ERROR_FILE, ERROR_REPORT, LATER, record
 from rosetrainer.launch.stop import StopRequest
 from rosetrainer.launch.watch import HangWatch
 from rosetrainer.validation import ConfigError

@@ -17,7 +17,7 @@ from once import Once
 from ranks import run_ranks
 from torch import Tensor, nn
 
-from rosetrainer.launch.rank import RankError
+from rosetrainer.launch.errors import RankError
 from rosetrainer.parallel.comm import reduce_from_tensor_parallel_region
 from rosetrainer.parallel.context import Axis, ParallelContext, init_tensor_parallel
 from rosetrainer.parallel.replicated import mark_replicated

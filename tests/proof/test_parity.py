@@ -15,7 +15,7 @@ from rosetrainer.commands import parity
 from rosetrainer.config import IGNORED, GPTConfig, OptimConfig, ParallelConfig
 from rosetrainer.hardware import attention_blocks, onednn
 from rosetrainer.hardware.attention_blocks import BLOCK
-from rosetrainer.launch.rank import explain
+from rosetrainer.launch.errors import explain
 from rosetrainer.optim import optimizer
 from rosetrainer.parallel import comm, overlap
 from rosetrainer.parallel.context import ParallelContext, init_parallel
