@@ -153,6 +153,9 @@ ZEROS = (
     Layout(*((2, 2), True, "none", 0.1, True, False, 29, True, 2), zero=(3, False, 1)),
     Layout(*((2, 2), False, "none", 0.0, True, True, 29, False, 1), KEYS, zero=(3, True, 1)),
     Layout(*((1, 2), False, "none", 0.1, True, False, 139, False, 2), T5, zero=(3, False, 1)),
+    Layout(*((1, 4), False, "none", 0.1, True, True, 29, False, 1), BERT, zero=(3, False, 2)),
+    Layout(*((2, 2), True, "attention", 0.0, True, False, 139, False, 2), GLM, zero=(3, False, 1)),
+    Layout(*((1, 2), False, "block", 0.1, False, False, 29, False, 2), XL, zero=(3, True, 1)),
 )
 FROZEN = (
     Layout(
