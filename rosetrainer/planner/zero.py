@@ -70,7 +70,8 @@ def memory(
     """Bytes that one of the shards holds from step to step, and of what it gathers for a while.
 
     Parameters lie in rows of W; where only moments are cut, or gradients too, whole beside them. At
-    level 3 what is gathered is unit 0, a block, and the rows of one that come or have come.
+    level 3 what is gathered is unit 0, first with its rows, then with a block and the rows of one
+    that come or have come.
     """
     shards = shards_of(parallel)
     each = rows_to_gather(sizes, parallel, work)
@@ -87,5 +88,5 @@ def memory(
     }
     if of_level_3:
         blocks = sum(whole[1:]) if parallel.zero_keep else max(whole[1:])
-        found["gathered"] = whole[0] + blocks + max(each[1:])
+        found["gathered"] = whole[0] + max(each[0], blocks + max(each[1:]))
     return found
