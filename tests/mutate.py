@@ -42,7 +42,7 @@ LAYOUT = "models/test_llama.py::test_a_layout_equals_the_oracle"
 LLAMA = [f"{LAYOUT}[tp4-two-hold-a-head]", f"{LAYOUT}[tp2-dp2-sequence-parallel]"]
 PIPELINE = ["parallel/test_schedule.py", "parallel/test_pipeline_beside_torch.py"]
 SINGLE = ["parallel/test_pipeline.py::test_a_schedule_computes_what_one_process_does"]
-ZERO = ["parallel/test_zero_beside_torch.py", "parallel/test_zero.py"]
+ZERO = [f"parallel/test_{name}.py" for name in ("zero_beside_torch", "zero", "frozen")]
 LATTICE = ["proof/test_lattice.py"]
 SIZES = ["test_model_size.py"]
 WRITES = ["training/test_pipelined_runs.py::test_every_layout_writes_the_same_text"]
@@ -88,6 +88,7 @@ TESTS: dict[str, tuple[list[str], list[str]]] = {
     "optim/adamw.py": (["training/test_training_parity.py", "optim/test_clip.py"], LATTICE),
     "optim/casts.py": (["optim/test_casts.py"], ["hardware/test_block_compile.py"]),
     "optim/clip.py": (["optim/test_clip.py", "training/test_training_parity.py"], LATTICE),
+    "optim/frozen.py": (["parallel/test_frozen.py"], []),
     "optim/muon.py": (["optim/test_muon.py"], MUON),
     "optim/non_finite.py": (["parallel/test_techniques.py", "optim/test_clip.py"], []),
     "optim/optimizer.py": (["training/test_training_parity.py", "optim/test_muon.py"], LATTICE),

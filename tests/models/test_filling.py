@@ -114,6 +114,8 @@ def test_a_span_ends_where_the_context_does() -> None:
         text, ids = filled(prompt, **GLM)
         assert len(ids) == length and text.startswith("a" * (length - 1))
         check_room(ids, config_of(**GLM))
+    text, ids = filled("a" * 20 + "[MASK]b[MASK]", **GLM)
+    assert len(ids) == 23 and text.endswith("b")  # the first blank has taken the last place
     with pytest.raises(ConfigError, match="the prompt has 24 tokens, and context_length=24 has no"):
         check_room([0] * 24, config_of(**GLM))
 

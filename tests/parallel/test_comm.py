@@ -93,6 +93,7 @@ def check_primitives(tp_size: int) -> None:
     assert torch.equal(x, before)
     first = comm.broadcast_(x.clone().contiguous(), tp, "forward")
     assert torch.equal(first, before - 100 * r)
+    assert tp.ledger.entries["broadcast", "forward"].payload_bytes == x.numel() * 4
     sending = comm.start_send(x, tp, (r + 1) % n, "forward")
     received = comm.start_receive(torch.empty(x.shape), tp, (r - 1) % n, "forward").wait()
     assert torch.equal(received, before - 100 * r + 100 * ((r - 1) % n))

@@ -180,6 +180,22 @@ def test_logits_beyond_what_an_exponential_holds_are_taken() -> None:
         assert_equal(name, found[name], expected[name])
 
 
+def check_groups_apart() -> None:
+    context = init_parallel(ParallelConfig(tp_size=2))
+    weight = random(V, D, seed=1) * (1, 1000)[context.dp.rank]
+    x, labels = random(B, T, D, seed=2), labels_of_every_slice()
+    expected, found = (
+        dense_loss(x, weight, labels),
+        our_loss(table_with(weight, context.tp), x, labels),
+    )
+    for name in ("mean", "losses", "x.grad"):
+        assert_equal(name, found[name], expected[name])
+
+
+def test_the_largest_logit_is_that_of_the_group_s_own_tokens() -> None:
+    run_ranks(4, check_groups_apart)
+
+
 def test_a_second_backward_is_refused_for_the_gradient_has_been_scaled() -> None:
     table, x = table_with(random(V, D, seed=1), Axis("tp")), random(B, T, D, seed=2)
     mean, _ = table.loss(x.requires_grad_(), labels_of_every_slice())
