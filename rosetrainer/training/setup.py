@@ -46,7 +46,7 @@ from rosetrainer.optim.precision import autocast_for
 from rosetrainer.parallel.comm import all_reduce
 from rosetrainer.parallel.context import Axis, ParallelContext, end_parallel, init_parallel
 from rosetrainer.parallel.sharding import init_weights
-from rosetrainer.parallel.zero.groups import shard_model
+from rosetrainer.parallel.zero.groups import in_slices, shard_model
 from rosetrainer.reporting.messages import (
     describe,
     introduce,
@@ -212,7 +212,9 @@ def build(
 ) -> tuple[GPTModel, AdamW, TrainingState]:
     """The model and its optimizer, as the checkpoint has them, or with their initial weights: those
     of --init-from, or random ones."""
-    model = build_model(config.model, context)
+    # No rank ever holds all of what is in slices: shard_model makes a unit at a time whole.
+    device = torch.device("meta") if in_slices(context) else context.device
+    model = build_model(config.model, replace(context, device=device))
     if dtype == torch.float64:
         model.double()
     freeze(model, config.optim.freeze)

@@ -75,6 +75,7 @@ def shard_model(
 ) -> None:
     """Lets the model be sharded as context.parallel.zero says; at level 0 it stays as it is.
 
+    At level 3 it may be one of shapes alone, on the meta device: so no more than a unit is whole.
     matrices: parameters that belong whole to one shard each, as Muon wants them. products: the
     dtype of matrix products, in which what blocks multiply is gathered; unless given, their own.
     """
@@ -94,7 +95,11 @@ def shard_model(
             dim = dim_of_slices(shape_of(spec.index), shards.size)
             cut = GroupCut(context.dp, dim, replicas.size, owner=owner.get(parameter))
             specs.append(zero_spec(spec, cut))
-        return GroupUnit(parameters, specs, (shards, replicas), dtypes)
+            if parameter.is_meta:
+                give_memory(parameter, context.device)
+        unit = GroupUnit(parameters, specs, (shards, replicas), dtypes)
+        unit.release(in_slices(context))
+        return unit
 
     trained = parts(model, blocks, trained=True)
     units, later = [unit_of(own) for _, own in trained], [module for module, _ in trained[1:]]
@@ -103,6 +108,19 @@ def shard_model(
     if still and context.parallel.zero == 3:
         sharded = partial(PartlyFrozen, frozen=[(module, unit_of(own)) for module, own in still])
     model.sharded = sharded(model, later, units, context.parallel)
+
+
+def in_slices(context: ParallelContext) -> bool:
+    """Whether parameters themselves are sharded."""
+    return context.parallel.zero == 3 and context.dp.size > 1
+
+
+def give_memory(parameter: nn.Parameter, device: torch.device) -> None:
+    """To one on the meta device, in place; it is empty."""
+    spec, trained = shard_spec(parameter), parameter.requires_grad
+    empty = nn.Parameter(torch.empty_like(parameter, device=device), trained)
+    torch.utils.swap_tensors(parameter, empty)
+    parameter.shard_spec = spec  # type: ignore[attr-defined]
 
 
 def shard_axes(context: ParallelContext, timeout_seconds: float) -> tuple[Axis, Axis]:
