@@ -88,7 +88,7 @@ TESTS: dict[str, tuple[list[str], list[str]]] = {
     "optim/adamw.py": (["training/test_training_parity.py", "optim/test_clip.py"], LATTICE),
     "optim/casts.py": (["optim/test_casts.py"], ["hardware/test_block_compile.py"]),
     "optim/clip.py": (["optim/test_clip.py", "training/test_training_parity.py"], LATTICE),
-    "optim/frozen.py": (["parallel/test_frozen.py"], []),
+    "optim/frozen.py": (["training/test_freeze.py", "parallel/test_frozen.py"], []),
     "optim/muon.py": (["optim/test_muon.py"], MUON),
     "optim/non_finite.py": (["parallel/test_techniques.py", "optim/test_clip.py"], []),
     "optim/optimizer.py": (["training/test_training_parity.py", "optim/test_muon.py"], LATTICE),
