@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from bisect import bisect, bisect_left
 from typing import Any
 
@@ -57,6 +58,7 @@ class Allocated:
 
     def __enter__(self) -> Allocated:
         gc.collect()  # what is freed later would count as if it had been given inside
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler tells of its start and end
         self.profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True).__enter__()
         return self
 
