@@ -24,6 +24,7 @@ from rosetrainer.optim.precision import Autocast
 from rosetrainer.parallel.context import Axis, ParallelContext
 from rosetrainer.parallel.dropout import DropoutSeed
 from rosetrainer.parallel.replicas import check_replicas
+from rosetrainer.parallel.zero.frozen import gather_outside
 from rosetrainer.parallel.zero.sharded_model import sharding_of
 from rosetrainer.reporting.reporter import Reporter
 from rosetrainer.training.agreement import agree_to_stop
@@ -116,10 +117,13 @@ class Trainer:
 
     def evaluate(self) -> None:
         """Reports the validation loss, unless a signal to stop comes first."""
+        sharded = sharding_of(self.model)
+        if sharded:
+            gather_outside(sharded)
         found = evaluate(
             self.config, self.corpus, self.model, self.context, self.autocast, self.wants_to_stop
         )
-        if sharded := sharding_of(self.model):
+        if sharded:
             sharded.release()
         if found is not None:
             loss = found[0]["val/loss"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ def test_a_run_goes_through_layouts_as_in_one_process(markov: Path, tmp_path: Pa
     config = TrainConfig(model, optim=optim).with_settings(
         data=markov,
         steps=STEPS,
-        eval_every=0,
+        eval_every=1,
         eval_tokens=64,
         threads=1,
         dtype="float64",
@@ -54,6 +55,22 @@ def test_a_run_goes_through_layouts_as_in_one_process(markov: Path, tmp_path: Pa
         found = moved[name].view_as(start)
         assert torch.equal(found, start) == (name in frozen)
         assert any(key.startswith(f"{name}/") for key in moved) == (name not in frozen)
+
+
+def test_a_head_that_is_trained_alone_is_evaluated_at_each_level(
+    markov: Path, tmp_path: Path
+) -> None:
+    """An evaluation calls parts of the model, not the model itself."""
+    config = tiny(markov, tmp_path, tied=False, steps=2, eval_every=1, dtype="float64", dp_size=2)
+    config = config.with_settings(freeze="*embedding*,blocks.*,final_norm*")
+    logs = set()
+    for level in (0, 1, 3):
+        out = tmp_path / str(level)
+        run_ranks(2, train_here, config.with_settings(zero=level, out=out), 2, 0)
+        lines = map(json.loads, (out / "log.jsonl").read_text().splitlines())
+        logs.add(tuple(one[key] for one in lines for key in one if key.endswith("/loss")))
+    assert len(logs) == 1
+    assert len(logs.pop()) == 4
 
 
 def refusal(config: TrainConfig, **changes: Any) -> str:

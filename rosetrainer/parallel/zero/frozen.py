@@ -68,6 +68,13 @@ class PartlyFrozen(ShardedModel):
             self.frozen[number - 1].start_gather("backward")
 
 
+def gather_outside(sharded: ShardedModel) -> None:
+    """What stands outside of blocks, for those who call parts of the model and not the model."""
+    sharded._before_forward(0)
+    if isinstance(sharded, PartlyFrozen):
+        sharded._before_use(0)
+
+
 def parts(
     model: nn.Module, blocks: Sequence[nn.Module], trained: bool
 ) -> list[tuple[nn.Module, list[nn.Parameter]]]:
