@@ -14,7 +14,7 @@ from rosetrainer.hardware import attention_blocks, onednn
 
 @contextmanager
 def fast_kernels(dtype: torch.dtype, device: torch.device, enabled: bool = True) -> Iterator[None]:
-    """Training in dtype goes inside: where a kernel of ours is faster, F calls it meanwhile.
+    """Training in dtype goes inside: where a kernel of ours is faster, torch calls it meanwhile.
 
     For the backward pass too, in which recompute computes activations as they were computed.
     Not enabled, torch's own compute everything, as right and at times slower.
@@ -22,6 +22,8 @@ def fast_kernels(dtype: torch.dtype, device: torch.device, enabled: bool = True)
     ours: dict[tuple[Any, str], Any] = {}
     if enabled and onednn.is_faster(dtype, device):
         ours[F, "linear"] = onednn.linear
+        # What the head computes the gradients of its input and of its weight by.
+        ours |= {(torch, "mm"): onednn.mm, (torch.Tensor, "addmm_"): onednn.addmm_}
     if enabled and dtype == torch.bfloat16 and device.type == "cpu":
         ours[F, "scaled_dot_product_attention"] = attention_blocks.attention
     with replaced(ours):

@@ -1,8 +1,8 @@
 """fp32 products on an AMD processor: by oneDNN, where torch would take MKL, which is Intel's.
 
 MKL does not run its best kernels there. With oneDNN's a product and the gradient of its input take
-a tenth to a fifth less time; the gradient of the weight does not, and stays torch's. bf16 products
-are oneDNN's anyway.
+a tenth to a fifth less time, and where the processor has AVX512, half; the gradient of the weight
+only there, and is torch's elsewhere. bf16 products are oneDNN's anyway.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from torch.autograd.function import once_differentiable
 
 from rosetrainer.hardware.performance import cpu_words
 
-TORCHS_LINEAR = F.linear
+TORCHS_LINEAR, TORCHS_MM, TORCHS_ADDMM_ = F.linear, torch.mm, torch.Tensor.addmm_
+ROWS_OF_A_SUM = 2048  # of addmm_, so that they stay in the cache between the product and the sum
 
 
 def is_faster(dtype: torch.dtype, device: torch.device) -> bool:
@@ -29,6 +30,11 @@ def is_faster(dtype: torch.dtype, device: torch.device) -> bool:
 def is_amd() -> bool:
     """Whether the processor is AMD's and torch has oneDNN."""
     return "AuthenticAMD" in cpu_words() and torch.backends.mkldnn.is_available()
+
+
+@cache
+def has_avx512() -> bool:
+    return "avx512f" in cpu_words()
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -52,7 +58,34 @@ class _Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         rows = gradient.flatten(0, -2)
         bias_gradient = rows.sum(0) if ctx.has_bias else None
-        return product(gradient, weight.T), rows.T @ x.flatten(0, -2), bias_gradient
+        return product(gradient, weight.T), mm(rows.T, x.flatten(0, -2)), bias_gradient
+
+
+def mm(a: Tensor, b: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """As torch.mm: (n, k) times (k, m) -> (n, m)."""
+    if not are_for_onednn(a, b):
+        return TORCHS_MM(a, b, out=out)
+    y = product(a, b.T)
+    return y if out is None else out.copy_(y)
+
+
+def addmm_(total: Tensor, a: Tensor, b: Tensor, **factors: float) -> Tensor:
+    """As Tensor.addmm_: (n, m) += (n, k) times (k, m)."""
+    if factors or not are_for_onednn(total, a, b):
+        return TORCHS_ADDMM_(total, a, b, **factors)
+    for block, rows in zip(total.split(ROWS_OF_A_SUM), a.split(ROWS_OF_A_SUM), strict=True):
+        block.add_(product(rows, b.T))
+    return total
+
+
+def are_for_onednn(*tensors: Tensor) -> bool:
+    """Whether oneDNN is faster in a product of these, which autograd need not know of.
+
+    Over nothing it has none, where torch's are zeros.
+    """
+    recorded = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    plain = all(x.dtype == torch.float32 and x.is_cpu and x.numel() for x in tensors)
+    return has_avx512() and plain and not recorded and not torch.compiler.is_compiling()
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
