@@ -72,10 +72,10 @@ class ParallelConfig:
     def check_zero(self, dp_size: int) -> None:
         """Raises ConfigError if the data-parallel ranks cannot divide what zero says."""
         zero, replicas = self.zero, self.dp_replicas
-        if zero and self.pp_size > 1:
+        if zero > 1 and self.pp_size > 1:
             raise ConfigError(
                 f"zero={zero} does not go with a pipeline yet, and pp_size={self.pp_size}; pp_size "
-                f"can be 1, or zero 0"
+                f"can be 1, or zero 0 or 1"
             )
         if zero and dp_size == 1:
             raise ConfigError(

@@ -28,6 +28,9 @@ from rosetrainer.parallel.dropout import DropoutSeed
 from rosetrainer.parallel.pipeline.runner import last_hidden, last_logits
 from rosetrainer.parallel.replicas import checksum
 from rosetrainer.parallel.sharding import draw_whole, gather_whole, load_whole, shard_spec
+from rosetrainer.parallel.zero.groups import shard_model
+from rosetrainer.parallel.zero.in_stages import whole_for_a_step
+from rosetrainer.parallel.zero.sharded_model import sharding_of
 from rosetrainer.parallel_config import STAGES_PER_RANK
 from rosetrainer.proof.oracles import build_reference
 from rosetrainer.proof.reference import ReferenceDropout, ReferenceGPT
@@ -55,9 +58,11 @@ class Layout:
     dropout: float = 0.0
     kv_heads: int | None = None
     """Of the Llama family; without any it is GPT-2."""
+    zero: int = 0
 
     def __str__(self) -> str:
         on = [f"pp {self.pp} x dp {self.dp} x tp {self.tp}", self.schedule]
+        on += [f"ZeRO {self.zero}"] * (self.zero > 0)
         on += [f"v {self.stages_per_rank}"] * bool(self.stages_per_rank)
         on += [f"m {self.micro_batches}", f"{self.layers} layers"]
         on += [f"as {self.stage_layers}"] * bool(self.stage_layers) + ["tied"] * self.tied
@@ -77,6 +82,7 @@ class Layout:
             pp_schedule=self.schedule,
             stages_per_rank=self.stages_per_rank,
             stage_layers=self.stage_layers,
+            zero=self.zero,
         )
 
     @property
@@ -214,6 +220,7 @@ def build(layout: Layout, context: ParallelContext) -> nn.Module:
     model = build_model(layout.model, context).double()
     whole = whole_weights(layout.model)
     load_whole(model, {name: whole[name] for name, _ in model.named_parameters()})
+    shard_model(model, context)
     return model
 
 
@@ -223,14 +230,14 @@ def train(layout: Layout, context: ParallelContext) -> dict[str, Any]:
     optimizer = build_optimizer(model, OPTIM)
     firsts = [(i * dp.size + dp.rank) * ROWS_EACH for i in range(layout.micro_batches)]
     found: dict[str, Any] = {"losses": [], "norms": []}
-    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    start = {name: whole.clone() for name, whole in gather_whole(model).items()}
     for step in range(STEPS):
         optimizer.zero_grad()
         ids, labels = batch(layout, step)
         seed = DropoutSeed(1, step)
         parts = [slice(first, first + ROWS_EACH) for first in firsts]
         if step == 0:
-            with torch.no_grad():
+            with torch.no_grad(), whole_for_a_step(sharding_of(model)):
                 found["logits"] = [
                     last_logits(
                         model, ids[p], context=context, seed=replace(seed, first_row=p.start)
@@ -264,13 +271,14 @@ def train(layout: Layout, context: ParallelContext) -> dict[str, Any]:
                 parameter.sub_(parameter.grad, alpha=SGD_RATE)
     found["rows"] = [row for first in firsts for row in range(first, first + ROWS_EACH)]
     found["weights"] = gather_whole(model)
-    found["stood still"] = [n for n, p in model.named_parameters() if bool((start[n] == p).all())]
+    found["stood still"] = [n for n, whole in found["weights"].items() if whole.equal(start[n])]
     for key in ("exp_avg", "exp_avg_sq"):
         found[key] = {
             name: shard_spec(p).unshard(optimizer.state[p][key], "checkpoint")
             for name, p in model.named_parameters()
         }
-    found["checksums"] = {n: int(checksum(p)) for n, p in model.named_parameters()}
+    alike = found["weights"] if layout.zero else dict(model.named_parameters())
+    found["checksums"] = {name: int(checksum(tensor)) for name, tensor in alike.items()}
     return found
 
 

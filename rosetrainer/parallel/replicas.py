@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from rosetrainer.parallel.comm import all_gather, all_reduce
 from rosetrainer.parallel.context import Axis, ParallelContext
-from rosetrainer.parallel.sharding import whole_specs
+from rosetrainer.parallel.sharding import shard_spec, whole_specs
 
 CHUNK = 2**16  # words of 16 bits
 
@@ -25,7 +25,8 @@ def check_replicas(model: nn.Module, context: ParallelContext, step: int) -> Non
 
     It names the first parameter, the rank, and the rank that it was compared with.
     """
-    parameters, specs = dict(model.named_parameters()), whole_specs(model)
+    parameters = dict(model.named_parameters())
+    specs = whole_specs(model) | {name: shard_spec(p) for name, p in parameters.items()}
     own = torch.zeros(len(specs), dtype=torch.int64, device=context.device)
     for index, name in enumerate(specs):
         if name in parameters:  # which another stage of a pipeline may have

@@ -219,7 +219,9 @@ def build(
         model.double()
     freeze(model, config.optim.freeze)
     timeout = config.monitor.timeout + WATCH_MARGIN_SECONDS
-    shard_model(model, context, whole_matrices(model, config.optim), dtype, timeout)
+    # A pipeline adds up its micro-batches' gradients as they are: in the weights' own dtype.
+    products = dtype if context.pp.size == 1 else None
+    shard_model(model, context, whole_matrices(model, config.optim), products, timeout)
     optimizer = build_optimizer(model, config.optim)
     if location.checkpoint is None:
         if config.run.init_from:

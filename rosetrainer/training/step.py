@@ -27,6 +27,7 @@ from rosetrainer.parallel.data_parallel import (
 )
 from rosetrainer.parallel.dropout import Seed
 from rosetrainer.parallel.pipeline.runner import accumulate_in_stages, sum_tied_gradients
+from rosetrainer.parallel.zero.in_stages import sum_into_slices, whole_for_a_step
 from rosetrainer.parallel.zero.sharded_model import sharding_of
 
 
@@ -43,6 +44,8 @@ def compute_gradients(
     Of a sharded model parameters and gradients are then this rank's slices.
     Raises NonFiniteGradientError on every rank if a gradient of one is not finite.
     """
+    if context.pp.size > 1:
+        return _compute_in_stages(model, batches, context, autocast, seed)
     if sharded := sharding_of(model):
         # Level 3 gathers weights as they are multiplied: copies would outlive what it frees.
         copies = nullcontext() if sharded.level == 3 else weights_cast_once()
@@ -55,16 +58,33 @@ def compute_gradients(
         return loss
     over_dp = GradientSum(model, context.dp)
     with fast_sums(context), weights_cast_once():
-        if context.pp.size > 1:
-            loss = accumulate_in_stages(model, batches, context, autocast, seed)
-        else:
-            backward = over_dp.backward if context.parallel.overlap else plain_backward
-            loss = accumulate_gradients(model, batches, context, autocast, seed, backward)
+        backward = over_dp.backward if context.parallel.overlap else plain_backward
+        loss = accumulate_gradients(model, batches, context, autocast, seed, backward)
     over_dp.wait()
     if math.isfinite(loss):
         check_gradients(model, context)  # before the sum, which gives the nan to every rank
-        sum_tied_gradients(model, context)
         reduce_gradients(model, context, over_dp)
+    return loss
+
+
+def _compute_in_stages(
+    model: nn.Module,
+    batches: Sequence[tuple[Any, ...]],
+    context: ParallelContext,
+    autocast: Autocast,
+    seed: Seed,
+) -> float:
+    """The same in a pipeline, in which sums over dp come after the last backward pass."""
+    sharded = sharding_of(model)
+    with fast_sums(context), whole_for_a_step(sharded):
+        with weights_cast_once():
+            loss = accumulate_in_stages(model, batches, context, autocast, seed)
+        if math.isfinite(loss):
+            check_gradients(model, context)
+            sum_tied_gradients(model, context)
+            if sharded:
+                sum_into_slices(sharded)
+            reduce_gradients(model, context)
     return loss
 
 

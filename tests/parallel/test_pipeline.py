@@ -53,6 +53,14 @@ def test_a_schedule_computes_what_one_process_does(name: str) -> None:
     check_ledger(layout, found)
 
 
+def test_level_1_of_zero_computes_what_one_process_does() -> None:
+    """Of three stages the one in the middle has blocks alone; the tied table is on both ends."""
+    layout = Layout(3, "zero-bubble", 5, 5, dp=2, dropout=0.1, zero=1)
+    found = pipelines.results([layout])[layout]
+    check_results(layout, found)
+    check_copies(layout, found)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_a_pipeline_computes_what_one_process_does(layout: Layout, results: Results) -> None:
     check_results(layout, results[layout])

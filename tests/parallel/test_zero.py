@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from oracle import TOLERANCE, assert_all_equal, dense_model, gradients, random_batch, tiny_config
 from ranks import run_ranks
 from torch import Tensor
@@ -20,12 +21,12 @@ from rosetrainer.optim.muon import hidden_layers
 from rosetrainer.optim.non_finite import NonFiniteGradientError
 from rosetrainer.optim.optimizer import build_optimizer
 from rosetrainer.optim.precision import autocast_for
-from rosetrainer.parallel.context import ParallelContext, init_parallel
+from rosetrainer.parallel.context import Axis, ParallelContext, init_parallel
 from rosetrainer.parallel.dropout import DropoutSeed
 from rosetrainer.parallel.replicas import check_replicas, checksum
 from rosetrainer.parallel.sharding import gather_whole, load_whole, shard_spec
 from rosetrainer.parallel.zero.cut import dim_of_slices
-from rosetrainer.parallel.zero.groups import shard_model
+from rosetrainer.parallel.zero.groups import shard_axes, shard_model
 from rosetrainer.parallel.zero.sharded_model import sharding_of
 from rosetrainer.proof.reference import ReferenceDropout
 from rosetrainer.training.step import compute_gradients
@@ -220,7 +221,7 @@ def test_a_bad_gradient_is_named_before_it_is_summed(level: int) -> None:
         ({"dp_size": 4, "zero": 1, "dp_replicas": 4}, "dp_replicas=4 .* it can be 1 or 2"),
         ({"dp_size": 4, "dp_replicas": 2}, "dp_replicas=2 .* zero can be 1, 2 or 3"),
         ({"dp_size": 4, "zero": 2, "zero_keep": True}, "zero=2; zero can be 3"),
-        ({"dp_size": 2, "zero": 1, "pp_size": 2}, "zero=1 does not go with a pipeline yet"),
+        ({"dp_size": 2, "zero": 2, "pp_size": 2}, "zero=2 does not go with a pipeline yet"),
         ({"dp_size": 2, "zero": 4}, "zero=4 must be"),
     ],
 )
@@ -228,6 +229,24 @@ def test_what_zero_cannot_divide_is_refused(sizes: dict[str, Any], message: str)
     world = sizes["dp_size"] * sizes.get("pp_size", 1)
     with pytest.raises(ConfigError, match=message):
         ParallelConfig(**{"tp_size": 1, **sizes}).resolve(world)
+
+
+def test_groups_of_shards_lie_within_a_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[list[list[int]]] = []
+
+    def group_of(groups: list[list[int]], timeout: object) -> tuple[None, None]:
+        made.append(groups)
+        return None, None
+
+    monkeypatch.setattr(dist, "new_subgroups_by_enumeration", group_of)
+    monkeypatch.setattr(dist, "get_rank", lambda _: 0)
+    parallel = ParallelConfig(dp_replicas=2)
+    shard_axes(
+        ParallelContext(Axis("tp", 2), Axis("dp", 4), pp=Axis("pp", 2), parallel=parallel), 1
+    )
+    shards, replicas = made
+    assert shards == [[0, 2], [1, 3], [4, 6], [5, 7], [8, 10], [9, 11], [12, 14], [13, 15]]
+    assert replicas == [[0, 4], [1, 5], [2, 6], [3, 7], [8, 12], [9, 13], [10, 14], [11, 15]]
 
 
 def trained_in_bf16(

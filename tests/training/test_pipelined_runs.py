@@ -51,9 +51,10 @@ MOVES: list[tuple[int, dict[str, Any]]] = [
     (2, {"pp_size": 2}),
     (4, {"pp_size": 4, "pp_schedule": "zero-bubble"}),
     (4, {"pp_size": 2, "tp_size": 2, "pp_schedule": "interleaved", "sequence_parallel": True}),
-    (4, {"pp_size": 2, "dp_size": 2, "pp_schedule": "zero-bubble-v", "recompute": "block"}),
+    (4, {"pp_size": 2, "dp_size": 2, "pp_schedule": "zero-bubble-v", "recompute": "block",
+         "zero": 1, "check_replicas": 1, "eval_every": 5}),
     (2, {"tp_size": 2}),
-]
+]  # fmt: skip
 
 
 def test_a_run_goes_through_pipelines_and_computes_what_one_process_does(

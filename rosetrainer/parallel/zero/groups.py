@@ -125,18 +125,19 @@ def give_memory(parameter: nn.Parameter, device: torch.device) -> None:
 
 def shard_axes(context: ParallelContext, timeout_seconds: float) -> tuple[Axis, Axis]:
     """The axes of the shards, neighbours on dp, and of those that hold the same shard."""
-    dp, tp_size, replicas = context.dp, context.tp.size, context.parallel.dp_replicas
+    dp, tp, replicas = context.dp, context.tp, context.parallel.dp_replicas
     if replicas == 1:
         return dp, Axis("replicas")
-    ranks = torch.arange(context.world_size).view(replicas, -1, tp_size)  # world ranks
+    every = torch.arange(context.world_size)  # world ranks
+    ranks = every.view(context.pp.size, replicas, dp.size // replicas, tp.size)
     timeout = timedelta(seconds=timeout_seconds)
 
     def axis(name: str, groups: Tensor) -> Axis:
         group, _ = dist.new_subgroups_by_enumeration(groups.tolist(), timeout=timeout)
         return Axis(name, groups.shape[1], dist.get_rank(group), group)
 
-    shards = axis("shards", ranks.permute(0, 2, 1).flatten(0, 1))
-    return shards, axis("replicas", ranks.permute(1, 2, 0).flatten(0, 1))
+    shards = axis("shards", ranks.movedim(2, 3).flatten(0, 2))
+    return shards, axis("replicas", ranks.movedim(1, 3).flatten(0, 2))
 
 
 def owners(parameters: Collection[nn.Parameter], shards: int) -> dict[nn.Parameter, int]:
