@@ -71,9 +71,9 @@ lint: .venv/.installed-dev  ## Check style and types
 	$(VENV_PYTHON) -m mypy
 
 # benchmarks/NAME.py, each a comparison with a table of its own.
-BENCHMARKS := tokens_per_second tensor_parallel start_up loss_memory
+BENCHMARKS := tokens_per_second tensor_parallel start_up loss_memory sharded growth
 
-bench: .venv/.installed-dev  ## Measure speed against what else one could pick: about 20 minutes
+bench: .venv/.installed-dev  ## Measure speed against what else one could pick: about half an hour
 	BENCH=1 $(VENV_PYTHON) -m pytest -q tests/test_benchmarks.py tests/test_gpu_benchmark.py \
 		tests/hardware/test_block_compile.py
 	@for name in $(BENCHMARKS); do $(VENV_PYTHON) benchmarks/$$name.py || exit 1; done

@@ -8,13 +8,10 @@ same work, one step of each side in turn in the same processes. All sides clip a
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
 import sys
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +19,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 import torch
-import torch.distributed as dist
-from peak import Allocated
 
 from benchmarks.our_step import OurStep
 from benchmarks.plain_step import plain_model
@@ -33,17 +28,8 @@ from benchmarks.sharded_step import (
     FullyShardStep,
     ZeroRedundancyStep,
 )
-from benchmarks.side_by_side import (
-    Figures,
-    Rounds,
-    Side,
-    StayingSide,
-    in_turn,
-    introduce,
-    keep,
-    median,
-    paired_ratio,
-)
+from benchmarks.side_by_side import Figures, Rounds, Side, introduce, keep, median, paired_ratio
+from benchmarks.staying_ranks import answer, ask_in_turn
 from benchmarks.work import Step, Work, parse_work
 from rosetrainer.config import GPTConfig, ParallelConfig
 from rosetrainer.environment import is_rank, world_from_environment
@@ -108,56 +94,10 @@ def builders(
     return made
 
 
-def answer(work: Work, context: ParallelContext) -> None:
-    """On each rank: sets all sides up, then makes a step of whichever rank 0 is asked for.
-
-    Rank 0 first prints what each side holds at most, on the rank that holds most.
-    """
-    dtype, sides, memory = choose_dtype("auto", context.device), dict[str, Step](), {}
-    for name, build in builders(work, dtype, context).items():
-        with Allocated() as allocated:
-            sides[name] = build()
-            for _ in range(2):  # the first one makes moments and buffers
-                allocated.mark()
-                sides[name]()
-        most = torch.tensor(allocated.peak)
-        dist.all_reduce(most, dist.ReduceOp.MAX)
-        memory[name] = int(most)
-    if context.rank == 0:
-        print(json.dumps(memory), flush=True)
-    names = [*sides]
-    while True:
-        line = sys.stdin.readline().strip() if context.rank == 0 else ""
-        chosen = torch.tensor(names.index(line) if line else -1)
-        dist.broadcast(chosen, 0)
-        if chosen < 0:
-            return
-        started = time.perf_counter()
-        sides[names[int(chosen)]]()
-        dist.barrier()  # until the last rank has ended
-        if context.rank == 0:
-            print(json.dumps({"seconds": time.perf_counter() - started}), flush=True)
-
-
-@dataclass(frozen=True)
-class SideOfRanks:
-    """A step of one side, by ranks that have all of them."""
-
-    name: str
-    process: subprocess.Popen[str]
-
-    def run(self) -> Figures:
-        return StayingSide(self.name, self.process, asks=self.name).run()
-
-
 def compare(ranks: int, work: Work, argv: list[str]) -> None:
     side = Side(f"{ranks} ranks", [f"benchmarks/{NAME}.py", "--ranks", str(ranks), *argv])
-    with side.start(stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-        memory = StayingSide(side.name, process).figures()
-        pairs = {name: pair[:2] for name, pair in PAIRS.items()}
-        sides = [SideOfRanks(name, process) for name in (*OURS, *THEIRS)]
-        found = in_turn(sides, work.rounds, pairs, ratio=paired_ratio)
-    report(ranks, found, memory)
+    pairs = {name: pair[:2] for name, pair in PAIRS.items()}
+    report(ranks, *ask_in_turn(side, (*OURS, *THEIRS), work.rounds, pairs))
 
 
 def report(ranks: int, found: Rounds, memory: Figures) -> None:
@@ -183,7 +123,7 @@ def main(argv: list[str]) -> int:
     if is_rank():
         keep_freed_memory()  # as `train` does
         context = init_parallel(ParallelConfig(dp_size=world_from_environment()[1]), "cpu")
-        answer(work, context)
+        answer(builders(work, choose_dtype("auto", context.device), context), context)
         end_parallel()
         return 0
     if ranks:

@@ -24,6 +24,7 @@ from benchmarks import (
     bubbles,
     dtensor_step,
     families,
+    growth,
     pipeline,
     pipelining_step,
     sharded,
@@ -193,6 +194,18 @@ def test_torch_s_pipelines_compute_what_ours_do_and_are_compared(tmp_path: Path)
         (ways,) = found[f"m {m}"]
         assert ways["theory"] == pytest.approx(1 / (m + 1))
         assert all(0 < ways[way] < 1 for way in bubbles.WAYS)
+
+
+def test_what_is_doubled_grows_by_its_closed_form() -> None:
+    works = growth.doubled(WORK)
+    planned = {
+        name: growth.planned_peak(work, ParallelConfig(1, 1), torch.float32)
+        for name, work in works.items()
+    }
+    assert works["batch"].flops == 2 * WORK.flops
+    for name in set(works) - {growth.BASE}:
+        assert 1 < works[name].flops / WORK.flops < 4
+        assert 1 < planned[name] / planned[growth.BASE] < 4
 
 
 def check_sharded() -> None:
