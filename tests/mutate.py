@@ -67,7 +67,7 @@ TESTS: dict[str, tuple[list[str], list[str]]] = {
     ),
     "parallel/pipeline/": (
         [*PIPELINE, *SINGLE],
-        ["parallel/test_pipeline.py", "reporting/test_timeline.py"],
+        ["parallel/test_pipeline.py", "reporting/test_timeline.py", "commands/test_generate.py"],
     ),
     "parallel/zero/": (ZERO, [*LATTICE, "optim/test_muon.py"]),
     "models/attention.py": ([*MODEL, *EVERY], LATTICE),

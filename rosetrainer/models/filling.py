@@ -37,7 +37,7 @@ def prompt_with_blanks(prompt: str | None, tokenizer: Tokenizer, config: GPTConf
     blank = config.mask_token if is_glm else config.sentinel_token
     last = config.mask_token if is_glm else config.end_token
     assert last is not None
-    ids, end, blanks = [], 0, 0
+    ids, end, has_blank = [], 0, False
     prompt = prompt or ""
     for found in re.finditer(BLANKS[config.architecture], prompt):
         ids += encoded(prompt[end : found.start()], tokenizer)
@@ -48,9 +48,9 @@ def prompt_with_blanks(prompt: str | None, tokenizer: Tokenizer, config: GPTConf
                 f"config.json says of none; leave it out"
             )
         ids.append(token)
-        end, blanks = found.end(), blanks + 1
+        end, has_blank = found.end(), True
     ids += encoded(prompt[end:], tokenizer)
-    return ids if is_glm and blanks else [*ids, last]
+    return ids if is_glm and has_blank else [*ids, last]
 
 
 def check_room(prompt: list[int], config: GPTConfig) -> None:

@@ -142,6 +142,7 @@ def test_the_last_blank_is_the_first_id() -> None:
 
 def test_ids_behind_a_tokenizer_s_are_blanks() -> None:
     pieces = pieces_with_blanks(IdsTokenizer(14), config_of(**T5))
+    assert pieces.vocab_size == 16
     assert pieces.decode([13, 14, 15]) == " 13<extra_id_1><extra_id_0>"
 
 
