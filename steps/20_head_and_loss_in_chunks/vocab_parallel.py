@@ -150,9 +150,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         x = all_gather(x, tp, "forward", dim=-2) if tp.sequence_parallel else x  # (B, T, D)
         rows, table, dtype = x.flatten(0, 1), for_product(weight), _sum_dtype(x)
-        losses = torch.empty_like(loss_weights)
+        losses, weight_gradient = torch.empty_like(loss_weights), None
         if wanted:
             x_gradient = torch.empty_like(rows)
+        if wanted and ctx.needs_input_grad[1]:
             weight_gradient = torch.zeros_like(weight, dtype=dtype)
         step = rows_of_a_chunk(len(weight), dtype.itemsize, x.device.type)
         for chunk in (slice(first, first + step) for first in range(0, len(rows), step)):
@@ -162,7 +163,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if wanted:
                 logits = logits.to(x.dtype)  # now their gradient
                 torch.mm(logits, table, out=x_gradient[chunk])  # partial
-                _add_product_(weight_gradient, logits.T, rows[chunk])
+                if weight_gradient is not None:
+                    _add_product_(weight_gradient, logits.T, rows[chunk])
             del logits  # before the next chunk's are made
         if wanted:
             ctx.save_for_backward(x_gradient.view_as(x), weight_gradient)
@@ -179,7 +181,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             summing = start_reduce_scatter(partial, ctx.tp, "backward", dim=-2)
         else:
             summing = start_all_reduce(partial, ctx.tp, "backward")
-        weight_gradient *= gradient  # while the sum is under way; a second backward would notice
+        if weight_gradient is not None:
+            weight_gradient *= gradient  # while the sum is under way; a second backward would see
         return summing.wait(), weight_gradient, None, None, None, None, None
 
 

@@ -244,6 +244,24 @@ def bytes_of_all_logits(N: int, D: int, V: int, e: int = 4) -> int:
     return N * V * (2 * w + e) + (N + V) * D * e + N * w + 2 * w
 
 
+def test_of_a_table_that_is_not_trained_no_gradient_is_made() -> None:
+    """Which would be as large as the table; the input's is the same, and both under two ranks."""
+    labels, found = torch.arange(30).view(2, -1), []
+    for trained in (True, False):
+        table = table_with(random(1000, 64, seed=1), Axis("tp"))
+        table.weight.requires_grad_(trained)
+        x = random(2, 15, 64, seed=2).requires_grad_()
+        with Peak(table.weight, x, labels) as peak:
+            loss = table.loss(x, labels)[0]
+            loss.backward()
+        found.append((loss.item(), x.grad, peak.bytes))
+        assert (table.weight.grad is not None) == trained
+    (loss_of_both, expected, most), (loss_alone, gradient, least) = found
+    assert loss_alone == loss_of_both
+    assert torch.equal(gradient, expected)
+    assert most - least == table.weight.nbytes
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_at_gpt2_s_vocabulary_the_peak_falls_by_the_closed_form(dtype: torch.dtype) -> None:
     N, width, vocabulary, peaks = 400, 64, 50304, []
