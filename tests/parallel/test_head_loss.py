@@ -245,7 +245,7 @@ def bytes_of_all_logits(N: int, D: int, V: int, e: int = 4) -> int:
 
 
 def test_of_a_table_that_is_not_trained_no_gradient_is_made() -> None:
-    """Which would be as large as the table; the input's is the same, and both under two ranks."""
+    """Which would be as large as the table; the loss and the input's gradient are the same."""
     labels, found = torch.arange(30).view(2, -1), []
     for trained in (True, False):
         table = table_with(random(1000, 64, seed=1), Axis("tp"))
@@ -254,10 +254,11 @@ def test_of_a_table_that_is_not_trained_no_gradient_is_made() -> None:
         with Peak(table.weight, x, labels) as peak:
             loss = table.loss(x, labels)[0]
             loss.backward()
+        assert x.grad is not None
         found.append((loss.item(), x.grad, peak.bytes))
         assert (table.weight.grad is not None) == trained
-    (loss_of_both, expected, most), (loss_alone, gradient, least) = found
-    assert loss_alone == loss_of_both
+    (both, expected, most), (alone, gradient, least) = found
+    assert alone == both
     assert torch.equal(gradient, expected)
     assert most - least == table.weight.nbytes
 
