@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from rosetrainer.hardware.kernels import replaced
 from rosetrainer.parallel import overlap, vocab_parallel
@@ -40,7 +40,7 @@ class _Casts:
         if torch.compiler.is_compiling() or not torch.is_autocast_enabled(x.device.type):
             return CAST(x)
         parameter = x if x._base is None else x._base
-        weight = parameter.is_leaf and parameter.requires_grad and parameter.numel() == x.numel()
+        weight = isinstance(parameter, nn.Parameter) and parameter.numel() == x.numel()
         if not weight or not x.is_contiguous():
             return CAST(x)
         if parameter not in self.made:

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rosetrainer.config import OptimConfig, ParallelConfig
 from rosetrainer.models.build import build_model
+from rosetrainer.optim.frozen import freeze
 from rosetrainer.optim.optimizer import build_optimizer
 from rosetrainer.optim.precision import autocast_for
 from rosetrainer.parallel.context import ParallelContext, init_parallel
@@ -45,6 +46,8 @@ def train(context: ParallelContext, once: bool) -> tuple[dict[str, int], list[An
     torch.use_deterministic_algorithms(True)
     model = build_model(CONFIG, context)
     init_weights(model, 1)
+    if context.pp.size == 1:
+        freeze(model, "blocks.0.*")
     optimizer = build_optimizer(model, OptimConfig(learning_rate=1e-2))
     rows = [random_batch(CONFIG, 2, seed) for seed in range(MICRO_BATCHES)]
     batches = [(2 * number, *pair) for number, pair in enumerate(rows)]
