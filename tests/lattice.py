@@ -136,7 +136,7 @@ FAMILIES = (
         (*GLM, ("activation", "relu"), ("bias", False)),
     ),
     Layout(*((2, 2), True, "attention", 0.1, True, True, 139, False, 2), XL),
-    Layout(*((4, 1), False, "block", 0.0, False, False, 29, False, 1), (*XL, ("d_head", 5))),
+    Layout(*((4, 1), False, "none", 0.0, False, False, 29, False, 1), (*XL, ("d_head", 5))),
     Layout(*((2, 2), True, "block", 0.1, True, True, 29, False, 2), T5),
     Layout(
         *((4, 1), False, "attention", 0.0, True, False, 139, False, 1),

@@ -8,7 +8,7 @@ Transformer Models" (Korthikanti et al.) counts activations like this.
 from __future__ import annotations
 
 from rosetrainer.config import GPTConfig, ParallelConfig
-from rosetrainer.planner import llama, t5
+from rosetrainer.planner import llama, t5, transformer_xl
 from rosetrainer.planner.attention import bytes_of_scores
 from rosetrainer.planner.shares import Share, Work, blocks, padded_vocabulary, parameters
 
@@ -55,6 +55,9 @@ def before_the_head(
         total += sum(stream(T) for T in block.rows) + sum(map(column_input, block.columns))
         total += dropout * sum(B * T // own * D for T in block.rows)  # one byte each
         total += kept * B * block.rows[-1] * model.ff_width // tp * e
+        if model.architecture == "transformer_xl":
+            total += transformer_xl.bytes_of_attention(model, parallel, work)
+            continue
         for T, S, rows in block.attentions:
             total += B * (2 * T + 2 * S) * width * e  # queries, keys, values, result
             if parallel.recompute == "none":
@@ -80,6 +83,8 @@ def before_the_head(
             total += share.last * (stream(T) + kept * B * T // own * D * m)  # its transform
         else:
             total += share.last * stream(T)  # the last norm of this side
+    if model.architecture == "transformer_xl":
+        total += transformer_xl.bytes_of_distances(model, parallel, work, share.layers)
     if parallel.recompute != "none":  # whose inputs are kept, the mask too
         T = work.tokens
         total += {"glm": B * T * T, "bert": T}.get(model.architecture, 0) * (share.layers > 0)
@@ -114,4 +119,6 @@ def weight_copies(model: GPTConfig, parallel: ParallelConfig, work: Work, share:
         return 0
     sizes = parameters(model, parallel.tp_size or 1, bool(work.source_tokens), share)
     own = sum(p.elements for p in sizes if p.multiplied and parallel.recompute != "block")
+    if model.architecture == "transformer_xl" and own:  # nothing asks for distances' gradient
+        own -= share.layers * transformer_xl.weights_of_distances(model, parallel)
     return own * work.product_bytes

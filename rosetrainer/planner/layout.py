@@ -51,9 +51,10 @@ def plan(
     """
     assert parallel.tp_size and parallel.dp_size
     check_settings(model, parallel)
-    if model.architecture == "llama" and parallel.pp_schedule in SPLIT_BACKWARD:
+    unsplit = ("llama", "transformer_xl")
+    if model.architecture in unsplit and parallel.pp_schedule in SPLIT_BACKWARD:
         raise ConfigError(
-            f"plan has no closed form for architecture=llama with pp_schedule="
+            f"plan has no closed form for architecture={model.architecture} with pp_schedule="
             f"{parallel.pp_schedule}; it can be 1f1b"
         )
     if parallel.zero and parallel.pp_size > 1:

@@ -16,7 +16,7 @@ COUNTED: dict[type, dict[str, tuple[Any, ...] | None]] = {
         **dict.fromkeys(("d_head", "d_ff", "bias", "tied", "dropout")),
         "token_types": None,
         **dict.fromkeys(("n_kv_heads", "qkv_bias", "dense_bias", "qk_norm", "rotary_fraction")),
-        "architecture": ("gpt2", "llama", "bert", "glm", "t5"),
+        "architecture": ("gpt2", "llama", "bert", "glm", "t5", "transformer_xl"),
         "relative_buckets": None,
         "norm": (None, "rmsnorm", "layernorm", "none"),
         "activation": (None, *GATED, "silu", "gelu", "gelu_tanh", "relu", "relu2"),

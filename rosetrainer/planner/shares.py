@@ -89,11 +89,15 @@ def parameters(
         return [weight] + [Parameter((D,), replicated=True)] * bias
 
     attention = [*norm, *column(3, width), *row(width)]
+    if model.architecture == "transformer_xl":  # two vectors a head, and distances' projection
+        distances = Parameter((width // tp, D), multiplied=True)
+        vectors = [Parameter((width // tp,))] * 2
+        attention = [*norm, *vectors, *attention[len(norm) :], distances]
     cross = [*norm, *column(width), *column(2, width), *row(width)]
     feed_forward = [*norm, *column(F), *row(F)]
     yield from [table] * (share.first or (share.last and model.tied))
     positions = Parameter((model.context_length, D), replicated=True)
-    yield from [positions] * (1 + encoder_decoder) * share.first
+    yield from [positions] * (1 + encoder_decoder) * (share.first and model.has_position_table)
     yield from in_blocks([*attention, *feed_forward], share.layers)
     if encoder_decoder:
         yield from norm

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import lattice
 import pytest
@@ -13,9 +14,10 @@ from ranks import run_ranks
 from rosetrainer.commands.plan import main as plan_command
 from rosetrainer.config import GPTConfig, ParallelConfig, TrainConfig
 from rosetrainer.hardware.kernels import fast_kernels
+from rosetrainer.models.build import build_model
 from rosetrainer.models.gpt import GPTModel
 from rosetrainer.optim.precision import autocast_for
-from rosetrainer.parallel.context import init_parallel
+from rosetrainer.parallel.context import ParallelContext, init_parallel
 from rosetrainer.parallel.data_parallel import buckets
 from rosetrainer.parallel.dropout import DropoutSeed
 from rosetrainer.parallel.sharding import init_weights
@@ -57,6 +59,27 @@ def test_bf16_activations_are_predicted_within_five_percent(
             in_step = predicted.ledger[key]
             more = key == ("tp", "all_reduce", "backward") and sequence_parallel
             assert counted == in_step or more
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("recompute, dropout", [("none", 0.1), ("attention", 0.0), ("block", 0.1)])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_what_transformer_xl_keeps_is_what_was_counted(
+    dtype: torch.dtype, recompute: Any, dropout: float, rows: int
+) -> None:
+    """Of one row products copy nothing; no weight is kept whose input has no gradient."""
+    config = GPTConfig(139, 16, 2, 4, 24, 5, 40, dropout=dropout, architecture="transformer_xl")
+    context = replace(ParallelContext(), recompute=recompute)
+    model = build_model(config, context)
+    init_weights(model, seed=1)
+    batch = random_batch(replace(config, context_length=8), rows)
+    predicted = plan(
+        config,
+        ParallelConfig(1, 1, recompute=recompute),
+        Work(rows, batch[0].shape[1], product_bytes=dtype.itemsize),
+    )
+    with fast_kernels(dtype, context.device), autocast_for(dtype, context.device)():
+        assert lattice.kept(model, batch, DropoutSeed(1, 2)) == predicted.memory["activations"]
 
 
 def test_buckets_are_those_of_the_gradients() -> None:

@@ -142,7 +142,8 @@ def test_a_setting_that_plan_does_not_know_is_refused(monkeypatch: pytest.Monkey
 def test_another_architecture_or_optimizer_is_refused() -> None:
     rotary = ["--architecture", "rotary", "--no-tied"]
     with pytest.raises(
-        ConfigError, match="architecture=rotary, only for gpt2, llama, bert, glm or t5; one"
+        ConfigError,
+        match="architecture=rotary, only for gpt2, llama, bert, glm, t5 or transformer_xl; one",
     ):
         plan_command(["--vocabulary", "99", *rotary])
     with pytest.raises(ConfigError, match="optimizer=muon, only for adamw; one belongs in"):
