@@ -14,12 +14,21 @@ from torch import Tensor, nn
 
 from rosetrainer.config import IGNORED, GPTConfig
 from rosetrainer.hardware.attention_blocks import prefers_fp32
-from rosetrainer.models.gpt import FeedForward, MultiHeadSelfAttention
+from rosetrainer.models.gpt import FeedForward, GPTModel, MultiHeadSelfAttention
 from rosetrainer.models.positions import apply_rotary
 from rosetrainer.parallel.comm import gather_from_tensor_parallel_region
 from rosetrainer.parallel.context import Axis
 from rosetrainer.parallel.dropout import Seed
 from rosetrainer.parallel.vocab_parallel import VocabParallelEmbedding
+
+
+class GPTWithoutPositionTable(GPTModel):
+    """A GPT whose attention layers know where tokens stand, and whose stream does not."""
+
+    positions_class = nn.Identity
+
+    def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
+        return self.token_embedding(ids)
 
 
 class PlainNorm(nn.Module):

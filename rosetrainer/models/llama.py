@@ -20,12 +20,11 @@ from rosetrainer.config import GPTConfig
 from rosetrainer.models.attention import attend
 from rosetrainer.models.gpt import (
     FeedForward,
-    GPTModel,
     LayerNorm,
     TransformerBlock,
     residual_std,
 )
-from rosetrainer.models.layers import PlainNorm
+from rosetrainer.models.layers import GPTWithoutPositionTable, PlainNorm
 from rosetrainer.models.positions import turn, turning
 from rosetrainer.parallel.context import Axis
 from rosetrainer.parallel.dropout import Dropout, Seed
@@ -192,18 +191,12 @@ def block_of(config: GPTConfig) -> type[TransformerBlock]:
     return LlamaBlock
 
 
-class Llama(GPTModel):
+class Llama(GPTWithoutPositionTable):
     """A decoder-only transformer of the blocks that its config describes, with rotary positions."""
-
-    positions_class = nn.Identity  # no table: the attention layers turn queries and keys
 
     @cached_property
     def block_class(self) -> type[TransformerBlock]:  # type: ignore[override]
         return block_of(self.config)
-
-    def embed(self, input_ids: Tensor, positions: Tensor) -> Tensor:
-        """(B, T) ids -> (B, T, D), or (B, T/tp, D)"""
-        return self.token_embedding(input_ids)
 
     def attention_inputs(self, positions: Tensor, mask: Tensor | None) -> tuple[Any, ...]:
         return turning(positions, self.config, next(self.parameters()).dtype), mask

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from rosetrainer.models.gpt import GPTModel, TransformerBlock
-from rosetrainer.models.layers import PlainNorm, RotaryAttention, SquaredReLUFeedForward
+from rosetrainer.models.gpt import TransformerBlock
+from rosetrainer.models.layers import (
+    GPTWithoutPositionTable,
+    PlainNorm,
+    RotaryAttention,
+    SquaredReLUFeedForward,
+)
 from rosetrainer.models.positions import rotary_angles
 
 
@@ -17,17 +22,12 @@ class RotaryBlock(TransformerBlock):
     feed_forward_class = SquaredReLUFeedForward
 
 
-class RotaryGPT(GPTModel):
+class RotaryGPT(GPTWithoutPositionTable):
     """A decoder-only transformer of rotary blocks. Its output head, not tied, begins at zero."""
 
     block_class = RotaryBlock
-    positions_class = nn.Identity  # no table: the attention layers turn queries and keys
     embedding_std = 0.5  # the norm that follows makes it one; smaller ones learn more slowly
     head_std = 0.0
-
-    def embed(self, input_ids: Tensor, positions: Tensor) -> Tensor:
-        """(B, T) ids -> (B, T, D), or (B, T/tp, D)"""
-        return self.token_embedding(input_ids)
 
     def attention_inputs(self, positions: Tensor, mask: Tensor | None) -> tuple[Any, ...]:
         return rotary_angles(positions, self.config, next(self.parameters()).dtype), mask

@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from rosetrainer.config import GPTConfig
-from rosetrainer.models.gpt import GPTModel, MultiHeadSelfAttention, TransformerBlock
+from rosetrainer.models.gpt import MultiHeadSelfAttention, TransformerBlock
+from rosetrainer.models.layers import GPTWithoutPositionTable
 from rosetrainer.parallel.context import Axis
 from rosetrainer.parallel.dropout import Dropout, Seed
 from rosetrainer.parallel.overlap import for_product
@@ -115,15 +116,10 @@ class TransformerXLBlock(TransformerBlock):
     attention_class = RelativeAttention
 
 
-class TransformerXL(GPTModel):
+class TransformerXL(GPTWithoutPositionTable):
     """A decoder-only transformer whose tokens know distances, and no positions."""
 
     block_class = TransformerXLBlock
-    positions_class = nn.Identity  # no table: the attention layers have distances
-
-    def embed(self, input_ids: Tensor, positions: Tensor) -> Tensor:
-        """(B, T) ids -> (B, T, D), or (B, T/tp, D)"""
-        return self.token_embedding(input_ids)
 
     def attention_inputs(self, positions: Tensor, mask: Tensor | None) -> tuple[Any, ...]:
         weight = next(self.parameters())
