@@ -57,11 +57,6 @@ def plan(
             f"plan has no closed form for architecture={model.architecture} with pp_schedule="
             f"{parallel.pp_schedule}; it can be 1f1b"
         )
-    if parallel.zero and parallel.pp_size > 1:
-        raise ConfigError(
-            f"plan has no closed form for zero={parallel.zero} with pp_size={parallel.pp_size}; "
-            f"zero can be 0, or pp_size 1"
-        )
     if parallel.pp_schedule in SPLIT_BACKWARD:  # whose layers make their weights' gradients later
         parallel = replace(parallel, overlap=False)
     shares = shares_of_rank(model, parallel, pp_rank)

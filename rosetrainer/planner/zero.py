@@ -7,6 +7,7 @@ what stands outside of blocks, each block is one.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from rosetrainer.config import ParallelConfig
 from rosetrainer.parallel.zero.cut import dim_of_slices
@@ -30,7 +31,7 @@ def widths(sizes: Sequence[Parameter], shards: int) -> list[int]:
     found = [0] * (1 + max(one.block for one in sizes))
     for one in sizes:
         found[one.block] += elements_of_slice(one, shards, shards - 1)
-    return found
+    return [width for width in found if width]  # a stage may have nothing outside of blocks
 
 
 def gathered_bytes(one: Parameter, work: Work) -> int:
@@ -39,18 +40,24 @@ def gathered_bytes(one: Parameter, work: Work) -> int:
     return min(work.product_bytes, work.weight_bytes) if short else work.weight_bytes
 
 
+def gathering(parallel: ParallelConfig, work: Work) -> Work:
+    """The work as weights are gathered for it: in a pipeline in their own dtype."""
+    return work if parallel.pp_size == 1 else replace(work, product_bytes=work.weight_bytes)
+
+
 def rows_to_gather(sizes: Sequence[Parameter], parallel: ParallelConfig, work: Work) -> list[int]:
     """Bytes of the rows of each unit, which are whole numbers of a weight's bytes."""
     shards, found = shards_of(parallel), [0] * (1 + max(one.block for one in sizes))
     for one in sizes:
         own = elements_of_slice(one, shards, shards - 1)
         found[one.block] += own * gathered_bytes(one, work)
-    return [shards * -(-size // work.weight_bytes) * work.weight_bytes for size in found]
+    each = [-(-size // work.weight_bytes) * work.weight_bytes for size in found if size]
+    return [shards * size for size in each]
 
 
 def moved(parallel: ParallelConfig, sizes: Sequence[Parameter], work: Work) -> Iterator[Moved]:
     """What a step moves of parameters and gradients over dp."""
-    shards, level = shards_of(parallel), parallel.zero
+    shards, level, work = shards_of(parallel), parallel.zero, gathering(parallel, work)
     axis = "dp" if parallel.dp_replicas == 1 else "shards"
     root, *blocks = rows_to_gather(sizes, parallel, work)
     again = work.micro_batches if level == 3 else 1  # at other levels they stay for the whole step
@@ -73,17 +80,17 @@ def memory(
     level 3 what is gathered is unit 0, first with its rows, then with a block and the rows of one
     that come or have come.
     """
-    shards = shards_of(parallel)
+    shards, work = shards_of(parallel), gathering(parallel, work)
     each = rows_to_gather(sizes, parallel, work)
     rows = sum(widths(sizes, shards)) * work.weight_bytes
-    whole = [0] * len(each)
+    whole = [0] * (1 + max(one.block for one in sizes))
     for one in sizes:
         whole[one.block] += one.elements * gathered_bytes(one, work)
     own = sum(elements_of_slice(one, shards, part) for one in sizes) * work.weight_bytes
     of_level_3 = parallel.zero == 3
     found = {
         "parameters": rows + (0 if of_level_3 else sum(whole)),
-        "gradients": rows,
+        "gradients": rows if parallel.pp_size == 1 else sum(whole),  # until the last is made
         "optimizer": 2 * own + 4 * len(sizes),
     }
     if of_level_3:

@@ -59,6 +59,7 @@ def test_level_1_of_zero_computes_what_one_process_does() -> None:
     found = pipelines.results([layout])[layout]
     check_results(layout, found)
     check_copies(layout, found)
+    check_ledger(layout, found)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
