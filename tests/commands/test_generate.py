@@ -55,6 +55,10 @@ def test_what_comes_after_exactly_top_p_is_cut() -> None:
     assert len(drawn) == 1 and drawn < {0, 2}
 
 
+def test_unless_told_otherwise_two_hundred_tokens_are_drawn_from_all() -> None:
+    assert SamplingConfig() == SamplingConfig(200, temperature=0.8, top_k=0, top_p=1.0, seed=1)
+
+
 def test_the_seed_decides_and_the_text_may_outgrow_the_context() -> None:
     model = GPTModel(tiny_config())
     load_whole(model, dense_model(tiny_config()).state_dict())
