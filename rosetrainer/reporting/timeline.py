@@ -13,9 +13,9 @@ from rosetrainer.config import TrainConfig
 from rosetrainer.durable_files import write_json, write_whole
 from rosetrainer.parallel.comm import all_gather
 from rosetrainer.parallel.context import Axis, ParallelContext
-from rosetrainer.parallel.pipeline.runner import ActionTime
 from rosetrainer.parallel.pipeline.schedule import Schedule
 from rosetrainer.parallel.pipeline.simulation import (
+    ActionTime,
     Run,
     backward_takes_twice,
     checked_schedule,

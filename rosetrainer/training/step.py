@@ -77,7 +77,7 @@ def _compute_in_stages(
     """The same in a pipeline, in which sums over dp come after the last backward pass."""
     sharded = sharding_of(model)
     with fast_sums(context), whole_for_a_step(sharded):
-        with weights_cast_once():
+        with weights_cast_once(adds=True):
             loss = accumulate_in_stages(model, batches, context, autocast, seed)
         if math.isfinite(loss):
             check_gradients(model, context)

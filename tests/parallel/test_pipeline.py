@@ -7,11 +7,12 @@ import itertools
 import math
 from collections.abc import Iterable
 from typing import Any
+from unittest.mock import patch
 
 import pipelines
 import pytest
 from once import Once
-from oracle import TOLERANCE
+from oracle import TOLERANCE, random_batch
 from pipelines import Layout
 from ranks import run_ranks
 from torch import nn
@@ -20,10 +21,12 @@ from rosetrainer.config import GPTConfig, ParallelConfig
 from rosetrainer.hardware.performance import flops_of_block, flops_of_head
 from rosetrainer.models.build import build_model
 from rosetrainer.parallel.context import init_parallel
+from rosetrainer.parallel.pipeline import runner
 from rosetrainer.parallel.pipeline.schedule import make_schedule
 from rosetrainer.parallel.pipeline.stage import layers_of_stages, spread_layers
 from rosetrainer.parallel.sharding import init_weights
 from rosetrainer.planner.layout import Work, plan
+from rosetrainer.training.step import compute_gradients
 
 Results = dict[Layout, list[dict[str, Any]]]
 # Those that a mutant of tests/mutants/ breaks run by themselves, the others together.
@@ -140,6 +143,32 @@ def check_ledger(layout: Layout, found: list[dict[str, Any]]) -> None:
         work = Work(pipelines.ROWS_EACH, pipelines.T, layout.micro_batches, 0, 8, 8)
         if layout.kv_heads is None or not schedule.splits_backward:  # else plan has no form
             assert dict(one["ledger"]) == plan(layout.model, layout.parallel, work, own).ledger
+
+
+def being_sent() -> list[int]:
+    """In a step of 1F1B, how many activations this rank still holds for sending after each B."""
+    layout, found = Layout(3, layers=3), list[int]()
+    context = init_parallel(layout.parallel)
+    model = build_model(layout.model, context)
+    init_weights(model, 5)
+    backward = runner._Run.backward
+
+    def counted(run: Any, action: Any) -> None:
+        backward(run, action)
+        found.append(sum(kept.sending is not None for kept in run.kept.values()))
+
+    rows = [random_batch(layout.model, 1, seed) for seed in range(layout.micro_batches)]
+    with patch.object(runner._Run, "backward", counted):
+        compute_gradients(model, [(n, *pair) for n, pair in enumerate(rows)], context)
+    return found
+
+
+def test_what_the_next_stage_has_is_not_kept_for_sending() -> None:
+    """With a gradient it is known that what its stage had before has come: all but the newest."""
+    first, second, last = run_ranks(3, being_sent)
+    assert first == [1, 1, 1, 0, 0]
+    assert second == [1, 1, 1, 1, 0]
+    assert last == [0, 0, 0, 0, 0]
 
 
 def initial_weights() -> dict[str, str]:

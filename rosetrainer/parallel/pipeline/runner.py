@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from rosetrainer.parallel.comm import (
     Pending,
@@ -26,7 +27,7 @@ from rosetrainer.parallel.context import ParallelContext
 from rosetrainer.parallel.data_parallel import count_tokens, sum_over_dp
 from rosetrainer.parallel.dropout import Seed
 from rosetrainer.parallel.pipeline.schedule import Action, Schedule
-from rosetrainer.parallel.pipeline.simulation import checked_schedule
+from rosetrainer.parallel.pipeline.simulation import ActionTime, checked_schedule
 from rosetrainer.parallel.pipeline.stage import owners_of_stages, stages_of_rank
 from rosetrainer.parallel.sharding import shard_spec
 
@@ -56,14 +57,6 @@ def accumulate_in_stages(
     return float(sum_over_dp(total, context))
 
 
-class ActionTime(NamedTuple):
-    """When an action began and ended, by perf_counter, and how long it waited for other stages."""
-
-    began: float
-    ended: float
-    waited: float
-
-
 class _MicroBatch(NamedTuple):
     ids: Tensor
     labels: Tensor
@@ -75,7 +68,7 @@ class _Kept(NamedTuple):
     """What a micro-batch leaves in a stage until its backward pass."""
 
     x: Tensor | None
-    y: Tensor
+    end: GradientEdge  # of its graph: the result itself is gone when it is sent
     sending: Pending | None
 
 
@@ -129,20 +122,28 @@ class _Run:
         if stage.is_last:
             y = y * batch.share
             self.loss += y.detach().to("cpu", torch.float64)
-        self.kept[action[1:]] = _Kept(x, y, self.pass_on(action, y))
+        self.kept[action[1:]] = _Kept(x, get_gradient_edge(y), self.pass_on(action, y))
 
     def backward(self, action: Action) -> None:
         """B, or I, which leaves the gradients of the linear layers' weights to W."""
-        stage, (x, y, sending) = self.stages[action.stage], self.kept.pop(action[1:])
-        torch.autograd.backward(y, None if stage.is_last else self.receive(action))
-        if sending:
-            sending.wait()  # it has ended: out of what it sent came the gradient
+        upstream = None if self.stages[action.stage].is_last else self.receive(action)
+        self.free_sent(action)
+        x, end, _ = self.kept.pop(action[1:])
+        torch.autograd.backward(end, upstream)
         if action.kind == "I":
             self.put_off[action[1:]] = self.model.weight_gradients.take()
         if x is not None:
             assert x.grad is not None
             if pending := self.pass_on(action, x.grad):
                 self.sending.append(pending)
+
+    def free_sent(self, action: Action) -> None:
+        """Activations that their stage had when it made what `action` has received."""
+        for there in self.schedule.forward_before(self.schedule.fed_by(action)):
+            sent = (there.stage - 1, there.micro_batch)
+            if (kept := self.kept.get(sent)) and kept.sending:
+                kept.sending.wait()  # it has ended
+                self.kept[sent] = kept._replace(sending=None)
 
     @torch.no_grad()
     def make_weight_gradients(self, action: Action) -> None:

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 from rosetrainer.parallel.pipeline.schedule import Action, Schedule, make_schedule
 from rosetrainer.parallel_config import ParallelConfig
@@ -13,6 +14,14 @@ from rosetrainer.parallel_config import ParallelConfig
 
 class ScheduleError(ValueError):
     """A schedule that does not compute a step, or whose ranks wait for each other for ever."""
+
+
+class ActionTime(NamedTuple):
+    """When an action began and ended, by perf_counter, and how long it waited for other stages."""
+
+    began: float
+    ended: float
+    waited: float
 
 
 @dataclass(frozen=True)
