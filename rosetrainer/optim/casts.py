@@ -89,12 +89,10 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, copy = ctx.saved_tensors
         rows, found = gradient.flatten(0, -2), list[Tensor | None]()
-        for parameter in ctx.parameters:
-            made = None
-            if parameter.requires_grad:
-                short = rows.sum(0) if found else rows.T @ x.flatten(0, -2)
-                made = gradient_of(parameter, short, ctx.adds)
-            found += [made, None]
+        products = (lambda: rows.T @ x.flatten(0, -2), lambda: rows.sum(0))
+        for parameter, product in zip(ctx.parameters, products, strict=False):
+            wanted = parameter.requires_grad  # and what is made in bf16 is gone before the next is
+            found += [gradient_of(parameter, product(), ctx.adds) if wanted else None, None]
         return (rows @ copy).view(x.shape), None, *found
 
 
