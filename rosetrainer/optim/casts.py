@@ -93,7 +93,8 @@ class _Linear(torch.autograd.Function):
         for parameter, product in zip(ctx.parameters, products, strict=False):
             wanted = parameter.requires_grad  # and what is made in bf16 is gone before the next is
             found += [gradient_of(parameter, product(), ctx.adds) if wanted else None, None]
-        return (rows @ copy).view(x.shape), None, *found
+        of_x = (rows @ copy).view(x.shape) if ctx.needs_input_grad[0] else None
+        return of_x, None, *found
 
 
 def gradient_of(parameter: Tensor, short: Tensor, adds: bool) -> Tensor | None:

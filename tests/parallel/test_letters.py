@@ -183,6 +183,7 @@ class Primitives:
 def run_body(function: Any, inputs: list[Tensor], others: list[Any], axis: Axis, given: str) -> Any:
     """The gradients that the function's own code makes, forward and then backward."""
     ctx: Any = SimpleNamespace(mark_non_differentiable=lambda *_: None)
+    ctx.needs_input_grad = [True] * (len(inputs) + len(others))
 
     def save(*tensors: Tensor) -> None:
         if function is vocab_parallel._LinearCrossEntropy:
