@@ -134,10 +134,9 @@ def report(p: int, found: Rounds) -> None:
     print(f"  load of the machine over the last minute: {load:.1f} on {os.cpu_count()} cores")
     if p > usable_cores():
         print(f"  {p} ranks share {usable_cores()} cores: who waits lends its core to others")
-    off = max(
-        abs(median(found, name, "measured") / median(found, name, "stages") - 1) for name in found
-    )
-    keep(f"bubbles-p{p}", off, WANTED, found, at_most=True, load=load)
+    for way in ("stages", "actions"):
+        off = [abs(median(found, m, "measured") / median(found, m, way) - 1) for m in found]
+        keep(f"bubbles-p{p}-{way}", max(off), WANTED, found, at_most=True, load=load)
 
 
 def main(argv: list[str]) -> int:

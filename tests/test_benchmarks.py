@@ -183,13 +183,13 @@ def test_torch_s_pipelines_compute_what_ours_do_and_are_compared(tmp_path: Path)
     run_ranks(2, check_pipelining, tmp_path)
     kept = [json.loads(path.read_text()) for path in tmp_path.iterdir()]
     runs = {run["benchmark"]: run for run in kept}
-    names = {f"pipeline-p2-{what}" for what in ("time", "memory", "overhead")} | {"bubbles-p2"}
+    names = {f"pipeline-p2-{what}" for what in ("time", "memory", "overhead")} | {"bubbles-p2-stages", "bubbles-p2-actions"}
     assert set(runs) == names
     figures = runs["pipeline-p2-time"]["figures"]
     assert all(one["seconds"] > 0 for side in figures.values() for one in side)
     assert set(pipeline.OURS) | set(pipeline.TORCH) < set(figures)
     assert all(size > 0 for size in runs["pipeline-p2-memory"]["bytes"].values())
-    found = runs["bubbles-p2"]["figures"]
+    found = runs["bubbles-p2-stages"]["figures"]
     for m in bubbles.MICRO_BATCHES:
         (ways,) = found[f"m {m}"]
         assert ways["theory"] == pytest.approx(1 / (m + 1))
