@@ -183,8 +183,8 @@ def test_torch_s_pipelines_compute_what_ours_do_and_are_compared(tmp_path: Path)
     run_ranks(2, check_pipelining, tmp_path)
     kept = [json.loads(path.read_text()) for path in tmp_path.iterdir()]
     runs = {run["benchmark"]: run for run in kept}
-    names = {f"pipeline-p2-{what}" for what in ("time", "memory", "overhead")} | {"bubbles-p2-stages", "bubbles-p2-actions"}
-    assert set(runs) == names
+    pipelines = {f"pipeline-p2-{what}" for what in ("time", "memory", "overhead")}
+    assert set(runs) == pipelines | {"bubbles-p2-stages", "bubbles-p2-actions"}
     figures = runs["pipeline-p2-time"]["figures"]
     assert all(one["seconds"] > 0 for side in figures.values() for one in side)
     assert set(pipeline.OURS) | set(pipeline.TORCH) < set(figures)
