@@ -144,3 +144,9 @@ def test_a_layer_shows_its_whole_width_and_what_its_rank_holds() -> None:
     assert RowParallelLinear(256, 64, tp=Axis("tp")).extra_repr() == "in=256, out=64, bias"
     table = VocabParallelEmbedding(200, 64, tp=tp, init_std=1.0)
     assert table.extra_repr() == "ids=200/2 (rank 1 holds 128:256), padded to 256, width=64"
+
+
+@pytest.mark.parametrize("layer", [ColumnParallelLinear, RowParallelLinear])
+def test_unless_told_otherwise_weights_keep_the_variance_of_what_comes_in(layer: type) -> None:
+    assert shard_spec(layer(64, 16, tp=Axis("tp")).weight).init_std == 1 / 8
+    assert shard_spec(layer(64, 16, tp=Axis("tp"), init_std=0.5).weight).init_std == 0.5
