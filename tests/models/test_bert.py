@@ -56,6 +56,8 @@ def test_a_token_sees_both_sides_and_padding_on_neither() -> None:
     other[0, 5] = (ids[0, 5] + 1) % 29
     whole, changed = model(ids)[0], model(other)[0]
     assert (whole - changed).abs().amax(-1).min() > 1e-6
+    rows = model(torch.cat([ids, other, ids]))[0]  # of which each is looked at by itself
+    torch.testing.assert_close(rows, torch.cat([whole, changed, whole]), rtol=0, atol=1e-12)
     padded = torch.cat([ids[:, :3] * 0, ids, ids[:, :2] * 0 + 4], dim=1)
     mask = torch.tensor([[0] * 3 + [1] * 8 + [0] * 2])
     torch.testing.assert_close(model(padded, mask)[0][:, 3:11], whole, rtol=0, atol=1e-12)

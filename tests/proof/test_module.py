@@ -263,3 +263,9 @@ def test_a_context_whose_ranks_are_not_all_in_tp_is_refused() -> None:
     two = ParallelContext(dp=Axis("dp", 2))
     with pytest.raises(ConfigError, match="needs all 2 ranks in tp, and not sequence-parallel"):
         prove_module(lambda part: Parallel(part.tp), Dense(), [torch.randn(1, IN)], two)
+
+
+def test_what_is_whole_on_each_rank_decays_as_a_weight_and_not_as_a_bias() -> None:
+    layer = nn.Linear(3, 2)
+    mark_replicated(layer)
+    assert shard_spec(layer.weight).decay and not shard_spec(layer.bias).decay
