@@ -268,4 +268,5 @@ def test_a_context_whose_ranks_are_not_all_in_tp_is_refused() -> None:
 def test_what_is_whole_on_each_rank_decays_as_a_weight_and_not_as_a_bias() -> None:
     layer = nn.Linear(3, 2)
     mark_replicated(layer)
-    assert shard_spec(layer.weight).decay and not shard_spec(layer.bias).decay
+    weight, bias = layer.parameters()
+    assert shard_spec(weight).decay and not shard_spec(bias).decay
