@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from oracle import dense_model, tiny_config
 from parallel.test_zero import ACCUMULATION, own_batches
@@ -16,7 +18,7 @@ from rosetrainer.parallel.context import init_parallel
 from rosetrainer.parallel.sharding import gather_whole, load_whole
 from rosetrainer.parallel.zero.frozen import PartlyFrozen
 from rosetrainer.parallel.zero.groups import shard_model
-from rosetrainer.parallel.zero.sharded_model import sharding_of
+from rosetrainer.parallel.zero.sharded_model import ShardedModel, sharding_of
 from rosetrainer.parallel.zero.unit import Unit
 from rosetrainer.training.step import compute_gradients
 
@@ -66,6 +68,10 @@ def check_frozen() -> None:
     after = gather_whole(model)
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved == {name for name, p in model.named_parameters() if p.requires_grad}
+    whole, at_level_1 = GPTModel(config, context), replace(context.parallel, zero=1)
+    freeze(whole, PATTERNS)
+    shard_model(whole, replace(context, parallel=at_level_1))
+    assert type(sharding_of(whole)) is ShardedModel  # what is frozen is not gathered
 
 
 def test_of_what_is_frozen_nothing_is_summed_and_it_is_gathered_where_it_is_used() -> None:
