@@ -271,9 +271,10 @@ def trained_in_bf16(
 
 
 def check_bf16() -> None:
-    first = init_parallel(ParallelConfig(dp_size=3))
-    for level in (1, 2, 3):
-        context = replace(first, parallel=replace(first.parallel, zero=level))
+    first = init_parallel(ParallelConfig(dp_size=4))
+    for level, replicas in ((1, 1), (2, 1), (3, 2)):
+        layout = replace(first.parallel, zero=level, dp_replicas=replicas)
+        context = replace(first, parallel=layout)
         plain, wide = trained_in_bf16(context, None)
         found, short = trained_in_bf16(context, torch.bfloat16)
         assert (wide, short) == ({torch.float32}, {torch.bfloat16})
@@ -282,4 +283,4 @@ def check_bf16() -> None:
 
 def test_weights_that_are_gathered_in_bf16_train_bitwise_alike() -> None:
     """As if they were gathered whole and then cast."""
-    run_ranks(3, check_bf16)
+    run_ranks(4, check_bf16)
