@@ -118,7 +118,7 @@ def main(argv: list[str]) -> int:
     chosen = drawn([m for m in all_mutants() if given.only in m.file], given.seed)
     RESULTS.mkdir(parents=True, exist_ok=True)
     results = RESULTS / f"seed_{given.seed}.jsonl"
-    known = read(results)
+    known = with_their_tests(read(results))
     old = [m for m in chosen if (known.get(key(m)) or {}).get("outcome") == "survived"]
     todo = old if given.again else [m for m in chosen if key(m) not in known]
     print(f"{len(chosen)} mutants, {len(known)} known in {results.relative_to(ROOT)}")
@@ -126,7 +126,7 @@ def main(argv: list[str]) -> int:
         run(todo, results, given.jobs, end)
     except KeyboardInterrupt:
         print("stopped; what was found is kept, and the same command goes on")
-    known = read(results)
+    known = with_their_tests(read(results))
     tried = [known[key(m)] for m in chosen if key(m) in known]
     show(tried)
     try:
@@ -163,6 +163,17 @@ def read(results: Path) -> dict[str, dict[str, Any]]:
     lines = results.read_text().splitlines(keepends=True) if results.exists() else []
     found = [json.loads(line) for line in lines if line.endswith("\n")]
     return {one["key"]: one for one in found}
+
+
+def with_their_tests(known: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Without the kills by a test that is no more: those mutants are tried again."""
+    where = {one["where"] for one in known.values() if one["outcome"] == "killed"}
+    there = {test for test in where if (ROOT / test.partition("::")[0]).exists()}
+    if there:
+        files = sorted({test.partition("::")[0] for test in there})
+        there &= getattr(run_tests(ROOT, ["--collect-only", *files]), "collected", set())
+    gone = where - there
+    return {name: one for name, one in known.items() if one["where"] not in gone}
 
 
 def tests_of(file: str) -> list[list[str]]:

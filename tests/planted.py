@@ -16,6 +16,7 @@ import resource
 import shutil
 import signal
 import sys
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,10 +29,14 @@ ASSERTED = re.compile(r"AssertionError|^E +assert |Failed: DID NOT", re.MULTILIN
 
 
 class Outcome(NamedTuple):
-    """What a run of tests gave. failures: the text of each, by where it failed, in order."""
+    """What a run of tests gave. failures: the text of each, by where it failed, in order.
+
+    collected: the names of all that were asked for, which `--collect-only` finds without a run.
+    """
 
     passed: int
     failures: dict[str, str]
+    collected: AbstractSet[str] = frozenset()
 
     @property
     def asserted(self) -> str | None:
@@ -45,10 +50,14 @@ class Failures:
     def __init__(self) -> None:
         self.texts: dict[str, str] = {}
         self.passed = 0
+        self.collected: set[str] = set()
         self.session: Any = None
 
     def pytest_sessionstart(self, session: Any) -> None:
         self.session = session
+
+    def pytest_collection_finish(self, session: Any) -> None:
+        self.collected = {item.nodeid for item in session.items}
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         if report.failed:
@@ -91,7 +100,7 @@ def run_pytest_in(sender: Any, tree: str, tests: list[str], most: int, seconds: 
         loaded = "ignore:Module already imported"  # by the server, for all
         quick = ["-p", "no:cacheprovider", "-p", "no:hypothesispytest", "-W", loaded]
         pytest.main(["-q", f"--maxfail={most}", *quick, *tests], plugins=[failures])
-    sender.send((failures.passed, failures.texts))
+    sender.send((failures.passed, failures.texts, failures.collected))
 
 
 def run_tests(

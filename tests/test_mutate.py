@@ -156,3 +156,13 @@ def test_a_test_that_is_red_by_itself_and_a_wrong_budget_are_one_line(
     path.write_text(TEST.replace("== 5", "== 6"))
     assert mutate.main([]) == 1
     assert "error: red without a mutant, so no kill of theirs" in capsys.readouterr().err
+
+
+def test_what_a_test_killed_that_is_no_more_is_tried_again(small: Path) -> None:
+    path, results = small / "tests/optim/test_larger.py", small / "out/seed_1.jsonl"
+    for name in ("test_larger", "test_renamed"):
+        path.write_text(TEST.replace("test_larger", name))
+        assert mutate.main([]) == 0
+        found = mutate.read(results).values()
+        where = {one["where"] for one in found if one["outcome"] == "killed"}
+        assert where == {f"{path.relative_to(small)}::{name}"}
