@@ -28,7 +28,6 @@ PRELOAD = [
     "torch.distributed.tensor",
     "torch.distributed.checkpoint",
     "torch.distributed.device_mesh",
-    "torch.utils.tensorboard",
     "numpy",
     "safetensors.torch",
     "tyro",
