@@ -41,6 +41,7 @@ import torch.distributed as dist
 rank = int(sys.argv[1])
 dist.init_process_group("gloo", store=dist.FileStore(sys.argv[2], 2), rank=rank, world_size=2)
 print("ready", flush=True)
+sys.stdin.read()  # until all are: one that ended would break the connections that others make
 dist.destroy_process_group()
 """
 IMPORT = "import torch; print('ready', flush=True)"
@@ -87,7 +88,10 @@ def ready(folder: Path, script: str, processes: int) -> dict[str, Any]:
     started = time.perf_counter()
     running = [
         subprocess.Popen(
-            [sys.executable, "-c", script, str(rank), store], stdout=subprocess.PIPE, text=True
+            [sys.executable, "-c", script, str(rank), store],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
         for rank in range(processes)
     ]

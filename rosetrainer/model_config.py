@@ -6,11 +6,10 @@ import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from tyro.conf import Suppress
-
 from rosetrainer.model_choices import GATED, Activation, check_choices
 from rosetrainer.model_size import check_exists
 from rosetrainer.validation import (
+    HIDDEN,
     BelowOne,
     Bounds,
     ConfigError,
@@ -27,7 +26,7 @@ from rosetrainer.validation import (
 class GPTConfig:
     """The model: shapes of a GPT."""
 
-    vocab_size: Suppress[Count] = 256
+    vocab_size: Annotated[Count, HIDDEN] = 256
     """Number of token ids; training takes it from the data."""
     context_length: Annotated[int, Bounds(1, 2**24)] = 256
     """Tokens in a sequence."""

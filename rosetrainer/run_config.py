@@ -6,9 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, get_args, get_type_hints
 
-from tyro.conf import Suppress
-
-from rosetrainer.validation import Bounds, Count, CountOrZero
+from rosetrainer.validation import HIDDEN, Bounds, Count, CountOrZero
 
 MAY_CHANGE = "may change when the run is resumed"
 """In the Annotated of a field, or of a component: all other fields MUST_MATCH_ON_RESUME."""
@@ -44,7 +42,7 @@ class PrecisionConfig:
     dtype: Annotated[Literal["auto", "float32", "bfloat16", "float64"], MAY_CHANGE] = "auto"
     """bfloat16 is autocast over fp32 parameters; auto takes it where the hardware multiplies it."""
     compute_dtype: Annotated[
-        Suppress[Literal["float32", "bfloat16", "float64"] | None], MAY_CHANGE
+        Literal["float32", "bfloat16", "float64"] | None, MAY_CHANGE, HIDDEN
     ] = None
     """What dtype has resolved to. A resumed run keeps it: see run_identity.differences."""
     deterministic: bool = False

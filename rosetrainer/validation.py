@@ -12,6 +12,9 @@ from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
+HIDDEN, POSITIONAL = "no flag", "a word without a flag"
+"""In the Annotated of a field of a command's dataclass: how it is given."""
+
 HUGE = 2**40  # no count of ours is larger, and sums of some still fit 64 bits
 
 
@@ -100,7 +103,7 @@ def check_fields(config: Any) -> None:
 
     Nested components are checked too.
     """
-    for name, hint in _type_hints(type(config)).items():  # type: ignore[arg-type]
+    for name, hint in type_hints(type(config)).items():  # type: ignore[arg-type]
         value = getattr(config, name)
         if problem := _mismatch(hint, value):
             raise ConfigError(f"{name}={shown(value)} must be {problem}")
@@ -109,7 +112,7 @@ def check_fields(config: Any) -> None:
 
 
 @cache
-def _type_hints(cls: Any) -> dict[str, Any]:
+def type_hints(cls: Any) -> dict[str, Any]:
     """Of a dataclass's fields."""
     hints = get_type_hints(cls, include_extras=True)
     return {field.name: hints[field.name] for field in fields(cls)}

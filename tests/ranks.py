@@ -30,7 +30,6 @@ PRELOAD = [
     "torch.distributed.device_mesh",
     "numpy",
     "safetensors.torch",
-    "tyro",
     "pytest",
     "rosetrainer.commands.train",
     "rosetrainer.commands.parity",

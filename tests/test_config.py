@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 import math
-from dataclasses import asdict, fields, replace
-from typing import Any
+from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import field as dataclass_field
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import pytest
 
@@ -22,7 +23,15 @@ from rosetrainer.config import (
 )
 from rosetrainer.models.generation import SamplingConfig
 from rosetrainer.training.run_identity import MUST_MATCH_ON_RESUME
-from rosetrainer.validation import ConfigError, check_fields, config_from_dict
+from rosetrainer.validation import (
+    HIDDEN,
+    POSITIONAL,
+    Bounds,
+    ConfigError,
+    Count,
+    check_fields,
+    config_from_dict,
+)
 
 STRANGE = [0, -1, 1.5, math.nan, math.inf, "4", True, [], 2**70]
 NOT_A_SIZE = {"model": GPTConfig, "parallel": ParallelConfig, "optim": OptimConfig}
@@ -162,9 +171,13 @@ def test_the_global_batch_decides_the_accumulation() -> None:
     [
         (["--d-modle", "3"], "unknown argument --d-modle; did you mean --d-model?"),
         (["extra"], "unknown argument extra; see x --help"),
-        (["--d-model", "wide"], "Error parsing --d-model: invalid literal for int"),
-        (["--dtype", "int8"], "invalid choice 'int8' for argument '--dtype'"),
-        (["--steps"], "Missing value for argument '--steps'"),
+        (["--d-model", "wide"], "d_model='wide' must be an integer"),
+        (["--dtype", "int8"], "dtype='int8' must be auto, float32, bfloat16 or float64"),
+        (["--steps"], "--steps needs a value; see x --help"),
+        (["--steps", "--seed", "1"], "--steps needs a value; see x --help"),
+        (["--bias=off"], "--bias takes no value, and 'off' is given"),
+        (["--no-steps"], "unknown argument --no-steps; did you mean --steps?"),
+        (["-x"], "unknown argument -x; see x --help"),
         (["--vocab-size", "12"], "unknown argument --vocab-size"),
     ],
 )
@@ -175,14 +188,79 @@ def test_flags_that_do_not_fit_are_one_line(argv: list[str], message: str) -> No
     assert "\n" not in str(caught.value)
 
 
-def test_a_flag_that_does_not_fit_where_the_terminal_has_ascii_only(
-    monkeypatch: pytest.MonkeyPatch,
+@dataclass(frozen=True)
+class Inner:
+    """What is inside."""
+
+    rate: Annotated[float, Bounds(0, 1)] = 0.5
+    """A rate.
+    It has two lines, and this one is so long that it cannot stand in one line of eighty columns."""
+    hidden: Annotated[int, HIDDEN] = 3
+    """Not a flag."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command."""
+
+    first: Annotated[Path, POSITIONAL]
+    """The first word."""
+    name: str
+    """Has no default."""
+    rest: Annotated[tuple[Path, ...], POSITIONAL] = ()
+    inner: Inner = dataclass_field(default_factory=Inner)
+    size: Count | None = 7
+    kind: Literal["a", "b"] | None = None
+    swift: bool = False
+
+
+def test_each_kind_of_field_is_a_flag() -> None:
+    argv = ["one", "--name=-x=y", "two", "--size", "None", "--kind", "b", "--swift", "three"]
+    found = parse_flags(Command, [*argv, "--rate", "1", "--no-swift", "--rate=.25"], "x")
+    assert found == Command(
+        Path("one"), "-x=y", (Path("two"), Path("three")), Inner(0.25), None, "b", False
+    )
+    given = Command(Path("a"), "n", (), Inner(0.75, 9), 2)
+    assert parse_flags(Command, ["--size", "3"], "x", given) == replace(given, size=3)
+    for argv, message in (
+        (["--name", "n"], "^FIRST is missing; see x --help$"),
+        (["one"], "^--name is missing; see x --help$"),
+        (["one", "--name", "n", "--size", "0"], "^size=0 must be from 1 to 1099511627776$"),
+        (["one", "--name", "n", "--rate", "none"], "^rate='none' must be a finite number$"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            parse_flags(Command, argv, "x")
+
+
+def test_help_tells_what_each_flag_takes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
-    with pytest.raises(ConfigError) as caught:
-        parse_flags(TrainConfig, ["--steps", "many"], "x")
-    assert str(caught.value).startswith("Error parsing --steps: invalid literal for int")
-    assert str(caught.value).endswith("'many'")
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as caught:
+        parse_flags(Command, ["one", "--help", "--nonsense"], "x")
+    assert caught.value.code == 0
+    assert (
+        capsys.readouterr().out
+        == """usage: x FIRST [REST...] [flags]
+
+A command.
+
+flags:
+  -h, --help              Show this, and end.
+  FIRST                   The first word.
+  --name TEXT             Has no default.
+  REST
+  --size INT|None         (default: 7)
+  --kind {a,b}|None       (default: None)
+  --swift, --no-swift     (default: False)
+
+What is inside.
+  --rate FLOAT            A rate.
+                          It has two lines, and this one is so long that it
+                          cannot stand in one line of eighty columns. (default:
+                          0.5)
+"""
+    )
 
 
 def test_threads_are_no_more_than_a_machine_can_start() -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from tyro.conf import Positional, subcommand
 
 from rosetrainer.checkpoint.export import whole_layers, write_weights
 from rosetrainer.checkpoint.manifest import (
@@ -17,18 +16,18 @@ from rosetrainer.checkpoint.manifest import (
     checkpoints_in,
     read_manifest,
 )
-from rosetrainer.commands.flags import parse_flags
+from rosetrainer.commands.flags import parse_subcommand
 from rosetrainer.durable_files import room, write_whole
 from rosetrainer.parallel.context import Axis
 from rosetrainer.training.trained import sound_one
-from rosetrainer.validation import ConfigError, one_line
+from rosetrainer.validation import POSITIONAL, ConfigError, one_line
 
 
 @dataclass(frozen=True)
 class LsCommand:
     """Lists the checkpoints of a run, without reading their tensors."""
 
-    folder: Positional[Path]
+    folder: Annotated[Path, POSITIONAL]
     """A run folder, or one checkpoint."""
 
 
@@ -36,7 +35,7 @@ class LsCommand:
 class VerifyCommand:
     """Reads every byte, and compares it with what was written. Exit status 1 for damage."""
 
-    folder: Positional[Path]
+    folder: Annotated[Path, POSITIONAL]
     """A run folder, or one checkpoint."""
 
 
@@ -44,23 +43,18 @@ class VerifyCommand:
 class ExportCommand:
     """Writes the weights of a checkpoint, whole, as one safetensors file."""
 
-    folder: Positional[Path]
+    folder: Annotated[Path, POSITIONAL]
     """A run folder, whose newest sound checkpoint is meant, or one checkpoint."""
     out: Path
     """The file to write; it must not be there yet."""
 
 
-Command = (
-    Annotated[LsCommand, subcommand("ls")]
-    | Annotated[VerifyCommand, subcommand("verify")]
-    | Annotated[ExportCommand, subcommand("export")]
-)
+COMMANDS = {"ls": LsCommand, "verify": VerifyCommand, "export": ExportCommand}
 
 
 def main(argv: list[str]) -> int:
     """The command. Raises ConfigError for a user's mistake, CheckpointError for a damaged one."""
-    union: Any = Command
-    command = parse_flags(union, argv, "python -m rosetrainer checkpoint")
+    command = parse_subcommand(COMMANDS, argv, "python -m rosetrainer checkpoint")
     acts: dict[Any, Any] = {LsCommand: list_them, VerifyCommand: verify, ExportCommand: export}
     return int(acts[type(command)](command))
 

@@ -8,10 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
-from tyro.conf import Positional, subcommand
 
 from rosetrainer.checkpoint.export import whole_layers
 from rosetrainer.checkpoint.huggingface.families import model_of, special_ids, written_as
@@ -20,20 +19,20 @@ from rosetrainer.checkpoint.huggingface.run_from import write_run
 from rosetrainer.checkpoint.huggingface.write import write_folder
 from rosetrainer.checkpoint.run_folder import TOKENIZER
 from rosetrainer.checkpoint.saver import read_whole
-from rosetrainer.commands.flags import parse_flags
+from rosetrainer.commands.flags import parse_subcommand
 from rosetrainer.durable_files import room, short, whole_folder
 from rosetrainer.parallel.context import Axis
 from rosetrainer.training.trained import sound_one
-from rosetrainer.validation import Bounds, ConfigError
+from rosetrainer.validation import POSITIONAL, Bounds, ConfigError
 
 
 @dataclass(frozen=True)
 class FromCommand:
     """Makes a run folder of a Hugging Face checkpoint, with a checkpoint of step 0."""
 
-    folder: Positional[Path]
+    folder: Annotated[Path, POSITIONAL]
     """Holds config.json and safetensors, as save_pretrained writes them."""
-    out: Positional[Path]
+    out: Annotated[Path, POSITIONAL]
     """The run folder to make: new or empty."""
 
 
@@ -41,9 +40,9 @@ class FromCommand:
 class ToCommand:
     """Writes the newest sound checkpoint of a run as a folder that Hugging Face's library reads."""
 
-    run: Positional[Path]
+    run: Annotated[Path, POSITIONAL]
     """A run folder, or one checkpoint."""
-    out: Positional[Path]
+    out: Annotated[Path, POSITIONAL]
     """The folder to make: new or empty."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """What the weights are rounded to."""
@@ -51,13 +50,12 @@ class ToCommand:
     """Most megabytes of one file; more are several, with an index."""
 
 
-Command = Annotated[FromCommand, subcommand("from-hf")] | Annotated[ToCommand, subcommand("to-hf")]
+COMMANDS = {"from-hf": FromCommand, "to-hf": ToCommand}
 
 
 def main(argv: list[str]) -> int:
     """The command. Raises ConfigError for a user's mistake, before anything is written."""
-    union: Any = Command
-    command = parse_flags(union, argv, "python -m rosetrainer convert")
+    command = parse_subcommand(COMMANDS, argv, "python -m rosetrainer convert")
     return from_hf(command) if isinstance(command, FromCommand) else to_hf(command)
 
 

@@ -23,14 +23,12 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from tyro.conf import Positional
-
 from rosetrainer.commands.flags import parse_flags
 from rosetrainer.data import python_docs, shakespeare
 from rosetrainer.data.corpus_folder import must_make, new_folder, summary
 from rosetrainer.data.documents import Texts, one_text, read_one, read_texts
 from rosetrainer.environment import prepare_command, trainer_command
-from rosetrainer.validation import Bounds, ConfigError
+from rosetrainer.validation import POSITIONAL, Bounds, ConfigError
 
 if TYPE_CHECKING:
     from rosetrainer.data.bpe import BPETokenizer
@@ -73,7 +71,7 @@ class PythonDocs(TextOptions, Target):
 class Shakespeare(TextOptions, Target):
     """Tiny-shakespeare, 1.1 MB."""
 
-    path: Positional[Path | None] = None
+    path: Annotated[Path | None, POSITIONAL] = None
     """A file that holds it; downloaded unless given."""
 
 
@@ -84,7 +82,7 @@ class Files(TextOptions, Target):
     tokenizer: str = "bytes"  # type: ignore[assignment]
     """bytes, chars or bpe: a token is a byte, a character, or a frequent string of bytes; or those
     of a tokenizer.json, by its path or its folder's."""
-    paths: Positional[tuple[Path, ...]] = ()
+    paths: Annotated[tuple[Path, ...], POSITIONAL] = ()
     text_key: str = "text"
     """The key of JSON lines, or the column of parquet, that holds a document's text."""
     as_text: bool = False
@@ -116,7 +114,7 @@ class Markov(ChainOptions, Target):
 class Import(Target):
     """Token ids that nanoGPT or llm.c wrote; they are copied, and stay as they are."""
 
-    paths: Positional[tuple[Path, ...]] = ()
+    paths: Annotated[tuple[Path, ...], POSITIONAL] = ()
     """A folder with files for training and for validation, or two files, in this order."""
     tokenizer: str = ""
     """The path of the tokenizer.json that the ids are of; bytes; or ids, of which nothing is known:

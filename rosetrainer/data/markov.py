@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from rosetrainer.data.corpus_writer import write_tokens
 from rosetrainer.data.token_file import Int64s
 from rosetrainer.data.tokenizer import Ids, IdsTokenizer
 
@@ -47,6 +46,8 @@ class MarkovChain:
 
 def write_corpus(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
     """Writes train.bin and val.bin; gives meta.json's keys, with the chain and its true loss."""
+    from rosetrainer.data.corpus_writer import write_tokens  # training reads, and needs it not
+
     lengths = (options["train_tokens"], options["val_tokens"])
     chain, (train, val) = draw(options["order"], options["alphabet"], options["seed"], lengths)
     meta = write_tokens(folder, IdsTokenizer(options["alphabet"]), [("train", train), ("val", val)])

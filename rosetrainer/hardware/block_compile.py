@@ -11,7 +11,6 @@ import os
 import shlex
 import shutil
 import sys
-import sysconfig
 import warnings
 from collections.abc import Iterable
 from importlib.util import find_spec
@@ -61,6 +60,8 @@ def obstacle(config: TrainConfig, tp_size: int) -> str:
 
 def missing_tool(device: torch.device) -> str:
     """What torch.compile needs on this machine for the device and does not find, or ""."""
+    import sysconfig  # for whoever asks: each import is time to the first step
+
     if device.type == "cuda":
         if find_spec("triton") is None:
             return "a torch without Triton; install it: pip install triton"

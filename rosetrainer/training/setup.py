@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from datetime import timedelta
@@ -11,15 +10,11 @@ from pathlib import Path
 
 import torch
 
-from rosetrainer.checkpoint.huggingface.load import find_weights, load_weights
-from rosetrainer.checkpoint.huggingface.run_from import check_tokens
 from rosetrainer.checkpoint.run_folder import check_unlocked, describe_run
 from rosetrainer.checkpoint.saver import Saver, load_checkpoint
-from rosetrainer.config import GPTConfig, TrainConfig
+from rosetrainer.config import TrainConfig
 from rosetrainer.data.batches import Corpus, open_corpus
-from rosetrainer.data.blank_infilling import fill_blanks
-from rosetrainer.data.masked_tokens import hide_tokens
-from rosetrainer.data.span_corruption import corrupt_spans
+from rosetrainer.data.objectives import objective_of
 from rosetrainer.environment import choose_device, world_from_environment
 from rosetrainer.hardware.block_compile import compile_blocks, compiles
 from rosetrainer.hardware.kernels import fast_kernels
@@ -67,13 +62,7 @@ from rosetrainer.training.resume_plan import ResumePlan, find_resume_plan
 from rosetrainer.training.run_identity import settle_dtype
 from rosetrainer.training.trainer import Trainer, TrainingState
 
-Objective = Callable[[Corpus, GPTConfig, bool], tuple[GPTConfig, Corpus]]
-OBJECTIVES: dict[str, Objective] = {
-    "bert": hide_tokens,
-    "t5": corrupt_spans,
-    "glm": fill_blanks,
-}
-"""What is learned from a corpus where it is not the next token, by the architecture."""
+# What only some runs need is imported where they need it: each import is time to the first step.
 
 
 def check_config(
@@ -95,8 +84,10 @@ def check_config(
     corpus = open_corpus(config.run.data, config.model.context_length, read_all=local_rank == 0)
     corpus.tokenizer()  # better found broken now than by whoever wants text of the trained model
     if config.run.init_from:
+        from rosetrainer.checkpoint.huggingface.run_from import check_tokens
+
         check_tokens(config.run.init_from, config.model.vocab_size, corpus)
-    if objective := OBJECTIVES.get(config.model.architecture):
+    if objective := objective_of(config.model.architecture):
         model, corpus = objective(corpus, config.model, config.run.init_from is not None)
         config = replace(config, model=model)
     elif not config.run.init_from:
@@ -108,6 +99,8 @@ def check_config(
         check_memory(config.model, each, "weights, gradients and moments", copies)
     plan = find_resume_plan(config, corpus) if rank == 0 else ResumePlan()
     if rank == 0 and config.run.init_from and not plan.candidates:
+        from rosetrainer.checkpoint.huggingface.load import find_weights
+
         find_weights(config.run.init_from, config.model)  # better found lacking now than by all
     if plan.folder:
         check_unlocked(plan.folder)
@@ -225,6 +218,8 @@ def build(
     optimizer = build_optimizer(model, config.optim)
     if location.checkpoint is None:
         if config.run.init_from:
+            from rosetrainer.checkpoint.huggingface.load import find_weights, load_weights
+
             load_weights(model, find_weights(config.run.init_from, config.model, config.run.seed))
         else:
             init_weights(model, config.run.seed)
