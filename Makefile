@@ -71,7 +71,7 @@ lint: .venv/.installed-dev  ## Check style and types
 	$(VENV_PYTHON) -m mypy
 
 # benchmarks/NAME.py, each a comparison with a table of its own.
-BENCHMARKS := tokens_per_second tensor_parallel start_up loss_memory sharded growth
+BENCHMARKS := tokens_per_second roofline tensor_parallel start_up loss_memory sharded growth
 
 bench: .venv/.installed-dev  ## Measure speed against what else one could pick: about half an hour
 	BENCH=1 $(VENV_PYTHON) -m pytest -q tests/test_benchmarks.py tests/test_gpu_benchmark.py \

@@ -27,6 +27,7 @@ from benchmarks import (
     growth,
     pipeline,
     pipelining_step,
+    roofline,
     sharded,
     side_by_side,
     start_up,
@@ -194,6 +195,28 @@ def test_torch_s_pipelines_compute_what_ours_do_and_are_compared(tmp_path: Path)
         (ways,) = found[f"m {m}"]
         assert ways["theory"] == pytest.approx(1 / (m + 1))
         assert all(0 < ways[way] < 1 for way in bubbles.WAYS)
+
+
+def test_a_step_s_operations_are_noted_with_what_they_compute_and_move() -> None:
+    work = Work(GPTConfig(n_layers=2, d_model=32, n_heads=2, context_length=64), batch_size=2)
+    step = OurStep(work, torch.float32)
+    step()  # makes the optimizer's state
+    calls = roofline.noted(step)
+    assert [call.name for call in roofline.noted(step)] == [call.name for call in calls]
+    products = sum(call.flops for call in calls if "attention" not in call.name)
+    assert products == work.flops - 2 * work.tokens * 12 * 64 * 32  # attention's, of two layers
+    x, mask = torch.ones(8, 4), torch.ones(1, 4).expand(8, 4)
+    with roofline.Notes() as notes:
+        x.view(4, 8).T.add_(1.0)
+        (x * mask).sum()
+    named = [(call.name, call.bytes) for call in notes.calls]
+    assert named == [("view", 0), ("permute", 0), ("add_", 256), ("mul", 272), ("sum", 132)]
+    limits = roofline.Limits(1e3, {100: 10.0, 10_000: 5.0})
+    assert limits.seconds(roofline.Call("", 0.0, 4000, 100)) == 10.0
+    assert limits.seconds(roofline.Call("", 0.0, 9000, 50)) == 9.0
+    rows = roofline.rows_of([calls, calls, calls], limits)
+    assert sum(row.calls for row in rows.values()) == len(calls)
+    assert sum(row.limit for row in rows.values()) == pytest.approx(sum(map(limits.seconds, calls)))
 
 
 def test_what_is_doubled_grows_by_its_closed_form() -> None:
