@@ -7,8 +7,7 @@ from importlib import import_module
 from typing import NoReturn
 
 from rosetrainer.environment import trainer_command
-from rosetrainer.launch.rank import run_rank
-from rosetrainer.launch.stop import STOP
+from rosetrainer.launch.rank import STOP, run_rank
 from rosetrainer.validation import ConfigError
 
 COMMANDS = {

@@ -37,8 +37,8 @@ class IdleClock:
     ENDLESS = 10
 
     def __init__(self, seconds: float) -> None:
-        self._seconds, self._count, self._shares = seconds, -1, 0.0
-        self._idle = self._uncounted = 0.0
+        self._seconds, self._idle, self._uncounted = seconds, 0.0, 0.0
+        self._signs = (-1, 0.0)
 
     def look(self, waited: float, count: int, processor: float) -> float:
         """Seconds without a sign.
@@ -46,12 +46,10 @@ class IdleClock:
         waited: before this look, by intention: a process that was stopped has not been idle.
         processor: its seconds so far, 0 where they say nothing.
         """
+        signs = count, processor // (self.SHARE * self._seconds)
         self._idle += waited
-        self._uncounted += waited
-        shares = processor // (self.SHARE * self._seconds)
-        if count != self._count:
-            self._idle = self._uncounted = 0.0
-        elif shares != self._shares and self._uncounted < self.ENDLESS * self._seconds:
+        self._uncounted = 0.0 if count != self._signs[0] else self._uncounted + waited
+        if signs != self._signs and self._uncounted < self.ENDLESS * self._seconds:
             self._idle = 0.0
-        self._count, self._shares = count, shares
+        self._signs = signs
         return self._idle

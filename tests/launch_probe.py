@@ -24,9 +24,9 @@ if "RANK" in os.environ:  # a rank that is being started and has not come to run
     while "PROBE_IS_SIGNALLED_EARLY" in os.environ:
         time.sleep(0.005)
 
-from rosetrainer.launch import launcher, stop  # noqa: E402
-from rosetrainer.launch.errors import RankError  # noqa: E402
-from rosetrainer.launch.rank import ERROR_REPORT, run_rank  # noqa: E402
+from rosetrainer.launch import launcher, rank  # noqa: E402
+from rosetrainer.launch.errors import ERROR_REPORT, RankError  # noqa: E402
+from rosetrainer.launch.rank import run_rank  # noqa: E402
 from rosetrainer.validation import ConfigError  # noqa: E402
 
 
@@ -135,9 +135,9 @@ def slow_step(words: list[str]) -> None:
     """Told to end, half of its first step is done; a save then takes as long as a step."""
 
     def finish(signum: int) -> None:
-        stop.STOP.waits_for_step = True
-        stop.STOP.step_began = time.monotonic() - float(words[0]) / 2
-        stop.STOP._obey(signal.Signals(signum))
+        rank.STOP.waits_for_step = True
+        rank.STOP.step_began = time.monotonic() - float(words[0]) / 2
+        rank.STOP._obey(signal.Signals(signum))
         save_and_leave(signum)
 
     on_signals(finish)
@@ -290,9 +290,9 @@ if __name__ == "__main__":
         signal.signal(signal.SIGHUP, signal.SIG_IGN if nohup else signal.SIG_DFL)
         for name in ("POLL_SECONDS", "TERMINATE_SECONDS"):
             setattr(launcher, name, float(os.environ.get(name, getattr(launcher, name))))
-        again = os.environ.get("SECOND_SIGNAL_SECONDS", stop.SECOND_SIGNAL_SECONDS)
-        stop.SECOND_SIGNAL_SECONDS = float(again)
+        again = os.environ.get("SECOND_SIGNAL_SECONDS", rank.SECOND_SIGNAL_SECONDS)
+        rank.SECOND_SIGNAL_SECONDS = float(again)
         threads = int(os.environ.get("PROBE_THREADS", "0"))
-        stop.STOP.grace = float(os.environ.get("PROBE_GRACE", stop.GRACE))
+        rank.STOP.grace = float(os.environ.get("PROBE_GRACE", rank.GRACE))
         sys.exit(launcher.launch(int(sys.argv[2]), sys.argv[3:], threads, "launch_probe"))
     run_rank(lambda: MODES[sys.argv[1]](sys.argv[2:]))

@@ -18,7 +18,7 @@ from rosetrainer.checkpoint.manifest import check_files, read_manifest
 from rosetrainer.checkpoint.saver import read_whole
 from rosetrainer.commands import train as train_command
 from rosetrainer.config import GPTConfig, OptimConfig, ParallelConfig, TrainConfig
-from rosetrainer.launch.stop import STOP
+from rosetrainer.launch.rank import STOP
 from rosetrainer.training import trainer
 from rosetrainer.training.setup import check_config, train
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import rosetrainer.launch.launcher
 from rosetrainer.__main__ import start
-from rosetrainer.launch.stop import STOP
+from rosetrainer.launch.rank import STOP
 
 FOLDER = "SLOW_TRAIN"
 

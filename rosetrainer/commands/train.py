@@ -17,7 +17,7 @@ from rosetrainer.config import GPTConfig, TrainConfig
 from rosetrainer.environment import LAUNCHED, world_from_environment
 from rosetrainer.hardware.memory import keep_freed_memory, no_garbage_collection
 from rosetrainer.launch.interfaces import own_host
-from rosetrainer.launch.stop import GRACE, STOP, stop_status
+from rosetrainer.launch.rank import GRACE, STOP, stop_status
 from rosetrainer.validation import ConfigError, Count, CountOrZero, LocalRanks, config_from_dict
 
 PORT = "29500"

@@ -1,21 +1,32 @@
-"""What a user is told of an error, in a few lines, and the exit status that goes with it.
+"""What a user is told of a rank's end, in a few lines and once, by whoever has launched it.
 
-Imports no torch, as `rank`, whose errors these are.
+Imports no torch: the launcher needs none, and a rank may fail before it has imported it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
+import sys
+import time
 import traceback
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from errno import EACCES, EDQUOT, EFBIG, ENOSPC, EROFS
 from pathlib import Path
+from typing import NoReturn
 
 from rosetrainer import environment
 from rosetrainer.durable_files import room, short
 from rosetrainer.validation import ConfigError
+
+ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # variable, torchrun's too: a rank leaves its error there
+
+LATER = 60
+"""Seconds added to the time of an error that follows from another rank's, so that the launcher
+takes that one for the cause: clocks of machines differ, and torchrun compares whole seconds."""
 
 LOST = (
     *("Connection closed by peer", "Connection reset by peer", "Broken pipe"),
@@ -28,6 +39,66 @@ NO_MEMORY = ("allocate memory", "not enough memory", "out of memory", "_ALLOC_FA
 
 class RankError(Exception):
     """An error with all that a user needs to know of it, in a few lines."""
+
+
+@dataclass
+class ErrorReport:
+    """What training adds to the report of an error that ends this process."""
+
+    folder: Path | None = None  # of the run: for a traceback
+    is_first: Callable[[], bool] | None = None  # whether no other rank has failed before
+
+
+ERROR_REPORT = ErrorReport()
+
+
+def end_rank(error: Exception) -> NoReturn:
+    """Ends the process, from any of its threads, and reports why unless another rank was first."""
+    now, (text, status) = time.time(), explain(error, ERROR_REPORT.folder)
+    if ERROR_REPORT.is_first:
+        first = ERROR_REPORT.is_first()
+    else:  # they have not met: a mistake of the user's is one of all ranks
+        alone = isinstance(error, environment.PlaceError) or not isinstance(error, ConfigError)
+        first = alone or environment.reports_for_machine()
+    follows = not first or _says(error, LOST)
+    if not record(f"error: {text}", now + LATER * follows) and first:
+        print(f"error: {text}", file=sys.stderr)
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+    # The interpreter's own ending can hang in a communicator whose peers are gone.
+    os._exit(status)
+
+
+def report_stop(message: str) -> None:
+    """How a stop has ended: to our launcher, which reports it, or else to the user."""
+    launched = environment.LAUNCHED in os.environ
+    if environment.reports_for_machine() and not (launched and record(message, time.time())):
+        print(f"stopped; {message}", flush=True)
+
+
+def record(text: str, when: float) -> bool:
+    """Leaves what has ended this rank, in torchrun's format; whether a launcher will report it.
+
+    See torch.distributed.elastic.multiprocessing.errors.
+    """
+    error = {"message": text, "extraInfo": {"py_callstack": text, "timestamp": when}}
+    try:
+        Path(os.environ[ERROR_FILE]).write_text(json.dumps({"message": error}))
+    except (KeyError, OSError):
+        return False
+    # torchrun starts ranks again without a word of what has ended them.
+    counts = ("TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS")
+    made, most = (int(os.environ.get(name, "0")) for name in counts)
+    return environment.LAUNCHED in os.environ or made >= most
+
+
+def recorded(file: str) -> tuple[float, str]:
+    """(when, what) as `record` has left it. A rank that was killed or has crashed leaves nothing:
+    it is the first, for that follows from no other rank's end."""
+    with contextlib.suppress(OSError, ValueError):
+        error = json.loads(Path(file).read_text())["message"]
+        return error["extraInfo"]["timestamp"], error["message"]
+    return 0.0, ""
 
 
 def explain(error: Exception, folder: Path | None) -> tuple[str, int]:
@@ -44,10 +115,10 @@ def explain(error: Exception, folder: Path | None) -> tuple[str, int]:
     rank, world_size = 0, 1
     with contextlib.suppress(environment.PlaceError):
         rank, world_size, _, _ = environment.world_from_environment()
-    who, trace = f"rank {rank} of {world_size}", "".join(traceback.format_exception(error)).rstrip()
-    if lost_connection(error):
+    if _says(error, LOST):
         what = f"rank {rank} has lost its connection to another rank, which has ended"
         return f"{what}; the same command goes on from the last checkpoint", 1
+    who, trace = f"rank {rank} of {world_size}", "".join(traceback.format_exception(error)).rstrip()
     if isinstance(error, MemoryError) or _says(error, NO_MEMORY):
         asked = re.search(r"tried to allocate ([\d.]+ \w+)", str(error), re.IGNORECASE)
         for_what = f" when it asked for {asked[1]} more" if asked else ""
@@ -56,16 +127,10 @@ def explain(error: Exception, folder: Path | None) -> tuple[str, int]:
         file = folder / f"error_rank_{rank:05d}.txt"
         with contextlib.suppress(OSError):
             file.write_text(trace)
-            last = traceback.extract_tb(error.__traceback__)[-1]
-            place = f"{last.filename}, line {last.lineno}, in {last.name}"
+            *_, place = traceback.format_tb(error.__traceback__)
             what = traceback.format_exception_only(error)[0].partition("\n")[0]
-            return f"{who} failed: {what}\n  {place}\n  the whole traceback: {file}", 1
+            return f"{who} failed: {what}\n{place}  the whole traceback: {file}", 1
     return f"{who} failed:\n{trace}", 1
-
-
-def lost_connection(error: Exception) -> bool:
-    """Whether it follows from another rank's end."""
-    return _says(error, LOST)
 
 
 def _says(error: Exception, reasons: Iterable[str]) -> bool:
@@ -75,8 +140,7 @@ def _says(error: Exception, reasons: Iterable[str]) -> bool:
 
 def memory_advice() -> str:
     return (
-        "training needs less with a smaller --micro-batch-size or with --recompute block, "
-        "--zero 3 lets the ranks of --dp-size share the model, and more ranks with --tp-size do; "
-        "the same flags after "
-        f"`{environment.trainer_command()} plan` predict how much"
+        "training needs less with a smaller --micro-batch-size or with --recompute block, --zero 3 "
+        "lets the ranks of --dp-size share the model, and more ranks with --tp-size do; the same "
+        f"flags after `{environment.trainer_command()} plan` predict how much"
     )

@@ -6,21 +6,17 @@ they meet in a folder, so nothing has to listen on a port. Each of several has i
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 
 from rosetrainer.environment import LAUNCHED, name_ranks, usable_cores
-from rosetrainer.launch.errors import memory_advice
+from rosetrainer.launch.errors import ERROR_FILE, memory_advice, recorded
 from rosetrainer.launch.interfaces import INTERFACE, local_interface
-from rosetrainer.launch.rank import ERROR_FILE, PIPE_CLOSED, RENDEZVOUS_DIR
-from rosetrainer.launch.stop import STOP, on_signals
+from rosetrainer.launch.rank import PIPE_CLOSED, RENDEZVOUS_DIR, STOP, on_signals
 from rosetrainer.validation import ConfigError
 
 POLL_SECONDS = 0.05
@@ -30,6 +26,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 Ranks = dict[int, subprocess.Popen[bytes]]
 Received = list[signal.Signals]  # signals to the launcher
 Statuses = dict[int, int | None]  # the exit status of each rank, or None while it runs
+Told = dict[int, tuple[float, str]]  # when and why each rank has ended, as it says itself
 
 
 def launch(
@@ -50,18 +47,16 @@ def launch(
     """
     if nproc < 1:
         raise ConfigError(f"nproc={nproc} must be 1 or more")
-    ranks, received = Ranks(), Received()
+    ranks, received, command = Ranks(), Received(), [sys.executable, "-m", module, *argv]
     on_signals(received.append, *SIGNALS)
     with tempfile.TemporaryDirectory(prefix="rosetrainer_", ignore_cleanup_errors=True) as folder:
-        environment = _rank_environment(nproc, threads, folder, machine[1])
+        shared = _rank_environment(nproc, threads, folder, machine[1])
         try:
             for local_rank in range(nproc):
                 rank = machine[0] * nproc + local_rank
                 own = {"RANK": str(rank), "LOCAL_RANK": str(local_rank)}
                 own[ERROR_FILE] = f"{folder}/error_{rank}.json"
-                command = [sys.executable, "-m", module, *argv]
-                process = subprocess.Popen(command, env=environment | own, start_new_session=True)
-                ranks[rank] = process
+                ranks[rank] = subprocess.Popen(command, env=shared | own, start_new_session=True)
             while None in (now := _statuses(ranks).values()) and not any(now) and not received:
                 time.sleep(POLL_SECONDS)
             time.sleep(POLL_SECONDS)  # the cause may be seen later than what follows from it
@@ -74,7 +69,8 @@ def launch(
                 if time.monotonic() > end:
                     break
                 time.sleep(POLL_SECONDS)
-            why, status = _stopped(received, left, folder) if stopped else _failed(failed, folder)
+            told = {rank: recorded(f"{folder}/error_{rank}.json") for rank in ranks}
+            why, status = _stopped(received, left, told) if stopped else _failed(failed, told)
             if why:  # on a terminal below the progress bar that may stand there
                 print("\n" * sys.stderr.isatty() + why, file=sys.stderr)
             return status
@@ -105,11 +101,11 @@ def _statuses(ranks: Ranks) -> Statuses:
     return {rank: process.poll() for rank, process in ranks.items()}
 
 
-def _stopped(received: Received, statuses: Statuses, folder: str) -> tuple[str, int]:
+def _stopped(received: Received, statuses: Statuses, told: Told) -> tuple[str, int]:
     """What to tell of a stop, by the first rank, and the exit status. Who still runs is killed."""
     signum, *again = received
     said = "interrupted" if signum == signal.SIGINT else f"stopped by {signum.name}"
-    _, fate = _read_error(folder, min(statuses))
+    _, fate = told[min(statuses)]
     if left := [rank for rank, status in statuses.items() if status is None]:
         after = "" if again else f" after {STOP.grace:g} s; --grace gives more"
         fate += f"{'; ' * bool(fate)}{name_ranks(left)} been killed{after}"
@@ -117,9 +113,9 @@ def _stopped(received: Received, statuses: Statuses, folder: str) -> tuple[str, 
     return f"{said}; {fate or 'all ranks have ended'}", 0 if ended_well else 128 + signum
 
 
-def _failed(statuses: Statuses, folder: str) -> tuple[str, int]:
+def _failed(statuses: Statuses, told: Told) -> tuple[str, int]:
     """Why the first of those has failed that had when it was seen, and the exit status."""
-    failed = [(_read_error(folder, rank), rank) for rank, status in statuses.items() if status]
+    failed = [(told[rank], rank) for rank, status in statuses.items() if status]
     (_, why), rank = min(failed, default=((0.0, ""), min(statuses)))
     status = statuses[rank] or 0
     if status in (0, PIPE_CLOSED):
@@ -131,12 +127,3 @@ def _failed(statuses: Statuses, folder: str) -> tuple[str, int]:
     if status == -signal.SIGKILL:
         ended += f"; if the machine ran out of memory: {memory_advice()}"
     return why or f"error: rank {rank} {ended}", 2 if status == 2 else 1
-
-
-def _read_error(folder: str, rank: int) -> tuple[float, str]:
-    """(when, what) as launch.rank.record has left it. A rank that was killed or has crashed leaves
-    nothing: it is the first, for that follows from no other rank's end."""
-    with contextlib.suppress(OSError, ValueError):
-        error = json.loads(Path(folder, f"error_{rank}.json").read_text())["message"]
-        return error["extraInfo"]["timestamp"], error["message"]
-    return 0.0, ""

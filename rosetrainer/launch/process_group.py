@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 
 from rosetrainer.environment import choose_device, name_ranks, world_from_environment
-from rosetrainer.launch.errors import RankError
+from rosetrainer.launch.errors import ERROR_REPORT, RankError
 from rosetrainer.launch.machines import meet_machines
-from rosetrainer.launch.rank import ERROR_REPORT, RENDEZVOUS_DIR
+from rosetrainer.launch.rank import RENDEZVOUS_DIR
 from rosetrainer.validation import ConfigError
 
 WATCH_MARGIN_SECONDS = 24 * 3600

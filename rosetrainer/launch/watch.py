@@ -10,16 +10,14 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from types import FrameType
 from typing import NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
 
 from rosetrainer.heartbeat import HEARTBEAT, IdleClock
-from rosetrainer.launch.errors import RankError
+from rosetrainer.launch.errors import ERROR_REPORT, RankError, end_rank
 from rosetrainer.launch.process_group import START_SECONDS, store_host
-from rosetrainer.launch.rank import ERROR_REPORT, end_rank
 
 POLL_SECONDS = 0.25
 FOLLOW_SECONDS = 5.0  # a rank stays after another one has reported what hangs, or is about to
@@ -105,10 +103,10 @@ class HangWatch:
 
     def _write(self) -> None:
         stack = main_stack()
-        frame = next((one for one in stack if one.f_code.co_filename.startswith(PACKAGE)), stack[0])
-        file, count = frame.f_code.co_filename, self.collectives_started() * self.comparable
-        place = f"{frame.f_code.co_name}, {Path(file).name}:{frame.f_lineno}"
-        state = RankState(count, file.endswith(WAITING), self._idle, place, time.time())
+        file, name, line = next((one for one in stack if one[0].startswith(PACKAGE)), stack[0])
+        count, location = self.collectives_started(), f"{name}, {Path(file).name}:{line}"
+        waits = file.endswith(WAITING)
+        state = RankState(count * self.comparable, waits, self._idle, location, time.time())
         self._store.set(self._keys[self._rank], json.dumps(state))
 
     def is_first(self) -> bool:
@@ -141,16 +139,16 @@ def processor_seconds() -> float:
     return time.process_time()
 
 
-def main_stack() -> list[FrameType]:
-    """The main thread's frames, the innermost first."""
+def main_stack() -> list[tuple[str, str, int]]:
+    """The main thread's place in each function, the innermost first: (file, function, line)."""
     frame = sys._current_frames()[threading.main_thread().ident or 0]
-    return [one for one, _ in traceback.walk_stack(frame)]
+    stack = traceback.walk_stack(frame)
+    return [(one.f_code.co_filename, one.f_code.co_name, line) for one, line in stack]
 
 
 def compiles() -> bool:
     """Whether the main thread is in torch.compile, where nothing is counted."""
-    files = [frame.f_code.co_filename for frame in main_stack()]
-    return any("/_dynamo/" in file or "/_inductor/" in file for file in files)
+    return any("/_dynamo/" in file or "/_inductor/" in file for file, _, _ in main_stack())
 
 
 def at_fault(alive: dict[int, RankState], here: set[int], world_size: int) -> tuple[int, str]:

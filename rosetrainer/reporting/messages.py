@@ -14,7 +14,7 @@ from rosetrainer.checkpoint.manifest import Manifest, Progress, folder_name
 from rosetrainer.checkpoint.run_folder import CONFIG
 from rosetrainer.config import TrainConfig
 from rosetrainer.environment import gpus_are_own, world_from_environment
-from rosetrainer.launch.stop import report_stop
+from rosetrainer.launch.errors import report_stop
 from rosetrainer.models.gpt import GPTModel
 from rosetrainer.optim.optimizer import learning_rate
 from rosetrainer.parallel.context import ParallelContext

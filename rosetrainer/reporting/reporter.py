@@ -8,7 +8,7 @@ from typing import Protocol
 
 from rosetrainer.config import TrainConfig
 from rosetrainer.hardware.performance import flops_per_token
-from rosetrainer.launch.stop import STOP
+from rosetrainer.launch.rank import STOP
 from rosetrainer.parallel.context import Axis, ParallelContext
 from rosetrainer.reporting.run_log import RunLog, traffic
 from rosetrainer.reporting.slow_ranks import SlowRanks

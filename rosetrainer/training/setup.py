@@ -24,12 +24,12 @@ from rosetrainer.hardware.performance import (
     matmul_peak,
     set_threads,
 )
+from rosetrainer.launch.errors import ERROR_REPORT
 from rosetrainer.launch.process_group import (
     WATCH_MARGIN_SECONDS,
     init_process_group,
     open_store,
 )
-from rosetrainer.launch.rank import ERROR_REPORT
 from rosetrainer.launch.watch import HangWatch
 from rosetrainer.model_size import check_memory
 from rosetrainer.models.build import build_model

@@ -9,7 +9,7 @@ from rosetrainer.checkpoint.manifest import Progress
 from rosetrainer.checkpoint.saver import Saver
 from rosetrainer.config import TrainConfig
 from rosetrainer.data.batches import Corpus
-from rosetrainer.launch.stop import STOP
+from rosetrainer.launch.rank import STOP
 from rosetrainer.models.gpt import GPTModel
 from rosetrainer.optim.adamw import AdamW
 from rosetrainer.optim.clip import clip_gradients

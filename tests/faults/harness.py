@@ -303,7 +303,7 @@ def _rank_main(
     warnings.simplefilter("error")
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
     from rosetrainer.__main__ import start
-    from rosetrainer.launch.stop import STOP
+    from rosetrainer.launch.rank import STOP
 
     STOP.listen()
     Path(folder, f"ready{rank}").touch()

@@ -35,7 +35,7 @@ STATUS = {signal.SIGTERM: 0, signal.SIGINT: 130}
 
 def receive(signum: signal.Signals) -> None:
     """Until the thread that reads signals has noted it, however long it waits for a processor."""
-    from rosetrainer.launch.stop import STOP
+    from rosetrainer.launch.rank import STOP
 
     os.kill(os.getpid(), signum)
     while STOP.signal is None:
@@ -114,7 +114,7 @@ def test_control_a_rank_that_does_not_listen_loses_its_steps(markov: Path, tmp_p
 
 
 def listen_no_more(rank: int) -> None:
-    from rosetrainer.launch.stop import STOP
+    from rosetrainer.launch.rank import STOP
 
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     STOP.listen = lambda: None  # type: ignore[method-assign]

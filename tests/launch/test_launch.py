@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import queue
 import signal
 import subprocess
 import sys
@@ -25,10 +24,9 @@ from launch_probe import state
 from ranks import LONGEST_SECONDS
 
 from rosetrainer.environment import usable_cores
-from rosetrainer.launch.errors import explain
+from rosetrainer.launch.errors import ERROR_FILE, ERROR_REPORT, LATER, explain, record
 from rosetrainer.launch.launcher import launch
-from rosetrainer.launch.rank import ERROR_FILE, ERROR_REPORT, LATER, record
-from rosetrainer.launch.stop import StopRequest
+from rosetrainer.launch.rank import StopRequest
 from rosetrainer.launch.watch import HangWatch
 from rosetrainer.validation import ConfigError
 
@@ -391,10 +389,9 @@ def test_a_stop_has_the_time_that_was_measured_and_half_as_much_again(
     stop = StopRequest()
     stop.grace, stop.waits_for_step, stop.save_seconds = grace, True, 1.0
     monkeypatch.setattr(stop, "seconds_left", lambda now: need)
-    with mock.patch("threading.Timer") as timer:
+    with mock.patch("signal.setitimer") as timer:
         stop._obey(signal.SIGTERM)
-    assert timer.call_args.args[0] == given
-    assert timer.return_value.start.called
+    assert timer.call_args.args == (signal.ITIMER_REAL, given)
     assert stop.signal == signal.SIGTERM
     told = capsys.readouterr().out
     assert said in told
@@ -404,24 +401,30 @@ def test_a_stop_has_the_time_that_was_measured_and_half_as_much_again(
 def test_a_first_save_that_nothing_was_measured_of_has_all_the_grace_time() -> None:
     stop = StopRequest()
     stop.grace, stop.waits_for_step = 70.0, True
-    with mock.patch("threading.Timer") as timer:
+    with mock.patch("signal.setitimer") as timer:
         stop._obey(signal.SIGTERM)
-    assert timer.call_args.args[0] == 70.0
+    assert timer.call_args.args == (signal.ITIMER_REAL, 70.0)
 
 
-def test_a_rank_that_does_not_end_its_step_in_that_time_ends(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+HANGS_IN_ITS_STEP = """
+import os, signal, time
+from rosetrainer.launch import rank
+rank.STOP_SECONDS, rank.SECOND_SIGNAL_SECONDS = 0.01, 0.0
+rank.STOP.waits_for_step, rank.STOP.save_seconds = True, 0.001
+rank.STOP.listen()
+os.kill(os.getpid(), signal.SIGTERM)
+while True:
+    time.sleep(60)
+"""
+
+
+def test_a_rank_that_does_not_end_its_step_in_that_time_ends() -> None:
     """By itself, under torchrun as well, though its main thread waits for another rank."""
-    ended: queue.Queue[int] = queue.Queue()
-    monkeypatch.setattr("rosetrainer.launch.stop.STOP_SECONDS", 0.01)
-    monkeypatch.setattr(os, "_exit", ended.put)
-    stop = StopRequest()
-    stop.waits_for_step, stop.save_seconds = True, 0.001
-    stop._obey(signal.SIGTERM)
-    assert ended.get(timeout=LONGEST_SECONDS) == 143
+    ended = subprocess.run(
+        [sys.executable, "-c", HANGS_IN_ITS_STEP], cwd=ROOT, capture_output=True, text=True
+    )
     said = "stopped; not saved, for the step under way has not ended within 0.01 s\n"
-    assert capsys.readouterr().out == said
+    assert (ended.returncode, ended.stdout, ended.stderr) == (143, said, "")
 
 
 def test_how_long_a_stop_takes_follows_what_was_measured() -> None:
