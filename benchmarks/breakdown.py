@@ -23,6 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.our_step import OurStep
 from benchmarks.work import seconds_of
+from rosetrainer.hardware import shared_sums
 from rosetrainer.parallel.context import Axis
 
 MATMULS = ("mm", "addmm", "bmm", "baddbmm", "_scaled_dot_product", "mkldnn", "_linear")
@@ -55,13 +56,13 @@ class Sum:
 def noted() -> Iterator[list[Sum]]:
     """The list of all sums that begin in this context."""
     sums: list[Sum] = []
-    real = dist.all_reduce
+    real = shared_sums.all_reduce
 
     def all_reduce(tensor: Tensor, *arguments: Any, **options: Any) -> Sum:
         sums.append(Sum((tuple(tensor.shape), tensor.dtype), real(tensor, *arguments, **options)))
         return sums[-1]
 
-    with mock.patch.object(dist, "all_reduce", all_reduce):
+    with mock.patch.object(shared_sums, "all_reduce", all_reduce):
         yield sums
 
 
@@ -73,7 +74,7 @@ class Nothing:
 def without_communication(step: OurStep, steps: int) -> float:
     """Seconds of a step whose sums are left out: wrong figures, and the bound of what overlap can
     reach."""
-    with mock.patch.object(dist, "all_reduce", lambda *arguments, **options: Nothing()):
+    with mock.patch.object(shared_sums, "all_reduce", lambda *arguments, **options: Nothing()):
         return seconds_of(step, steps)
 
 
@@ -85,7 +86,7 @@ def alone(kind: Kind, axis: Axis, repeats: int = 7) -> float:
     for _ in range(repeats):
         dist.barrier(axis.group)
         started = time.perf_counter()
-        dist.all_reduce(buffer, group=axis.group)
+        shared_sums.all_reduce(buffer, dist.ReduceOp.SUM, axis.group, True).wait()
         found.append(time.perf_counter() - started)
     return statistics.median(found)
 

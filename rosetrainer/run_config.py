@@ -59,6 +59,8 @@ class HardwareConfig:
     """CPU threads of a rank; 0 shares the cores among the local ranks."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile of each block; auto: on where it is faster and possible, CUDA at tp_size 1."""
+    shared_memory: Literal["auto", "off"] = "auto"
+    """Memory in which tensor-parallel ranks of one machine add up; auto: where there is some."""
 
 
 @dataclass(frozen=True)

@@ -288,10 +288,10 @@ def test_a_config_file_that_is_not_ours_is_refused(values: Any) -> None:
 
 
 def as_an_older_version_wrote_it(config: TrainConfig) -> dict[str, Any]:
-    """One component, `run`, for all that is not model, layout or optimizer; no timeline; null for
-    more of the model's defaults."""
+    """One component, `run`, for all that is not model, layout or optimizer; no timeline nor
+    shared memory; null for more of the model's defaults."""
     parts = asdict(config)
-    del parts["monitor"]["timeline"]
+    del parts["monitor"]["timeline"], parts["hardware"]["shared_memory"]
     old = {name: parts.pop(name) for name in ("model", "parallel", "optim")}
     old["model"] |= dict.fromkeys(("token_types", "relative_buckets", "rotary_pairs"))
     return old | {"run": {key: value for part in parts.values() for key, value in part.items()}}
@@ -319,5 +319,6 @@ def test_what_may_change_when_a_run_is_resumed_is_declared() -> None:
     assert names - must - layout == {
         *("micro_batch_size", "data", "out", "eval_every", "eval_tokens", "device", "max_skipped"),
         *("checkpoint_every", "keep", "resume", "async_checkpoint", "timeout", "check_replicas"),
-        *("threads", "compile", "profile", "timeline", "dtype", "compute_dtype"),
+        *("threads", "compile", "shared_memory", "profile", "timeline"),
+        *("dtype", "compute_dtype"),
     }

@@ -106,8 +106,9 @@ def test_the_oracle_imports_no_layer_of_ours() -> None:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_collectives_stand_in_comm_alone(module: str) -> None:
-    """And one of them, as gloo likes it better, in gloo_sums."""
-    of_comm = module in ("parallel.comm", "hardware.gloo_sums")
+    """And two of them, as CPUs like them better, in gloo_sums and shared_sums."""
+    tricks = ("hardware.gloo_sums", "hardware.shared_sums", "hardware.shared_memory")
+    of_comm = module == "parallel.comm" or module in tricks
     assert of_comm or "torch.distributed" not in imported_from(module)
     for node in ast.walk(ast.parse(MODULES[module].read_text())):
         if isinstance(node, ast.Attribute) and ast.unparse(node.value) in (

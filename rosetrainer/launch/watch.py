@@ -23,7 +23,10 @@ POLL_SECONDS = 0.25
 FOLLOW_SECONDS = 5.0  # a rank stays after another one has reported what hangs, or is about to
 
 PACKAGE = str(Path(__file__).parent.parent)
-WAITING = ("launch/process_group.py", "parallel/context.py", "parallel/comm.py")
+WAITING = (
+    *("launch/process_group.py", "parallel/context.py", "parallel/comm.py"),
+    *("hardware/gloo_sums.py", "hardware/shared_sums.py", "hardware/shared_memory.py"),
+)
 """The files of this package whose functions wait for other ranks."""
 
 

@@ -27,9 +27,11 @@ from rosetrainer.reporting.screen import Screen
 IN_OTHER_LINES = ("out", "vocab_size", "compute_dtype")
 
 
-def describe(context: ParallelContext, dtype: torch.dtype, wanted: str) -> str:
-    """One line: what the ranks are and what they run on."""
+def describe(context: ParallelContext, dtype: torch.dtype, wanted: str, shared: str) -> str:
+    """One line: what the ranks are and what they run on. shared: open_sums of tp."""
     where = "CUDA with nccl" if context.device.type == "cuda" else "CPU with gloo"
+    if context.device.type == "cpu" and context.tp.size > 1:
+        where += f" (no shared memory for tp: {shared})" if shared else ", tp in shared memory"
     if context.world_size == 1:
         where = context.device.type.upper()
     if remark := gpu_remark(context.device, wanted):

@@ -60,6 +60,7 @@ from rosetrainer.training.memory_need import bytes_of_a_number, frozen_share
 from rosetrainer.training.open_run import RunLocation, open_run
 from rosetrainer.training.resume_plan import ResumePlan, find_resume_plan
 from rosetrainer.training.run_identity import settle_dtype
+from rosetrainer.training.step import open_sums
 from rosetrainer.training.trainer import Trainer, TrainingState
 
 # What only some runs need is imported where they need it: each import is time to the first step.
@@ -157,8 +158,9 @@ def train_in_layout(
     """Builds what the loop needs, reports what it is, and runs the loop. compiled: of compiles."""
     dtype = choose_dtype(str(config.precision.compute_dtype), context.device)
     folder, is_first = location.folder, context.rank == 0
+    shared = open_sums(context, config.hardware.shared_memory == "auto")
     if is_first:
-        print(describe(context, dtype, config.hardware.device))
+        print(describe(context, dtype, config.hardware.device, shared))
     model, optimizer, state = build(config, location, context, dtype)
     if compiled[0]:
         compile_blocks(model.blocks)

@@ -8,11 +8,12 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from rosetrainer.config import TrainConfig
 from rosetrainer.data.batches import Corpus, rows_of_rank
-from rosetrainer.hardware import gloo_sums
+from rosetrainer.hardware import gloo_sums, shared_sums
 from rosetrainer.hardware.kernels import replaced
 from rosetrainer.optim.casts import weights_cast_once
 from rosetrainer.optim.non_finite import check_gradients
@@ -89,9 +90,19 @@ def _compute_in_stages(
 
 
 def fast_sums(context: ParallelContext) -> AbstractContextManager[None]:
-    """Inside, a reduce-scatter is one where gloo would make an all-reduce of it."""
-    ours = {(comm, "_reduce_scatter_single"): gloo_sums.reduce_scatter_single}
-    return replaced(ours if context.device.type == "cpu" else {})
+    """Inside, on CPUs, a reduce-scatter is one where gloo would make an all-reduce of it, and sums
+    over tp go through memory where its ranks share a machine's."""
+    ours: dict[tuple[Any, str], Any] = {}
+    if context.device.type == "cpu":
+        open_sums(context)
+        ours[comm, "_reduce_scatter_single"] = gloo_sums.reduce_scatter_single
+        ours[dist, "all_reduce"] = shared_sums.all_reduce
+    return replaced(ours)
+
+
+def open_sums(context: ParallelContext, wanted: bool = True) -> str:
+    """From the first call on sums over tp go through shared memory; else why they do not."""
+    return shared_sums.open_sums(context.tp.group, wanted) if context.device.type == "cpu" else ""
 
 
 def micro_batches(
