@@ -21,7 +21,7 @@ from torch import Tensor
 from rosetrainer.config import ParallelConfig
 from rosetrainer.hardware import shared_memory, shared_sums
 from rosetrainer.hardware.shared_sums import FOUND, SharedSums, open_sums
-from rosetrainer.launch.errors import lost_connection
+from rosetrainer.launch.errors import explain
 from rosetrainer.models.gpt import GPTModel
 from rosetrainer.parallel.context import init_parallel
 from rosetrainer.parallel.sharding import init_weights
@@ -74,7 +74,7 @@ def test_a_rank_that_has_ended_is_an_error_of_the_others(
     two[1]._peers[0].close()
     with pytest.raises(RuntimeError, match="Connection closed by peer") as found:
         (work.wait if work else lambda: two[0].start(torch.ones(3), SUM))()
-    assert lost_connection(found.value)
+    assert "has lost its connection to another rank" in explain(found.value, None)[0]
 
 
 def test_a_rank_that_does_not_come_is_waited_for_no_longer_than_the_group_s_limit(
