@@ -50,7 +50,8 @@ def flops_per_token(config: GPTConfig) -> int:
 def flops_of_block(config: GPTConfig) -> int:
     """Of flops_per_token, what one transformer block takes."""
     attention_width = config.n_heads * config.head_width
-    weights = config.d_model * (4 * attention_width + 2 * config.ff_width)
+    width = 2 * attention_width + 2 * config.kv_heads * config.head_width  # q and dense, k and v
+    weights = config.d_model * (width + (2 + config.is_gated) * config.ff_width)
     return 6 * weights + 12 * config.context_length * attention_width
 
 

@@ -21,6 +21,7 @@ from rosetrainer.hardware.performance import (
     matmul_peak,
     set_threads,
 )
+from rosetrainer.models.build import build_model
 from rosetrainer.models.gpt import GPTModel
 from rosetrainer.optim.precision import autocast_for
 from rosetrainer.parallel.context import ParallelContext
@@ -82,6 +83,15 @@ def test_a_token_s_operations_worked_by_hand() -> None:
     block = 4 * 12 + 4 * 4 + 4 * 6 + 6 * 4  # q k v, dense, and the two of the feed-forward layer
     attention = 3 * 12 * 8 * 4  # layers x 12 x T x (heads x width)
     assert flops_per_token(config) == 6 * (3 * block + 10 * 4) + attention
+
+
+def test_a_token_s_operations_with_fewer_heads_of_keys_and_a_gate_are_its_own_weights() -> None:
+    """Six for each weight of a product, counted in a model that is built."""
+    sizes = {"n_heads": 4, "n_kv_heads": 2, "d_model": 8, "d_ff": 6, "tied": False, "bias": False}
+    config = GPTConfig(10, 8, n_layers=3, architecture="llama", **sizes)  # type: ignore[arg-type]
+    model = build_model(config, ParallelContext(device=torch.device("meta")))
+    blocks = sum(p.numel() for p in model.blocks.parameters() if p.dim() > 1)
+    assert flops_per_token(config) == 6 * (blocks + 10 * 8) + 3 * 12 * 8 * 8
 
 
 def test_the_peak_is_a_rate_of_this_machine() -> None:
