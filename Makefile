@@ -85,7 +85,7 @@ speedrun: .venv/.installed-dev data/shakespeare-chars/meta.json  ## nanoGPT's la
 data/shakespeare-chars/meta.json: .venv/.installed
 	$(VENV_PYTHON) data/prepare.py shakespeare $(TEXT) --tokenizer chars --out data/shakespeare-chars
 
-bench-gpu: .venv/.installed  ## Measure a GPU: GPT-2 1.5B and 124M, under eight minutes
+bench-gpu: .venv/.installed-dev  ## Measure a GPU: GPT-2 1.5B and 124M, a Llama of 1B, under eight minutes
 	$(VENV_PYTHON) benchmarks/gpu.py
 
 clean:  ## Remove caches and builds; leaves .venv, out and the data

@@ -1,8 +1,8 @@
-"""One GPU: GPT-2 1.5B against the card's own matmul rate, 124M against the plain recipe.
+"""One GPU: GPT-2 1.5B against its matmul rate, 124M and a Llama of 1B against what others train by.
 
 python benchmarks/gpu.py
 
-Needs no network and no other package than rosetrainer's. Each part runs in a process of its own
+Needs no network, and for the Llama transformers. Each part runs in a process of its own
 and is cut short if it takes too long, so that all of it ends within eight minutes. Where there is
 no GPU the same code runs tiny shapes on the CPU, to show that it works.
 """
@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,39 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.side_by_side import ROOT, Rounds, introduce, keep, median
 
-LIMITS = {"large": 250, "pair": 180}
-"""Seconds of each part, compiling and loading included."""
-
 OWN_END = 0.85
 """After this share of its seconds a part begins no further round."""
 
-SHARE_WANTED, RATIO_WANTED = 0.60, 1.0
+
+@dataclass(frozen=True)
+class Part:
+    """A model of ours, and what it is measured against."""
+
+    name: str
+    on_cpu: str
+    """The name of its tiny shapes, where there is no GPU."""
+    kept: str
+    seconds: float
+    """For all of it, compiling and loading included."""
+    wanted: float
+    beside: str = ""
+    """Who trains the same model in turn with ours; "": the card's best product is the measure."""
+
+    def ratio(self, found: Rounds, peak: float) -> float:
+        """Of ours and that; 0 without figures."""
+        if not found:
+            return 0.0
+        if not self.beside:
+            return median(found, "ours", "flops") / peak
+        ours, theirs = (median(found, who, "tokens_per_second") for who in ("ours", "theirs"))
+        return ours / theirs
+
+
+PARTS = {
+    "large": Part("GPT-2 1.5B", "larger tiny GPT", "gpu-1.5b", 180, 0.60),
+    "pair": Part("GPT-2 124M", "smaller tiny GPT", "gpu-124m", 120, 1.0, "plain recipe"),
+    "llama": Part("Llama 1B", "tiny Llama", "gpu-llama-1b", 170, 1.0, "Hugging Face's"),
+}
 
 
 def run_part(part: str, seconds: float) -> tuple[list[dict[str, Any]], str]:
@@ -93,40 +120,41 @@ def report(part: str, told: list[dict[str, Any]], problem: str, names: Mapping[s
     return found
 
 
-def main(limits: Mapping[str, float] = LIMITS) -> int:
-    """Exit status: 1 if a part failed. What the other one found is printed and kept anyway."""
+def main() -> int:
+    """Exit status: 1 if a part failed. What the others found is printed and kept anyway."""
     introduce("bf16 autocast, torch.compile, in turn, medians")
-    parts = {part: run_part(part, seconds) for part, seconds in limits.items()}
-    facts = {part: facts_in(told) for part, (told, _) in parts.items()}
+    told = {name: run_part(name, part.seconds) for name, part in PARTS.items()}
+    facts = {name: facts_in(lines) for name, (lines, _) in told.items()}
     card = next((f["card"] for f in facts.values() if f.get("card")), "")
     print(
         card or "No GPU here: tiny shapes on the CPU, to show that this works; not a GPU's figures."
     )
     peak = max(f.get("flops_of_product", 0.0) for f in facts.values())
     print(f"  {'the best bf16 product':34} {'':39} {peak / 1e9:9,.0f} GFLOP/s")
-    large, small = ("GPT-2 1.5B", "GPT-2 124M") if card else ("larger tiny GPT", "smaller tiny GPT")
-    batch = f"batch {facts['large'].get('micro_batch', '?')}"
-    big = report("large", *parts["large"], {"ours": f"{large}, {batch}, ours"})
-    both = report(
-        "pair", *parts["pair"], {"ours": f"{small}, ours", "plain": f"{small}, plain recipe"}
-    )
-    share = ratio = 0.0
-    if big:
-        share = median(big, "ours", "flops") / facts["large"]["flops_of_product"]
-    if both:
-        ours, plain = (median(both, side, "tokens_per_second") for side in ("ours", "plain"))
-        ratio = ours / plain
+    found = {}
+    for name, part in PARTS.items():
+        model = part.name if card else part.on_cpu
+        if rows := facts[name].get("micro_batch"):
+            model += f", batch {rows}"
+        names = {"ours": f"{model}, ours"}
+        if part.beside:
+            names["theirs"] = f"{model}, {part.beside}"
+        found[name] = report(name, *told[name], names)
     more: dict[str, Any] = {
         "card": card,
         "facts": facts,
-        "ended_early": {k: p for k, (_, p) in parts.items()},
+        "ended_early": {name: problem for name, (_, problem) in told.items()},
+    }
+    ratios = {
+        name: part.ratio(found[name], facts[name].get("flops_of_product", 1.0))
+        for name, part in PARTS.items()
     }
     if card:
-        keep("gpu-1.5b", share, SHARE_WANTED, big, **more)
-        keep("gpu-124m", ratio, RATIO_WANTED, both, **more)
+        for name, part in PARTS.items():
+            keep(part.kept, ratios[name], part.wanted, found[name], **more)
     else:  # of a CPU nothing is wanted here
-        keep("gpu-tiny-on-cpu", ratio, 0.0, {"large": big, "pair": both}, **more)
-    return int(any("status" in problem for _, problem in parts.values()))
+        keep("gpu-tiny-on-cpu", ratios["pair"], 0.0, found, ratios=ratios, **more)
+    return int(any("status" in problem for _, problem in told.values()))
 
 
 if __name__ == "__main__":

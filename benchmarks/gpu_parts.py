@@ -1,6 +1,6 @@
 """What benchmarks/gpu.py measures, each part in a process of its own, a JSON object a line.
 
-python benchmarks/gpu_parts.py large|pair SECONDS
+python benchmarks/gpu_parts.py large|pair|llama SECONDS
 
 A line stands as soon as it is measured: who cuts a part short keeps what came before.
 """
@@ -12,16 +12,20 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache, partial
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from torch import nn
 
 from benchmarks.baseline_recipe import plain_optimizer
+from benchmarks.families import HuggingFaceLlama
+from benchmarks.gpu_shapes import ON_GPU, TINY, Shapes
 from benchmarks.our_step import SameBatch
 from benchmarks.plain_step import CLIP, RATE, plain_model
 from benchmarks.work import Work
@@ -29,56 +33,19 @@ from rosetrainer.config import GPTConfig, OptimConfig, TrainConfig
 from rosetrainer.hardware.block_compile import compile_blocks, compiles
 from rosetrainer.hardware.performance import flops_per_token
 from rosetrainer.models.build import build_model
+from rosetrainer.optim.adamw import AdamW
 from rosetrainer.optim.optimizer import build_optimizer
 from rosetrainer.optim.precision import autocast_for
 from rosetrainer.parallel.context import ParallelContext
 from rosetrainer.parallel.sharding import init_weights
 from rosetrainer.training.trainer import train_step
 
-VOCABULARY = 50257  # ours pads it to 50304 by itself, the plain model is given those rows
 
+class Trained(NamedTuple):
+    """A model that is trained, by a step of so many sequences."""
 
-@dataclass(frozen=True)
-class Shapes:
-    """The sizes of one kind of machine."""
-
-    large: GPTConfig
-    micro_batches: tuple[int, ...]
-    """Sequences; the first that fits is measured."""
-    small: GPTConfig
-    batch: int
-    squares: tuple[int, ...]
-    """Sides of the square products among which the best rate is looked for."""
-    seconds_of_products: float
-    steps: int
-    """In a round, after a first one that is not timed."""
-    rounds: int
-    backend: str
-    """torch.compile's. On a CPU its C++ would take minutes to compile and show nothing of a GPU."""
-
-
-ON_GPU = Shapes(
-    large=GPTConfig(VOCABULARY, context_length=1024, n_layers=48, n_heads=25, d_model=1600),
-    micro_batches=(32, 24, 16, 8, 4),
-    small=GPTConfig(VOCABULARY, context_length=1024, n_layers=12, n_heads=12, d_model=768),
-    batch=32,
-    squares=(8192, 16384),
-    seconds_of_products=3.0,
-    steps=10,
-    rounds=7,
-    backend="inductor",
-)
-TINY = Shapes(
-    large=GPTConfig(250, context_length=32, n_layers=3, n_heads=5, d_model=40),
-    micro_batches=(4, 2),
-    small=GPTConfig(250, context_length=32, n_layers=2, n_heads=4, d_model=32),
-    batch=4,
-    squares=(256, 512),
-    seconds_of_products=0.2,
-    steps=2,
-    rounds=5,
-    backend="aot_eager",
-)
+    step: Callable[[int], object]
+    optimizer: AdamW | torch.optim.Optimizer
 
 
 @lru_cache
@@ -87,33 +54,28 @@ def same_batch(model: GPTConfig, rows: int) -> SameBatch:
     return SameBatch(Work(model, batch_size=rows))
 
 
-def our_step(model_config: GPTConfig, shapes: Shapes, device: torch.device) -> Callable[[int], Any]:
-    """A step of so many sequences, out of what `train` sets up."""
-    context, config = ParallelContext(device=device), TrainConfig(model_config)
-    model = build_model(model_config, context)
+def ours(config: GPTConfig, shapes: Shapes, device: torch.device) -> Trained:
+    """Out of what `train` sets up."""
+    context, settings = ParallelContext(device=device), TrainConfig(config)
+    model = build_model(config, context)
     init_weights(model, seed=1)
-    if compiles(config, 1, device)[0] or device.type == "cpu":
+    if compiles(settings, 1, device)[0] or device.type == "cpu":
         compile_blocks(model.blocks, shapes.backend)
-    optimizer = build_optimizer(model, config.optim)
+    optimizer = build_optimizer(model, settings.optim)
     autocast = autocast_for(torch.bfloat16, device)
 
     def step(rows: int) -> None:
-        run = TrainConfig(model_config, optim=OptimConfig(global_batch_size=rows))
-        corpus = same_batch(model_config, rows)
-        try:
-            train_step(run, corpus, model, optimizer, context, autocast, 0)
-        except torch.OutOfMemoryError:  # the next one should find the memory as it was
-            optimizer.zero_grad()
-            optimizer.state.clear()
-            raise
+        run = TrainConfig(config, optim=OptimConfig(global_batch_size=rows))
+        train_step(run, same_batch(config, rows), model, optimizer, context, autocast, 0)
 
-    return step
+    return Trained(step, optimizer)
 
 
-def plain_step(config: GPTConfig, shapes: Shapes, device: torch.device) -> Callable[[int], Any]:
-    """The same by the plain recipe: one file, torch's AdamW, the whole model compiled."""
-    padded = replace(config, vocab_size=config.vocab_size + -config.vocab_size % 128)
-    model = plain_model(padded).to(device)
+def by_plain_recipe(
+    model: nn.Module, config: GPTConfig, shapes: Shapes, device: torch.device
+) -> Trained:
+    """(ids, labels) -> loss by the plain recipe: torch's AdamW, the whole model compiled."""
+    model = model.to(device)
     optimizer = plain_optimizer(model, RATE)
     compiled = torch.compile(model, dynamic=False, backend=shapes.backend)
 
@@ -129,7 +91,7 @@ def plain_step(config: GPTConfig, shapes: Shapes, device: torch.device) -> Calla
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    return step
+    return Trained(step, optimizer)
 
 
 def wait_for(device: torch.device) -> None:
@@ -160,8 +122,28 @@ def product_rate(shapes: Shapes, device: torch.device) -> float:
     return best
 
 
+def rows_that_fit(sides: Sequence[Trained], candidates: Sequence[int]) -> int:
+    """The first of these numbers of sequences with which all sides can be trained in turn."""
+    for rows in candidates:
+        try:
+            for _ in range(2):  # beside Adam's moments, which the first steps make at their ends
+                for side in sides:
+                    side.step(rows)
+        except torch.OutOfMemoryError:
+            tell(too_large=rows)
+        else:
+            tell(micro_batch=rows)
+            return rows
+        for side in sides:  # the next number should find the memory as it was
+            side.optimizer.zero_grad()
+            side.optimizer.state.clear()
+        gc.collect()
+        torch.cuda.empty_cache()
+    sys.exit(f"error: no micro-batch of {candidates} fits")
+
+
 def rounds_of(
-    sides: dict[str, Callable[[int], Any]],
+    sides: dict[str, Trained],
     rows: int,
     config: GPTConfig,
     shapes: Shapes,
@@ -169,12 +151,12 @@ def rounds_of(
     end: float,
 ) -> None:
     """Prints the figures of each side's rounds, in turn, until they are done or time is up."""
-    for name, step in sides.items():  # compile, allocate, choose kernels
-        tell(side=name, first_steps_seconds=3 * timed(partial(step, rows), device, 3))
+    for name, side in sides.items():  # compile, allocate, choose kernels
+        tell(side=name, first_steps_seconds=3 * timed(partial(side.step, rows), device, 3))
     tokens = rows * config.context_length
     for number in range(shapes.rounds):
         for name in sides if number % 2 == 0 else reversed(sides):
-            seconds = timed(partial(sides[name], rows), device, shapes.steps)
+            seconds = timed(partial(sides[name].step, rows), device, shapes.steps)
             flops = flops_per_token(config) * tokens / seconds
             tell(side=name, seconds=seconds, tokens_per_second=tokens / seconds, flops=flops)
         if time.monotonic() > end:
@@ -183,30 +165,30 @@ def rounds_of(
 
 def large(shapes: Shapes, device: torch.device, end: float) -> None:
     """The largest model that one card trains, with as many sequences as fit."""
-    step = our_step(shapes.large, shapes, device)
-    for rows in shapes.micro_batches:
-        try:
-            step(rows)
-            step(rows)  # beside Adam's moments, which the first one makes at its end
-        except torch.OutOfMemoryError:
-            tell(too_large=rows)
-        else:
-            break
-        gc.collect()
-        torch.cuda.empty_cache()
-    else:
-        sys.exit(f"error: no micro-batch of {shapes.micro_batches} fits")
-    tell(micro_batch=rows)
-    rounds_of({"ours": step}, rows, shapes.large, shapes, device, end)
+    side = ours(shapes.large, shapes, device)
+    rows = rows_that_fit([side], shapes.micro_batches)
+    rounds_of({"ours": side}, rows, shapes.large, shapes, device, end)
     if device.type == "cuda":
         tell(peak_bytes=torch.cuda.max_memory_allocated(device))
 
 
 def pair(shapes: Shapes, device: torch.device, end: float) -> None:
-    """The small model, ours and the plain recipe."""
-    make = {"ours": our_step, "plain": plain_step}
-    sides = {name: build(shapes.small, shapes, device) for name, build in make.items()}
-    rounds_of(sides, shapes.batch, shapes.small, shapes, device, end)
+    """The small model, ours and in one file."""
+    config = shapes.small
+    padded = replace(config, vocab_size=config.vocab_size + -config.vocab_size % 128)
+    plain = by_plain_recipe(plain_model(padded), config, shapes, device)
+    sides = {"ours": ours(config, shapes, device), "theirs": plain}
+    rounds_of(sides, shapes.batch, config, shapes, device, end)
+
+
+def llama(shapes: Shapes, device: torch.device, end: float) -> None:
+    """A Llama, ours and transformers' own."""
+    if find_spec("transformers") is None:
+        sys.exit("error: no transformers here to train beside: pip install -r requirements-dev.txt")
+    theirs = by_plain_recipe(HuggingFaceLlama(shapes.llama), shapes.llama, shapes, device)
+    sides = {"ours": ours(shapes.llama, shapes, device), "theirs": theirs}
+    rows = rows_that_fit(list(sides.values()), shapes.llama_batches)
+    rounds_of(sides, rows, shapes.llama, shapes, device, end)
 
 
 def tell(**figures: Any) -> None:
@@ -220,7 +202,7 @@ def main(argv: Sequence[str]) -> None:
     device, shapes = (torch.device("cuda", 0), ON_GPU) if on_gpu else (torch.device("cpu"), TINY)
     card = torch.cuda.get_device_name(device) if on_gpu else ""
     tell(card=card, flops_of_product=product_rate(shapes, device))
-    {"large": large, "pair": pair}[part](shapes, device, end)
+    {"large": large, "pair": pair, "llama": llama}[part](shapes, device, end)
 
 
 if __name__ == "__main__":
