@@ -28,6 +28,7 @@ PRELOAD = [
     "torch.distributed.tensor",
     "torch.distributed.checkpoint",
     "torch.distributed.device_mesh",
+    "torch.utils.tensorboard",
     "numpy",
     "safetensors.torch",
     "pytest",

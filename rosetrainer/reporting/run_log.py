@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import secrets
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,6 @@ from typing import Any
 
 from rosetrainer.durable_files import write_whole
 from rosetrainer.parallel.context import ParallelContext
-from rosetrainer.reporting.events import EventFile
 from rosetrainer.reporting.loss_curve import LossCurves
 from rosetrainer.reporting.screen import ProgressBar
 
@@ -124,21 +124,31 @@ def has_evaluation(path: Path, step: int) -> bool:
     return any("val/loss" in line and line["step"] == step for line in read_log(path))
 
 
-def events_of(folder: Path) -> EventFile:
-    """TensorBoard's events, in a new file that holds what log.jsonl does."""
+def events_of(folder: Path) -> Any:
+    """A writer of TensorBoard's events, in a new file that holds what log.jsonl does."""
+    # Here, so that a user's mistake is reported without waiting for this import.
+    from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+    from torch.utils.tensorboard import FileWriter
+
     old = list(folder.glob(EVENTS))
-    events = EventFile(folder)
+    events = FileWriter(str(folder), filename_suffix=f".{secrets.token_hex(4)}")
+    # A TensorBoard that is running drops what it has read.
+    events.add_event(Event(session_log=SessionLog(status=SessionLog.START)), step=0)
     for line in read_log(folder / LOG):
         add_event(events, line)
+    events.flush()
     for path in old:
         path.unlink(missing_ok=True)
     return events
 
 
-def add_event(events: EventFile, line: dict[str, Any]) -> None:
+def add_event(events: Any, line: dict[str, Any]) -> None:
     """A line of the log, with its time."""
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
     figures = {tag: value for tag, value in line.items() if "/" in tag}
-    events.add(line["step"], figures, line.get("time", time.time()))
+    values = [Summary.Value(tag=tag, simple_value=value) for tag, value in figures.items()]
+    events.add_summary(Summary(value=values), line["step"], line.get("time"))
 
 
 def last_evaluation(path: Path) -> int:
