@@ -11,6 +11,7 @@ import json
 import secrets
 import time
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +34,11 @@ class RunLog:
         """reached: steps that are done already; lines of later ones are removed from the log."""
         self._folder, self._steps = folder, steps
         cut_log(folder / LOG, reached)
-        self._events = events_of(folder)
         self._file = (folder / LOG).open("a", buffering=1)
         self._bar = ProgressBar(steps, reached)
 
     def step(self, step: int, figures: dict[str, float]) -> None:
         """figures: by TensorBoard tag; `train/loss` and `perf/tokens_per_s` among them."""
-        self._write(step, figures)
         loss, speed = figures["train/loss"], figures["perf/tokens_per_s"]
         if self._bar.shows:
             self._bar.update(f"loss {loss:.3f}, {speed:,.0f} tokens/s")
@@ -48,6 +47,7 @@ class RunLog:
                 f"step {step:5d}/{self._steps}  loss {loss:.6f}  lr {figures['train/lr']:.2e}  "
                 f"norm {figures['train/grad_norm']:.3f}  {speed:,.0f} tokens/s"
             )
+        self._write(step, figures)
 
     def skipped(self, step: int, count: int, why: str) -> None:
         self._write(step, {"train/skipped": count})
@@ -88,11 +88,17 @@ class RunLog:
             with contextlib.suppress(OSError):  # a full disk is reported elsewhere
                 curves.write(self._folder)
 
+    @cached_property
+    def _events(self) -> Any:
+        """Opened once the first line is on the screen: nobody waits for what that imports."""
+        return events_of(self._folder)
+
     def _write(self, step: int, figures: dict[str, float]) -> None:
         rounded = {tag: _rounded(tag, value) for tag, value in figures.items()}
         line = {"step": step, "time": round(time.time(), 3), **rounded}
+        events = self._events  # before the file has this line, for it begins with the file's
         self._file.write(json.dumps(line) + "\n")
-        add_event(self._events, line)
+        add_event(events, line)
 
 
 def read_log(path: Path) -> Iterator[dict[str, Any]]:
@@ -126,7 +132,6 @@ def has_evaluation(path: Path, step: int) -> bool:
 
 def events_of(folder: Path) -> Any:
     """A writer of TensorBoard's events, in a new file that holds what log.jsonl does."""
-    # Here, so that a user's mistake is reported without waiting for this import.
     from tensorboard.compat.proto.event_pb2 import Event, SessionLog
     from torch.utils.tensorboard import FileWriter
 
