@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from argparse import SUPPRESS, BooleanOptionalAction
 from collections.abc import Iterator
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from rosetrainer.validation import HIDDEN, POSITIONAL, type_hints
 
@@ -25,17 +26,40 @@ class Flag:
 
     @property
     def word(self) -> str:
-        """--d-model of d_model, FOLDER of what is positional."""
+        """--d-model of d_model; the name itself of what is positional."""
         name = self.field.name
-        return name.upper() if self.positional else f"--{name.replace('_', '-')}"
+        return name if self.positional else f"--{name.replace('_', '-')}"
 
     @property
-    def is_switch(self) -> bool:
-        return bool in self.kinds
+    def forms(self) -> list[str]:
+        """What a user can write for it."""
+        if self.positional:
+            return []
+        return [self.word, f"--no-{self.word[2:]}"] if bool in self.kinds else [self.word]
+
+    @property
+    def place(self) -> str:
+        """In the usage, of what is positional."""
+        name = self.field.name.upper() + "..." * self.takes_many
+        return name if self.default is MISSING else f"[{name}]"
 
     @property
     def takes_many(self) -> bool:
         return any(get_origin(kind) is tuple for kind in self.kinds)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """For argparse's add_argument. What is left out is not in the namespace."""
+        if bool in self.kinds:
+            return {"action": BooleanOptionalAction, "default": SUPPRESS}
+        shared = {"type": self.value, "metavar": "|".join(map(_shown, self.kinds))}
+        if not self.positional:
+            return shared | {"required": self.default is MISSING, "default": SUPPRESS}
+        count = "*" if self.takes_many else "?"
+        shared["metavar"] = self.field.name.upper()
+        return shared | (
+            {} if self.default is MISSING else {"nargs": count, "default": self.default}
+        )
 
     def value(self, text: str) -> Any:
         """The text, as a number or a path if it is one; check_fields tells what else is wrong."""
@@ -84,3 +108,11 @@ def default_of(field: Field[Any], instance: Any) -> Any:
     if instance is not None:
         return getattr(instance, field.name)
     return field.default if field.default_factory is MISSING else field.default_factory()
+
+
+def _shown(kind: Any) -> str:
+    """INT, PATH, {auto,cpu,cuda}, None"""
+    if get_origin(kind) is Literal:
+        return f"{{{','.join(get_args(kind))}}}"
+    named = {type(None): "None", str: "TEXT"}
+    return named.get(kind) or str(kind.__name__).upper()

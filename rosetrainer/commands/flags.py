@@ -1,17 +1,15 @@
-"""Command-line flags out of a config dataclass, and how many ranks they ask for.
-
-Written out, for reading a hundred flags is to take milliseconds: a command that starts ranks, or is
-one, reads them before torch's seconds of importing.
-"""
+"""Command-line flags out of a config dataclass, and how many ranks they ask for."""
 
 from __future__ import annotations
 
+import argparse
 import math
 import os
 import shlex
 from collections.abc import Mapping
 from dataclasses import MISSING, is_dataclass, replace
-from typing import Any, TypeVar
+from itertools import groupby
+from typing import Any, NoReturn, TypeVar
 
 from rosetrainer.commands.flag_fields import Flag, default_of, flags_of, settings_of
 from rosetrainer.config import ParallelConfig
@@ -30,15 +28,11 @@ def parse_flags(cls: type[T], argv: list[str], prog: str, default: T | None = No
     Raises ConfigError for a flag or value that does not fit; `--help` prints and exits.
     """
     flags = list(flags_of(cls, default))
-    if {*HELP} & {*argv}:
-        from rosetrainer.commands.flag_help import print_help
-
-        print_help(cls, flags, shown(prog))
-        raise SystemExit(0)
-    given = _read(flags, argv, prog)
-    for flag in flags:
-        if flag.default is MISSING and flag.field.name not in given:
-            raise ConfigError(f"{flag.word} is missing; see {shown(prog)} --help")
+    parser = _parser(cls, flags, prog, wants_help=bool({*HELP} & {*argv}))
+    found, unknown = parser.parse_known_intermixed_args([_dashes(word) for word in argv])
+    if unknown:
+        raise ConfigError(f"unknown argument {unknown[0]}; {_hint(unknown[0], flags, prog)}")
+    given = {name: tuple(v) if isinstance(v, list) else v for name, v in vars(found).items()}
     parsed = _filled(cls, default, given)
     check_fields(parsed)
     return parsed
@@ -46,57 +40,54 @@ def parse_flags(cls: type[T], argv: list[str], prog: str, default: T | None = No
 
 def parse_subcommand(commands: Mapping[str, type[Any]], argv: list[str], prog: str) -> Any:
     """An instance of the dataclass that argv names first, out of the rest of it, as parse_flags."""
-    if argv[:1] and argv[0] in HELP:
-        from rosetrainer.commands.flag_help import print_commands
-
-        print_commands(commands, shown(prog))
-        raise SystemExit(0)
-    if not argv or argv[0] not in commands:
-        not_this = f", not {argv[0]}" if argv else ""
-        raise ConfigError(f"Expected one of {{{', '.join(commands)}}}{not_this}")
-    return parse_flags(commands[argv[0]], argv[1:], f"{prog} {argv[0]}")
+    if argv[:1] and argv[0] in commands:
+        return parse_flags(commands[argv[0]], argv[1:], f"{prog} {argv[0]}")
+    parser = _Parser(prog=shown(prog), formatter_class=argparse.RawDescriptionHelpFormatter)
+    chosen = parser.add_subparsers(required=True, metavar=f"{{{','.join(commands)}}}")
+    for name, cls in commands.items():
+        chosen.add_parser(name, help=cls.__doc__)
+    return parser.parse_args(argv)
 
 
-def _read(flags: list[Flag], argv: list[str], prog: str) -> dict[str, Any]:
-    """Values by the fields' names; of two of one flag the last counts."""
-    by_word = {flag.word: flag for flag in flags if not flag.positional}
-    switches = {f"--no-{w[2:]}": flag for w, flag in by_word.items() if flag.is_switch}
-    places = [flag for flag in flags if flag.positional]
-    given: dict[str, Any] = {}
-    words = iter(argv)
-    for word in words:
-        name, equals, text = word.partition("=")
-        name = name.replace("_", "-")
-        if name in switches or (name in by_word and by_word[name].is_switch):
-            if equals:
-                raise ConfigError(f"{name} takes no value, and {text!r} is given")
-            flag = switches.get(name) or by_word[name]
-            given[flag.field.name] = name not in switches
-        elif name in by_word:
-            flag = by_word[name]
-            value = text if equals else next(words, None)
-            if value is None or (not equals and value.replace("_", "-") in by_word | switches):
-                raise ConfigError(f"{name} needs a value; see {shown(prog)} --help")
-            given[flag.field.name] = flag.value(value)
-        elif word.startswith("-") or not places:
-            raise ConfigError(
-                f"unknown argument {word}; {_hint(name, [*by_word, *switches], prog)}"
-            )
-        elif places[0].takes_many:
-            given[places[0].field.name] = (
-                *given.get(places[0].field.name, ()),
-                places[0].value(word),
-            )
-        else:
-            flag = places.pop(0)
-            given[flag.field.name] = flag.value(word)
-    return given
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Instead of the usage, and an exit, before any caller's word."""
+        raise ConfigError(f"{message}; see {self.prog} --help")
 
 
-def _hint(word: str, known: list[str], prog: str) -> str:
+def _parser(cls: type, flags: list[Flag], prog: str, wants_help: bool) -> _Parser:
+    """Of flags, each component's in a group with its docstring."""
+    docs: dict[type, dict[str, str]] = {}
+    if wants_help:
+        from rosetrainer.commands.field_docs import field_docs  # reads the sources
+
+        docs = {flag.component: field_docs(flag.component) for flag in flags}
+    places = [flag.place for flag in flags if flag.positional]
+    usage = " ".join([shown(prog), *places, "[flags]"])
+    parser = _Parser(shown(prog), usage, cls.__doc__, allow_abbrev=False)
+    own_first = sorted(flags, key=lambda flag: flag.component is not cls)
+    for component, own in groupby(own_first, lambda flag: flag.component):
+        doc = component.__doc__
+        group = parser if component is cls else parser.add_argument_group(description=doc)
+        for flag in own:
+            text = docs.get(component, {}).get(flag.field.name, "")
+            if flag.default not in (MISSING, ()):
+                text += f" (default: {flag.default})"
+            group.add_argument(flag.word, **flag.options, help=text.replace("%", "%%"))
+    return parser
+
+
+def _dashes(word: str) -> str:
+    """--d_model is --d-model."""
+    name, equals, value = word.partition("=")
+    return name.replace("_", "-") + equals + value if name.startswith("--") else word
+
+
+def _hint(word: str, flags: list[Flag], prog: str) -> str:
     import difflib  # for a mistake only
 
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.75)
+    known = [form for flag in flags for form in flag.forms]
+    close = difflib.get_close_matches(word.partition("=")[0], known, n=1, cutoff=0.75)
     return f"did you mean {close[0]}?" if close else f"see {shown(prog)} --help"
 
 

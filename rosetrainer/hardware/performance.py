@@ -62,7 +62,7 @@ def flops_of_head(config: GPTConfig) -> int:
 
 def matmul_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.015) -> float:
     """FLOP/s of this rank's best large matrix product, with the threads that it has."""
-    n = 8192 if device.type == "cuda" else 768
+    n = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     a @ b  # the first one chooses kernels, which on CUDA takes longer than all that follow
     if device.type == "cuda":

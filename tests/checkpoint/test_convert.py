@@ -345,7 +345,7 @@ def test_a_folder_in_use_is_left_as_it_is(made: Made, tmp_path: Path) -> None:
     (tmp_path / "run" / "mine.txt").write_text("mine")
     with pytest.raises(ConfigError, match="run is there and not empty; name a new folder"):
         main(["from-hf", str(made("llama")), str(tmp_path / "run")])
-    with pytest.raises(ConfigError, match="Expected one of {from-hf, to-hf}"):
+    with pytest.raises(ConfigError, match="invalid choice: 'from'"):
         main(["from", "here"])
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["mine.txt"]
 
