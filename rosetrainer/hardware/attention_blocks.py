@@ -27,12 +27,6 @@ def attention(
     return TORCHS_ATTENTION(query, key, value, attn_mask=attn_mask, is_causal=is_causal)
 
 
-def prefers_fp32(x: Tensor) -> bool:
-    """Whether attention on x, (B, T, ..) of fp32, is faster as it is than in bf16."""
-    in_use = F.scaled_dot_product_attention is not TORCHS_ATTENTION
-    return in_use and x.device.type == "cpu" and x.shape[1] <= BLOCK
-
-
 class CausalBlocks(torch.autograd.Function):
     """Causal attention by matrix products: BLOCK queries at a time, on the keys up to theirs.
 
@@ -60,21 +54,23 @@ class CausalBlocks(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, ...]:
         query, key, value, *saved = ctx.saved_tensors
+        whole, T = upstream.contiguous().flatten(0, 1), query.shape[1]
+        if T <= BLOCK:  # nothing to add up
+            grads = gradients_of_block(query, key, value, saved[0], whole)
+            return tuple(x.unflatten(0, upstream.shape[:2]) for x in grads)
         wide = torch.promote_types(query.dtype, torch.float32)  # where blocks add up
         query_grad = torch.empty_like(query)
         key_grad, value_grad = (torch.zeros_like(x, dtype=wide) for x in (key, value))
-        whole, scale = upstream.contiguous().flatten(0, 1), 1 / math.sqrt(query.shape[-1])
-        for start, stop in blocks(query.shape[1]):
+        for start, stop in blocks(T):
             own, grad = (x[:, start:stop].contiguous() for x in (query, whole))
             seen, values = (x[:, :stop].contiguous() for x in (key, value))
             block = saved[start // BLOCK] if saved else probabilities(own, seen)  # (B*H, n, stop)
-            of_block = grad @ values.mT
-            of_score = torch._softmax_backward_data(of_block, block, -1, block.dtype)
-            value_grad[:, :stop].add_(block.mT @ grad)  # += would also copy it onto itself
-            key_grad[:, :stop].add_(of_score.mT @ own)
-            query_grad[:, start:stop].baddbmm_(of_score, seen, beta=0, alpha=scale)
-        grads = (query_grad, key_grad.mul_(scale), value_grad)
-        return tuple(x.to(query.dtype).unflatten(0, upstream.shape[:2]) for x in grads)
+            of_own, of_seen, of_values = gradients_of_block(own, seen, values, block, grad)
+            query_grad[:, start:stop] = of_own
+            key_grad[:, :stop].add_(of_seen)  # += would also copy it onto itself
+            value_grad[:, :stop].add_(of_values)
+        grads = (query_grad, key_grad.to(key.dtype), value_grad.to(value.dtype))
+        return tuple(x.unflatten(0, upstream.shape[:2]) for x in grads)
 
 
 def blocks(T: int) -> list[tuple[int, int]]:
@@ -92,3 +88,17 @@ def probabilities(own: Tensor, seen: Tensor) -> Tensor:
     scores.baddbmm_(own, seen.mT, beta=0, alpha=scale)
     scores[..., -n:].add_(own.new_full((n, n), -math.inf).triu_(1))
     return scores.softmax(-1)  # in fp32 inside, rounded once
+
+
+def gradients_of_block(
+    own: Tensor, seen: Tensor, values: Tensor, block: Tensor, grad: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of a block's queries, and what it adds to those of the keys and values that it sees.
+
+    block: their probabilities; grad: (B*H, n, K), of what it makes of them.
+    """
+    scale = 1 / math.sqrt(own.shape[-1])
+    of_score = torch._softmax_backward_data(grad @ values.mT, block, -1, block.dtype)
+    of_own = torch.empty_like(own).baddbmm_(of_score, seen, beta=0, alpha=scale)
+    of_seen = torch.empty_like(seen).baddbmm_(of_score.mT, own, beta=0, alpha=scale)
+    return of_own, of_seen, block.mT @ grad

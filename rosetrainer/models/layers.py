@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rosetrainer.config import IGNORED, GPTConfig
-from rosetrainer.hardware.attention_blocks import prefers_fp32
 from rosetrainer.models.gpt import FeedForward, GPTModel, MultiHeadSelfAttention
 from rosetrainer.models.positions import apply_rotary
 from rosetrainer.parallel.comm import gather_from_tensor_parallel_region
@@ -55,9 +54,7 @@ class RotaryAttention(MultiHeadSelfAttention):
         self, x: Tensor, angles: Tensor, mask: Tensor | None = None, seed: Seed = None
     ) -> Tensor:
         fused = self.query_key_value(x).unflatten(-1, (3, -1, self.head_width))
-        turned = apply_rotary(fused, angles)  # (B, T, 3, H/tp, K)
-        if not prefers_fp32(turned):
-            turned = turned.to(fused.dtype)
+        turned = apply_rotary(fused, angles).to(fused.dtype)  # (B, T, 3, H/tp, K)
         with torch.autocast(x.device.type, enabled=False):
             heads = self.heads(turned, mask, seed)
         return self.dense(heads)  # (B, T, H/tp*K) -> (B, T, D)

@@ -15,12 +15,7 @@ from lattice import saved_by
 from oracle import assert_equal
 from torch import Tensor
 
-from rosetrainer.hardware.attention_blocks import (
-    BLOCK,
-    MAX_SAVED_QUERIES,
-    CausalBlocks,
-    prefers_fp32,
-)
+from rosetrainer.hardware.attention_blocks import BLOCK, MAX_SAVED_QUERIES, CausalBlocks
 from rosetrainer.hardware.kernels import fast_kernels
 from rosetrainer.models.attention import attend
 from rosetrainer.parallel.context import Axis
@@ -140,12 +135,3 @@ def test_the_probabilities_that_are_saved_are_those_predicted(T: int) -> None:
     with fast_kernels(torch.bfloat16, torch.device("cpu")):
         saved = saved_by(lambda: attend(q, k, v, None, Dropout(0.0), None, Axis("tp")))
     assert sum(saved.values()) - fused.nbytes == bytes_of_scores(B, H, T, T, e=2)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_a_short_rotary_text_stays_in_fp32_where_our_kernels_are_on(dtype: torch.dtype) -> None:
-    short, long = torch.ones(1, BLOCK, 2), torch.ones(1, BLOCK + 1, 2)
-    with fast_kernels(dtype, torch.device("cpu")):
-        assert prefers_fp32(short) == (dtype == torch.bfloat16)
-        assert not prefers_fp32(long)
-    assert not prefers_fp32(short)
