@@ -24,9 +24,9 @@ from rosetrainer.optim.precision import autocast_for
 from rosetrainer.parallel.context import Axis, ParallelContext, init_parallel
 from rosetrainer.parallel.dropout import DropoutSeed
 from rosetrainer.parallel.replicas import check_replicas, checksum
-from rosetrainer.parallel.sharding import gather_whole, load_whole, shard_spec
+from rosetrainer.parallel.sharding import gather_whole, load_whole, replicated_parameter, shard_spec
 from rosetrainer.parallel.zero.cut import dim_of_slices
-from rosetrainer.parallel.zero.groups import shard_axes, shard_model
+from rosetrainer.parallel.zero.groups import owners, shard_axes, shard_model
 from rosetrainer.parallel.zero.sharded_model import sharding_of
 from rosetrainer.proof.reference import ReferenceDropout
 from rosetrainer.training.step import compute_gradients
@@ -251,12 +251,16 @@ def test_groups_of_shards_lie_within_a_stage(monkeypatch: pytest.MonkeyPatch) ->
 
 def trained_in_bf16(
     context: ParallelContext, products: torch.dtype | None
-) -> tuple[dict[str, Tensor], set[torch.dtype]]:
-    """Whole weights after three updates, and in what a block's weights are gathered."""
+) -> tuple[dict[str, Tensor], set[torch.dtype], int]:
+    """Whole weights after three updates, in what a block's weights are gathered, how often."""
     config = tiny_config(**CONFIG)
     model = GPTModel(config, context)
     load_whole(model, {n: w.float() for n, w in dense_model(config).state_dict().items()})
     shard_model(model, context, products=products)
+    sharded = sharding_of(model)
+    assert sharded
+    ledger = sharded.units[0].shards.ledger
+    ledger.clear()
     optimizer = build_optimizer(model, OPTIM)
     autocast = autocast_for(torch.bfloat16, context.device)
     for step in range(STEPS):
@@ -264,10 +268,11 @@ def trained_in_bf16(
         compute_gradients(model, batches, context, autocast, DropoutSeed(5, step))
         optimizer.step()
         optimizer.zero_grad()
-    sharded = sharding_of(model)
-    assert sharded
-    gathered = {max(unit.whole, key=Tensor.numel).dtype for unit in sharded.units[1:]}
-    return gather_whole(model), gathered
+    dtypes = {max(unit.whole, key=Tensor.numel).dtype for unit in sharded.units[1:]}
+    times = sum(
+        t.calls for (operation, _), t in ledger.entries.items() if operation == "all_gather"
+    )
+    return gather_whole(model), dtypes, times
 
 
 def check_bf16() -> None:
@@ -275,12 +280,19 @@ def check_bf16() -> None:
     for level, replicas in ((1, 1), (2, 1), (3, 2)):
         layout = replace(first.parallel, zero=level, dp_replicas=replicas)
         context = replace(first, parallel=layout)
-        plain, wide = trained_in_bf16(context, None)
-        found, short = trained_in_bf16(context, torch.bfloat16)
+        plain, wide, often = trained_in_bf16(context, None)
+        found, short, times = trained_in_bf16(context, torch.bfloat16)
         assert (wide, short) == ({torch.float32}, {torch.bfloat16})
+        assert times == often > 0
         assert all(torch.equal(found[name], plain[name]) for name in plain), level
 
 
 def test_weights_that_are_gathered_in_bf16_train_bitwise_alike() -> None:
     """As if they were gathered whole and then cast."""
     run_ranks(4, check_bf16)
+
+
+def test_matrices_are_dealt_to_the_shard_that_holds_least() -> None:
+    sizes = [6, 3, 2, 5, 4]
+    matrices = [replicated_parameter((size, 2), Axis("tp")) for size in sizes]
+    assert [*owners(matrices, 3).values()] == [0, 1, 2, 2, 1]
