@@ -58,11 +58,11 @@ class _ColumnLinear(torch.autograd.Function):
         rows = gradient.flatten(0, -2)  # (B*T, O/n)
         if tp.sequence_parallel:
             gathering = start_all_gather(x, tp, "backward", dim=-2)
-            partial = (rows @ weight).view(*gradient.shape[:-1], -1)
+            partial = F.linear(rows, weight.T).view(*gradient.shape[:-1], -1)
             summing = start_reduce_scatter(partial, tp, "backward", dim=-2)
             x = gathering.wait()
         else:
-            summing = start_all_reduce((rows @ weight).view(x.shape), tp, "backward")
-        weight_gradient = rows.T @ x.flatten(0, -2)  # while the sum is under way
+            summing = start_all_reduce(F.linear(rows, weight.T).view(x.shape), tp, "backward")
+        weight_gradient = torch.mm(rows.T, x.flatten(0, -2))  # while the sum is under way
         bias_gradient = rows.sum(0) if ctx.has_bias else None
         return summing.wait(), weight_gradient, bias_gradient, None

@@ -82,8 +82,8 @@ class _SplitLinear(torch.autograd.Function):
         parameter, rows = ctx.parameter, gradient.flatten(0, -2)  # (B*T, O)
 
         def add() -> None:
-            product = (rows.T @ x.flatten(0, -2)).view(parameter.shape).to(parameter.dtype)
+            product = torch.mm(rows.T, x.flatten(0, -2)).view(parameter.shape).to(parameter.dtype)
             parameter.grad = product if parameter.grad is None else parameter.grad.add_(product)
 
         ctx.gradients.put_off(add)
-        return (rows @ weight).view(x.shape), None, None
+        return F.linear(rows, weight.T).view(x.shape), None, None

@@ -15,8 +15,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from rosetrainer.hardware import onednn
 from rosetrainer.hardware.kernels import fast_kernels
 from rosetrainer.models.gpt import GPTModel
-from rosetrainer.parallel import vocab_parallel
+from rosetrainer.parallel import overlap, vocab_parallel
+from rosetrainer.parallel.comm import Pending
 from rosetrainer.parallel.context import Axis, ParallelContext
+from rosetrainer.parallel.overlap import column_linear
+from rosetrainer.parallel.pipeline.split_backward import WeightGradients, _SplitLinear
 from rosetrainer.parallel.sharding import init_weights
 from rosetrainer.parallel.vocab_parallel import linear_cross_entropy
 from rosetrainer.training.step import compute_gradients
@@ -117,6 +120,38 @@ def test_the_head_s_products_run_there_in_every_chunk(
     exact = head_gradients(table.double(), x.double(), labels)
     for mine, truth in zip(ours, exact, strict=True):
         assert torch.allclose(mine.double(), truth, rtol=1e-4, atol=1e-6)
+
+
+def backward_of_our_own(way: str, x: Tensor, weight: Tensor) -> list[Tensor]:
+    """x times a layer's weight, squared, and both gradients, without their sums over the ranks."""
+    x, parameter = x.clone().requires_grad_(), torch.nn.Parameter(weight.clone())
+    put_off = WeightGradients()
+    if way == "overlap":
+        y = column_linear(x, parameter, None, Axis("tp", size=2))
+    else:
+        y = _SplitLinear.apply(x, parameter, put_off)
+    y.square().sum().backward()
+    with torch.no_grad():
+        for product in put_off.take():
+            product()
+    assert x.grad is not None and parameter.grad is not None
+    return [y.detach(), x.grad, parameter.grad]
+
+
+@pytest.mark.parametrize("way", ["overlap", "split"])
+def test_the_products_of_a_backward_pass_of_our_own_run_there(
+    avx512: bool, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = lambda x, tp, _: Pending(None, tp.ledger, lambda: x)  # noqa: E731
+    monkeypatch.setattr(overlap, "start_all_reduce", given)
+    x, weight = torch.randn(2, 3, 8), torch.randn(5, 8)
+    with fast_kernels(torch.float32, CPU), Operators() as seen:
+        ours = backward_of_our_own(way, x, weight)
+    assert seen.of_onednn() == (3 if avx512 else 2)  # y and of x; of the weight
+    for mine, exact in zip(
+        ours, backward_of_our_own(way, x.double(), weight.double()), strict=True
+    ):
+        assert torch.allclose(mine.double(), exact, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("case", ["factors", "recorded", "float64"])
