@@ -31,7 +31,7 @@ from benchmarks.plain_step import CLIP, RATE, plain_model
 from benchmarks.work import Work
 from rosetrainer.config import GPTConfig, OptimConfig, TrainConfig
 from rosetrainer.hardware.block_compile import compile_blocks, compiles
-from rosetrainer.hardware.performance import flops_per_token
+from rosetrainer.model_flops import flops_per_token
 from rosetrainer.models.build import build_model
 from rosetrainer.optim.adamw import AdamW
 from rosetrainer.optim.optimizer import build_optimizer

@@ -17,7 +17,7 @@ from torch import Tensor
 from benchmarks.side_by_side import Rounds, Side, median
 from rosetrainer.commands.flags import parse_flags
 from rosetrainer.config import GPTConfig
-from rosetrainer.hardware.performance import flops_per_token
+from rosetrainer.model_flops import flops_per_token
 from rosetrainer.validation import ConfigError, Count
 
 Step = Callable[[], tuple[float, float]]
@@ -44,7 +44,7 @@ class Work:
 
     @property
     def flops(self) -> int:
-        return self.tokens * flops_per_token(self.model)
+        return int(self.tokens * flops_per_token(self.model))
 
     def batch(self) -> tuple[Tensor, Tensor]:
         """Inputs and labels, each (B, T), the same wherever they are made."""

@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "rosetrainer"
 GROUND = {
     *("config", "run_config", "validation", "environment", "cgroup", "durable_files", "heartbeat"),
-    *("model_config", "model_choices", "model_size", "parallel_config"),
+    *("model_config", "model_choices", "model_size", "model_flops", "parallel_config"),
 }
 FLOORS = [  # from the top; what stands on one floor does not import each other's folders
     {"__main__"},

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 
-from rosetrainer.config import GPTConfig
 from rosetrainer.environment import usable_cores, world_from_environment
 
 
@@ -36,28 +35,6 @@ def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:
     dtype = getattr(torch, wanted)
     assert isinstance(dtype, torch.dtype)
     return dtype
-
-
-def flops_per_token(config: GPTConfig) -> int:
-    """Floating-point operations of one token's forward and backward pass over all ranks.
-
-    Six for each weight in a matrix product, and 12 x T x H x K a layer for attention, not halved
-    for causality ("PaLM: Scaling Language Modeling with Pathways", appendix B).
-    """
-    return config.n_layers * flops_of_block(config) + flops_of_head(config)
-
-
-def flops_of_block(config: GPTConfig) -> int:
-    """Of flops_per_token, what one transformer block takes."""
-    attention_width = config.n_heads * config.head_width
-    width = 2 * attention_width + 2 * config.kv_heads * config.head_width  # q and dense, k and v
-    weights = config.d_model * (width + (2 + config.is_gated) * config.ff_width)
-    return 6 * weights + 12 * config.context_length * attention_width
-
-
-def flops_of_head(config: GPTConfig) -> int:
-    """Of flops_per_token, what the output head takes."""
-    return 6 * config.vocab_size * config.d_model
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.015) -> float:

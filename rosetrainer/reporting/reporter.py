@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from rosetrainer.config import TrainConfig
-from rosetrainer.hardware.performance import flops_per_token
+from rosetrainer.data.span_corruption import lengths
 from rosetrainer.launch.rank import STOP
+from rosetrainer.model_flops import flops_per_token
 from rosetrainer.parallel.context import Axis, ParallelContext
 from rosetrainer.reporting.run_log import RunLog, traffic
 from rosetrainer.reporting.slow_ranks import SlowRanks
@@ -43,7 +44,9 @@ class Reporter:
         """peak: FLOP/s of all ranks together."""
         self._context, self._log, self._recorders = context, log, recorders
         self._tokens = config.optim.global_batch_size * config.model.context_length
-        self._utilization = flops_per_token(config.model) / peak
+        model = config.model
+        sides = lengths(model.context_length) if model.architecture == "t5" else None
+        self._utilization = flops_per_token(model, sides) / peak
         self._slow_ranks = SlowRanks(world, (*context.axes, world), context.device)
 
     def begin_step(self) -> None:

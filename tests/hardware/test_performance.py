@@ -12,16 +12,13 @@ import torch
 from oracle import random_batch, tiny_config
 from ranks import run_ranks
 
-from rosetrainer.config import GPTConfig
 from rosetrainer.hardware import performance
 from rosetrainer.hardware.memory import keep_freed_memory
 from rosetrainer.hardware.performance import (
     choose_dtype,
-    flops_per_token,
     matmul_peak,
     set_threads,
 )
-from rosetrainer.models.build import build_model
 from rosetrainer.models.gpt import GPTModel
 from rosetrainer.optim.precision import autocast_for
 from rosetrainer.parallel.context import ParallelContext
@@ -76,22 +73,6 @@ def test_bf16_stays_near_fp32() -> None:
         losses.append(compute_gradients(model, batch, ParallelContext(), autocast))
     assert losses[0] != losses[1]
     assert losses[0] == pytest.approx(losses[1], rel=2e-3)
-
-
-def test_a_token_s_operations_worked_by_hand() -> None:
-    config = GPTConfig(vocab_size=10, context_length=8, n_layers=3, n_heads=2, d_model=4, d_ff=6)
-    block = 4 * 12 + 4 * 4 + 4 * 6 + 6 * 4  # q k v, dense, and the two of the feed-forward layer
-    attention = 3 * 12 * 8 * 4  # layers x 12 x T x (heads x width)
-    assert flops_per_token(config) == 6 * (3 * block + 10 * 4) + attention
-
-
-def test_a_token_s_operations_with_fewer_heads_of_keys_and_a_gate_are_its_own_weights() -> None:
-    """Six for each weight of a product, counted in a model that is built."""
-    sizes = {"n_heads": 4, "n_kv_heads": 2, "d_model": 8, "d_ff": 6, "tied": False, "bias": False}
-    config = GPTConfig(10, 8, n_layers=3, architecture="llama", **sizes)  # type: ignore[arg-type]
-    model = build_model(config, ParallelContext(device=torch.device("meta")))
-    blocks = sum(p.numel() for p in model.blocks.parameters() if p.dim() > 1)
-    assert flops_per_token(config) == 6 * (blocks + 10 * 8) + 3 * 12 * 8 * 8
 
 
 def test_the_peak_is_a_rate_of_this_machine() -> None:

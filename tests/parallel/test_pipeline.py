@@ -18,7 +18,7 @@ from ranks import run_ranks
 from torch import nn
 
 from rosetrainer.config import GPTConfig, ParallelConfig
-from rosetrainer.hardware.performance import flops_of_block, flops_of_head
+from rosetrainer.model_flops import flops_of_block, flops_of_head
 from rosetrainer.models.build import build_model
 from rosetrainer.parallel.context import init_parallel
 from rosetrainer.parallel.pipeline import runner

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rosetrainer.config import GPTConfig
-from rosetrainer.hardware.performance import flops_of_block, flops_of_head
+from rosetrainer.model_flops import flops_of_block, flops_of_head
 from rosetrainer.parallel.comm import first_token
 from rosetrainer.parallel.context import ParallelContext
 from rosetrainer.parallel.dropout import Seed
