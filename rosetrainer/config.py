@@ -66,7 +66,9 @@ class OptimConfig:
     muon_momentum: BelowOne = 0.95
     """Decay of Muon's mean of gradients."""
     schedule: Literal["cosine", "linear"] = "cosine"
-    """How the learning rate falls after the warm-up."""
+    """How the learning rate falls."""
+    stable_ratio: BelowOne = 0.0
+    """The share of the steps after the warm-up in which it stays at its peak, before it falls."""
     freeze: str | None = None
     """Parameters that are not trained: patterns of the names in a checkpoint, with commas, such as
     token_embedding*,blocks.0.*"""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from rosetrainer.hardware import attention_blocks, onednn
+from rosetrainer.hardware import attention_blocks, layer_norm, onednn
 
 
 @contextmanager
@@ -24,6 +24,8 @@ def fast_kernels(dtype: torch.dtype, device: torch.device, enabled: bool = True)
         ours[F, "linear"] = onednn.linear
         # What the head computes the gradients of its input and of its weight by.
         ours |= {(torch, "mm"): onednn.mm, (torch.Tensor, "addmm_"): onednn.addmm_}
+    if enabled and device.type == "cpu":
+        ours[F, "layer_norm"] = layer_norm.layer_norm
     if enabled and dtype == torch.bfloat16 and device.type == "cpu":
         ours[F, "scaled_dot_product_attention"] = attention_blocks.attention
     with replaced(ours):

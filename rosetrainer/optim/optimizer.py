@@ -54,7 +54,8 @@ def set_learning_rates(optimizer: AdamW, config: OptimConfig, step: int, steps: 
 
 
 def learning_rate(config: OptimConfig, step: int, steps: int, peak: float | None = None) -> float:
-    """Linear warm-up to the peak, then a cosine or a line down to min_lr_ratio of it.
+    """Linear warm-up to the peak, stable_ratio of the rest there, then a cosine or a line down to
+    min_lr_ratio of it.
 
     step counts from 0; peak is AdamW's unless given.
     The last step of a line is the last before it ends: a step of size zero would be no step.
@@ -62,10 +63,11 @@ def learning_rate(config: OptimConfig, step: int, steps: int, peak: float | None
     peak = config.learning_rate if peak is None else peak
     if step < config.warmup_steps:
         return peak * (step + 1) / config.warmup_steps
-    after = step - config.warmup_steps
+    falls = config.warmup_steps + config.stable_ratio * max(steps - config.warmup_steps, 0)
+    after = max(step - falls, 0)
     if config.schedule == "linear":
-        left = 1 - after / max(steps - config.warmup_steps, 1)
+        left = 1 - after / max(steps - falls, 1)
     else:
-        progress = after / max(steps - 1 - config.warmup_steps, 1)
+        progress = after / max(steps - 1 - falls, 1)
         left = (1 + math.cos(math.pi * min(progress, 1.0))) / 2
     return peak * (config.min_lr_ratio + (1 - config.min_lr_ratio) * left)

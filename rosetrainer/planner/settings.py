@@ -42,9 +42,9 @@ WITHOUT_EFFECT: dict[type, tuple[str, ...]] = {
     ),
     ParallelConfig: (),
     OptimConfig: (
-        *("learning_rate", "min_lr_ratio", "warmup_steps", "schedule", "head_learning_rate"),
+        *("learning_rate", "min_lr_ratio", "warmup_steps", "schedule", "stable_ratio"),
         *("weight_decay", "beta1", "beta2", "eps", "grad_clip"),
-        *("muon_learning_rate", "muon_momentum"),
+        *("head_learning_rate", "muon_learning_rate", "muon_momentum"),
     ),
 }
 

@@ -205,6 +205,11 @@ def test_the_schedule_warms_up_and_ends_at_its_floor() -> None:
     line = [learning_rate(replace(config, schedule="linear"), step, 20) for step in range(20)]
     assert line[:4] == rates[:4]
     assert line[4:] == pytest.approx([0.1 + 0.9 * (1 - n / 16) for n in range(16)])
+    for schedule in ("linear", "cosine"):
+        stable = replace(config, schedule=schedule, stable_ratio=0.25)
+        rates = [learning_rate(stable, step, 24) for step in range(24)]
+        shorter = [learning_rate(replace(stable, stable_ratio=0), step, 19) for step in range(19)]
+        assert rates == pytest.approx([*shorter[:4], *[1.0] * 5, *shorter[4:]])
 
 
 def test_buckets_hold_every_tensor_once_in_order() -> None:
