@@ -6,5 +6,5 @@ Folders are floors: a folder imports only from those below it.
              > hardware, launch, data > config
 
 At the bottom, beside config: run_config, validation, environment, cgroup, durable_files, heartbeat,
-model_choices and model_size.
+model_choices, model_size and model_flops.
 """
