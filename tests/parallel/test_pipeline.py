@@ -146,7 +146,7 @@ def check_ledger(layout: Layout, found: list[dict[str, Any]]) -> None:
 
 
 def being_sent() -> list[int]:
-    """In a step of 1F1B, how many activations this rank still holds for sending after each B."""
+    """In a step of 1F1B, how many messages this rank still holds for sending after each B."""
     layout, found = Layout(3, layers=3), list[int]()
     context = init_parallel(layout.parallel)
     model = build_model(layout.model, context)
@@ -155,7 +155,7 @@ def being_sent() -> list[int]:
 
     def counted(run: Any, action: Any) -> None:
         backward(run, action)
-        found.append(sum(kept.sending is not None for kept in run.kept.values()))
+        found.append(sum(map(len, run.sent.values())))
 
     rows = [random_batch(layout.model, 1, seed) for seed in range(layout.micro_batches)]
     with patch.object(runner._Run, "backward", counted):
@@ -163,12 +163,14 @@ def being_sent() -> list[int]:
     return found
 
 
-def test_what_the_next_stage_has_is_not_kept_for_sending() -> None:
-    """With a gradient it is known that what its stage had before has come: all but the newest."""
+def test_what_another_stage_has_is_not_kept_for_sending() -> None:
+    """With what comes from it, it is known that all that it had used before has come: of five
+    activations all but the newest, of five gradients all but those since the newest activation.
+    """
     first, second, last = run_ranks(3, being_sent)
-    assert first == [1, 1, 1, 0, 0]
-    assert second == [1, 1, 1, 1, 0]
-    assert last == [0, 0, 0, 0, 0]
+    assert first == [1, 1, 1, 0, 0]  # activations
+    assert second == [2, 3, 3, 3, 3]  # of each
+    assert last == [1, 2, 2, 2, 2]  # gradients
 
 
 def initial_weights() -> dict[str, str]:

@@ -5,10 +5,11 @@ Shape letters: B batch, T sequence, D d_model, V vocabulary.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from itertools import chain
 from time import perf_counter
 from typing import Any, NamedTuple
 
@@ -68,8 +69,7 @@ class _Kept(NamedTuple):
     """What a micro-batch leaves in a stage until its backward pass."""
 
     x: Tensor | None
-    end: GradientEdge  # of its graph: the result itself is gone when it is sent
-    sending: Pending | None
+    end: GradientEdge  # of its graph: the result itself is gone when it has been sent
 
 
 class _Run:
@@ -85,7 +85,7 @@ class _Run:
         self.kept: dict[tuple[int, int], _Kept] = {}
         self.put_off: dict[tuple[int, int], list[Callable[[], None]]] = {}
         self.handed: dict[Action, Tensor] = {}  # from one of this rank's stages to another
-        self.sending: list[Pending] = []  # gradients; activations are in `kept`
+        self.sent: defaultdict[int, deque[tuple[Action, Pending]]] = defaultdict(deque)  # by rank
 
     def run(self) -> None:
         self.inbox = _Inbox(self)
@@ -95,7 +95,7 @@ class _Run:
                 self.make(action)
             else:
                 notes.append(self.timed(action))
-        for pending in self.sending:
+        for _, pending in chain(*self.sent.values()):
             pending.wait()
         assert not (self.kept or self.put_off or self.handed or self.inbox.posted)
 
@@ -122,48 +122,50 @@ class _Run:
         if stage.is_last:
             y = y * batch.share
             self.loss += y.detach().to("cpu", torch.float64)
-        self.kept[action[1:]] = _Kept(x, get_gradient_edge(y), self.pass_on(action, y))
+        self.kept[action[1:]] = _Kept(x, get_gradient_edge(y))
+        self.pass_on(action, y)
 
     def backward(self, action: Action) -> None:
         """B, or I, which leaves the gradients of the linear layers' weights to W."""
         upstream = None if self.stages[action.stage].is_last else self.receive(action)
-        self.free_sent(action)
-        x, end, _ = self.kept.pop(action[1:])
+        x, end = self.kept.pop(action[1:])
         torch.autograd.backward(end, upstream)
         if action.kind == "I":
             self.put_off[action[1:]] = self.model.weight_gradients.take()
         if x is not None:
             assert x.grad is not None
-            if pending := self.pass_on(action, x.grad):
-                self.sending.append(pending)
-
-    def free_sent(self, action: Action) -> None:
-        """Activations that their stage had when it made what `action` has received."""
-        for there in self.schedule.forward_before(self.schedule.fed_by(action)):
-            sent = (there.stage - 1, there.micro_batch)
-            if (kept := self.kept.get(sent)) and kept.sending:
-                kept.sending.wait()  # it has ended
-                self.kept[sent] = kept._replace(sending=None)
+            self.pass_on(action, x.grad)
 
     @torch.no_grad()
     def make_weight_gradients(self, action: Action) -> None:
         for product in self.put_off.pop(action[1:]):
             product()
 
-    def pass_on(self, action: Action, result: Tensor) -> Pending | None:
+    def pass_on(self, action: Action, result: Tensor) -> None:
         """To the action that needs it, on this rank or another."""
         fed = self.schedule.feeds(action)
         if fed is None:
-            return None
+            return
         target = self.schedule.rank_of[fed.stage]
         if target == self.pp.rank:
             self.handed[fed] = result.detach()
-            return None
-        return start_send(result, self.pp, target, PHASES[action.kind])
+        else:
+            sending = start_send(result, self.pp, target, PHASES[action.kind])
+            self.sent[target].append((fed, sending))
 
     def receive(self, action: Action) -> Tensor:
         """What the action needs of another stage."""
-        return self.handed.pop(action) if action in self.handed else self.inbox.take(action)
+        if action in self.handed:
+            return self.handed.pop(action)
+        fed_by = self.schedule.fed_by(action)
+        assert fed_by is not None
+        source = self.schedule.rank_of[fed_by.stage]
+        received = self.inbox.take(action, source)
+        # What its rank had used before it made this has arrived there, and is held no longer.
+        sent, place = self.sent[source], self.schedule.place
+        while sent and place[sent[0][0]] < place[fed_by]:
+            sent.popleft()[1].wait()
+        return received
 
 
 class _Inbox:
@@ -177,11 +179,8 @@ class _Inbox:
         for source in self._expected:
             self._post(source)
 
-    def take(self, action: Action) -> Tensor:
+    def take(self, action: Action, source: int) -> Tensor:
         """Posts the next receive too, so that it is under way when its turn comes."""
-        fed_by = self._run.schedule.fed_by(action)
-        assert fed_by is not None
-        source = self._run.schedule.rank_of[fed_by.stage]
         while action not in self.posted:
             self._post(source)
         pending = self.posted.pop(action)

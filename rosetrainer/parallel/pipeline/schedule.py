@@ -72,12 +72,10 @@ class Schedule:
             return None
         return Action(kind, stage - 1, micro_batch)
 
-    def forward_before(self, action: Action | None) -> list[Action]:
-        """The forward passes that an action's rank has made before it; none before None."""
-        if action is None:
-            return []
-        actions = self.actions[self.rank_of[action.stage]]
-        return [other for other in actions[: actions.index(action)] if other.kind == "F"]
+    @cached_property
+    def place(self) -> dict[Action, int]:
+        """The number of an action among its rank's."""
+        return {action: n for actions in self.actions for n, action in enumerate(actions)}
 
     @cached_property
     def messages(self) -> dict[tuple[int, int], list[Action]]:

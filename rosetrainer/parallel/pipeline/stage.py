@@ -6,6 +6,7 @@ Shape letters: B batch, T sequence, D d_model; tp = tp.size.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -52,9 +53,15 @@ class Stage:
     def input_buffer(self, ids: Tensor) -> Tensor:
         """For what the stage before sends, whose shape follows from ids and the layout."""
         B, T = ids.shape
-        tp, like = self.model.tp, next(self.model.parameters())
+        tp = self.model.tp
         T = T // tp.size if tp.sequence_parallel else T
-        return like.new_empty(B, T, self.model.config.d_model)
+        return self._like.new_empty(B, T, self.model.config.d_model)
+
+    @cached_property
+    def _like(self) -> Tensor:
+        """A tensor of the device and the type in which activations travel."""
+        parameter: Tensor = next(self.model.parameters())
+        return parameter
 
 
 def layers_of_stages(config: GPTConfig, parallel: ParallelConfig) -> list[range]:
