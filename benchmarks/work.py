@@ -54,21 +54,26 @@ class Work:
         return ids, labels
 
 
-def parse_work(
-    argv: list[str], benchmark: str, tp_size: int = 1, default: Work | None = None
-) -> Work:
+def parse_work(argv: list[str], benchmark: str, default: Work | None = None) -> Work:
     """Raises ConfigError for what a user can get wrong."""
     work = parse_flags(Work, argv, f"python benchmarks/{benchmark}.py", default)
+    check_work(work, 1, (default or Work()).model)
+    return work
+
+
+def check_work(work: Work, tp_size: int, usual: GPTConfig) -> None:
+    """Raises ConfigError for what is no model on so many ranks, or not the one of the other sides.
+
+    usual: what is compared unless flags say otherwise.
+    """
     model = work.model
     model.check(tp_size)
-    usual = (default or Work()).model
     for name in ("d_head", "d_ff", "tied", "dropout", "architecture"):
         value, theirs = getattr(model, name), getattr(usual, name)
         if value != theirs:
             raise ConfigError(
                 f"{name}={value}, and the other sides have {theirs}: leave --{name} out"
             )
-    return work
 
 
 def seconds_of(step: Step, steps: int) -> float:

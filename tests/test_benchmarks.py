@@ -291,9 +291,10 @@ def rounds_here(sides: Sequence[Side], rounds: int, pairs: Pairs) -> Rounds:
     found: Rounds = {}
     for side in sides:
         _, _, name, *flags = side.arguments
-        work = parse_work(flags, tensor_parallel.NAME)
+        work = tensor_parallel.parse(flags)
         if name in tensor_parallel.PARALLEL:
-            found[side.name] = run_ranks(2, tensor_parallel.one_round, name, work)[:1]
+            ranks = tensor_parallel.ranks_of(name)
+            found[side.name] = run_ranks(ranks, tensor_parallel.one_round, name, work)[:1]
         else:
             found[side.name] = [tensor_parallel.one_round(name, work)]
     return found
@@ -418,9 +419,10 @@ def test_tensor_parallel_shows_each_side_and_where_the_time_goes(
 ) -> None:
     monkeypatch.setattr(side_by_side, "RESULTS", tmp_path)
     monkeypatch.setattr(tensor_parallel, "in_turn", rounds_here)
-    tensor_parallel.main(FLAGS)
+    tensor_parallel.main([*FLAGS, "--n-heads", "4", "--dtype", "float32"])
     shown = capsys.readouterr().out
-    check_kept(tmp_path, shown, {"tensor-parallel-dtensor", "tensor-parallel-one-process"})
+    names = ("dtensor", "one-process", "four-ranks")
+    check_kept(tmp_path, shown, {f"tensor-parallel-{name}" for name in names})
     run = json.loads(next(tmp_path.iterdir()).read_text())
     (figures,) = run["figures"][tensor_parallel.OURS]
     parts = figures["parts"]
