@@ -99,7 +99,8 @@ def matmul_seconds(step: OurStep, steps: int) -> float:
     microseconds = sum(
         event.self_cpu_time_total
         for event in profiler.key_averages()
-        if event.key.startswith(("aten::", "mkldnn::")) and any(name in event.key for name in MATMULS)
+        if event.key.startswith(("aten::", "mkldnn::"))
+        and any(name in event.key for name in MATMULS)
     )
     return float(microseconds) / 1e6 / steps
 
