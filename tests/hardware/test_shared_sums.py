@@ -19,9 +19,10 @@ from ranks import run_ranks
 from torch import Tensor
 
 from rosetrainer.config import ParallelConfig
-from rosetrainer.hardware import shared_memory, shared_sums
+from rosetrainer.hardware import gloo_sums, shared_memory, shared_sums
 from rosetrainer.hardware.shared_sums import FOUND, SharedSums, open_sums
 from rosetrainer.launch.errors import explain
+from rosetrainer.launch.watch import WAITING
 from rosetrainer.models.gpt import GPTModel
 from rosetrainer.parallel.context import init_parallel
 from rosetrainer.parallel.sharding import init_weights
@@ -83,6 +84,12 @@ def test_a_rank_that_does_not_come_is_waited_for_no_longer_than_the_group_s_limi
     two[0]._peers[0].setblocking(False)  # as when its time is over
     with pytest.raises(RuntimeError, match="Timed out"):
         two[0].start(torch.ones(3), SUM).wait()
+
+
+def test_who_waits_there_is_known_to_wait() -> None:
+    """To the hang watch, which looks for the innermost file of this package."""
+    for module in (gloo_sums, shared_memory, shared_sums):
+        assert str(module.__file__).endswith(WAITING)
 
 
 def part(rank: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
