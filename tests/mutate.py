@@ -42,6 +42,7 @@ LAYOUT = "models/test_llama.py::test_a_layout_equals_the_oracle"
 LLAMA = [f"{LAYOUT}[tp4-two-hold-a-head]", f"{LAYOUT}[tp2-dp2-sequence-parallel]"]
 PIPELINE = ["parallel/test_schedule.py", "parallel/test_pipeline_beside_torch.py"]
 SINGLE = ["parallel/test_pipeline.py::test_a_schedule_computes_what_one_process_does"]
+IN_STAGES = "parallel/test_pipeline.py::test_level_1_of_zero_computes_what_one_process_does"
 ZERO = [f"parallel/test_{name}.py" for name in ("zero_beside_torch", "zero", "frozen")]
 LATTICE = ["proof/test_lattice.py"]
 SIZES = ["test_model_size.py"]
@@ -69,6 +70,7 @@ TESTS: dict[str, tuple[list[str], list[str]]] = {
         [*PIPELINE, *SINGLE],
         ["parallel/test_pipeline.py", "reporting/test_timeline.py", "commands/test_generate.py"],
     ),
+    "parallel/zero/in_stages.py": ([IN_STAGES], []),
     "parallel/zero/": (ZERO, [*LATTICE, "optim/test_muon.py"]),
     "models/attention.py": ([*MODEL, *EVERY], LATTICE),
     "models/bert.py": (["models/test_bert.py", *SIZES], THEIRS),

@@ -144,6 +144,7 @@ def test_ids_behind_a_tokenizer_s_are_blanks() -> None:
     pieces = pieces_with_blanks(IdsTokenizer(14), config_of(**T5))
     assert pieces.vocab_size == 16
     assert pieces.decode([13, 14, 15]) == " 13<extra_id_1><extra_id_0>"
+    assert pieces_with_blanks(IdsTokenizer(1), config_of(**T5)).decode([0, 1]) == " 0<extra_id_14>"
 
 
 def test_ids_that_a_tokenizer_knows_keep_their_pieces() -> None:
