@@ -30,11 +30,11 @@ PRESETS: dict[PresetName, str] = {
     "default": "",
     # A character model of a small text in seconds; benchmarks/LOG.md says what was tried.
     "speedrun": "--architecture rotary --context-length 64 --n-layers 2 --n-heads 2 --d-model 64 "
-    "--rotary-base 50 --no-bias --no-tied "
-    "--optimizer muon --learning-rate 0.15 --head-learning-rate 0.03 --muon-learning-rate 0.06 "
-    "--muon-momentum 0.8 --beta1 0.8 --beta2 0.95 --eps 1e-10 --weight-decay 0 "
-    "--schedule linear --min-lr-ratio 0 --warmup-steps 10 --grad-clip 0 --global-batch-size 48 "
-    "--steps 160 --eval-every 0 --eval-tokens 1048576 --checkpoint-every 0",
+    "--rotary-base 30 --no-bias --no-tied "
+    "--optimizer muon --learning-rate 0.15 --head-learning-rate 0.035 --muon-learning-rate 0.07 "
+    "--muon-momentum 0.75 --beta1 0.8 --beta2 0.95 --eps 1e-10 --weight-decay 0 "
+    "--schedule linear --stable-ratio 0.35 --min-lr-ratio 0 --warmup-steps 10 --grad-clip 0 "
+    "--global-batch-size 48 --steps 150 --eval-every 0 --eval-tokens 1048576 --checkpoint-every 0",
     "gpt2": "--context-length 1024 --n-layers 12 --n-heads 12 --d-model 768",
     "gpt2-medium": "--context-length 1024 --n-layers 24 --n-heads 16 --d-model 1024",
     "gpt2-large": "--context-length 1024 --n-layers 36 --n-heads 20 --d-model 1280",

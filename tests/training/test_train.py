@@ -442,7 +442,7 @@ def test_a_preset_is_changed_by_the_flags_beside_it() -> None:
     assert (speedrun.model.tied, speedrun.optim.optimizer, speedrun.run.steps) == (
         False,
         "muon",
-        160,
+        150,
     )
     assert (command.config.run.steps, command.config.model.n_layers) == (7, 3)
     assert command.config.optim == speedrun.optim
