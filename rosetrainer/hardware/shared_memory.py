@@ -57,9 +57,10 @@ def share_memory(group: Any, size: int) -> tuple[Tensor, Sockets] | str:
                 memory, peers = _ask(door, names[0], rank, n)
         except OSError as error:
             raise RuntimeError(f"Connection closed by peer: {error}") from None
+    longest = struct.pack("ll", int(limit), int(limit % 1 * 1e6))
     for peer in peers:
         os.set_inheritable(peer.fileno(), False)
-        peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", int(limit), 0))
+        peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, longest)
     whole = torch.frombuffer(mmap.mmap(memory, size), dtype=torch.uint8)
     os.close(memory)
     return whole, peers

@@ -5,8 +5,10 @@ from __future__ import annotations
 import gc
 import os
 import socket
+import struct
 from collections.abc import Iterator
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -15,7 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from oracle import random_batch, tiny_config
-from ranks import run_ranks
+from ranks import LONGEST_SECONDS, run_ranks
 from torch import Tensor
 
 from rosetrainer.config import ParallelConfig
@@ -31,6 +33,7 @@ from rosetrainer.training import step
 
 SUM, MAX, MIN = dist.ReduceOp.SUM, dist.ReduceOp.MAX, dist.ReduceOp.MIN
 START = SharedSums.start
+TIME_LIMIT = (socket.SOL_SOCKET, socket.SO_RCVTIMEO)
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 SIZES = [(0,), (1,), (7, 13), (3, 5000)]
 
@@ -147,7 +150,8 @@ def on_three_ranks() -> str:
     assert open_sums(world) == open_sums(world) == open_sums(None) == ""
     check_sums(world, 3)
     assert by_gloo(world, monkeypatch) == ["larger", "smallest", "int"]
-    pair = dist.new_subgroups_by_enumeration([[0, 1], [2]])[0]
+    limit = timedelta(seconds=1000.25)
+    pair = dist.new_subgroups_by_enumeration([[0, 1], [2]], timeout=limit)[0]
     if dist.get_rank() < 2:
         assert open_sums(pair) == ""
         check_sums(pair, 2)
@@ -162,6 +166,11 @@ def on_three_ranks() -> str:
         assert summed(torch.ones(2), group).tolist() == [3.0, 3.0]
 
     peers = [peer for found in FOUND.values() for peer in getattr(found, "_peers", [])]
+    times = [struct.unpack("ll", peer.getsockopt(*TIME_LIMIT, 16)) for peer in peers]
+    limits = {(seconds, rest > 0) for seconds, rest in times}  # the kernel rounds up
+    own = {(1000, True)} if dist.get_rank() < 2 else set()
+    assert limits == own | {(int(LONGEST_SECONDS), False)}
+    assert not any(peer.get_inheritable() for peer in peers)
     assert "shared by ranks" in Path("/proc/self/maps").read_text()
     del pair, world, apart, off, none, group
     dist.destroy_process_group()
