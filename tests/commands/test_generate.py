@@ -104,7 +104,9 @@ def write_with_a_rank_that_disagrees() -> list[int]:
     load_whole(model, dense_model(tiny_config(), seed=0).state_dict())
     # Logits are gathered, so only another draw lets this rank alone choose another token.
     sampling = SamplingConfig(tokens=12, seed=context.tp.rank)
-    return list(generate(model, torch.tensor([3, 1, 4]), sampling, context))
+    tokens = list(generate(model, torch.tensor([3, 1, 4]), sampling, context))
+    assert {phase for _, phase in context.tp.ledger.entries} == {"forward"}
+    return tokens
 
 
 def test_the_first_rank_s_token_is_every_rank_s() -> None:
