@@ -44,7 +44,7 @@ from rosetrainer.checkpoint.huggingface.load import find_weights, load_weights
 from rosetrainer.checkpoint.huggingface.write import write_folder
 from rosetrainer.config import GPTConfig
 from rosetrainer.hardware.memory import keep_freed_memory
-from rosetrainer.hardware.performance import has_native_bf16
+from rosetrainer.hardware.processor import has_native_bf16
 from rosetrainer.launch.rank import run_rank
 from rosetrainer.models.build import build_model
 from rosetrainer.parallel.context import Axis, ParallelContext

@@ -31,7 +31,7 @@ from benchmarks.our_step import OurStep
 from benchmarks.side_by_side import introduce, keep
 from benchmarks.work import Step, Work, matmul_peaks, parse_work
 from rosetrainer.hardware.memory import keep_freed_memory
-from rosetrainer.hardware.performance import has_native_bf16
+from rosetrainer.hardware.processor import has_native_bf16
 from rosetrainer.launch.rank import run_rank
 
 NAME = "roofline"

@@ -43,7 +43,7 @@ from benchmarks.work import (
     side_of,
 )
 from rosetrainer.hardware.memory import keep_freed_memory
-from rosetrainer.hardware.performance import has_native_bf16
+from rosetrainer.hardware.processor import has_native_bf16
 from rosetrainer.launch.rank import run_rank
 
 NAME = "tokens_per_second"

@@ -40,11 +40,16 @@ class PrecisionConfig:
     """The numbers that the run computes with."""
 
     dtype: Annotated[Literal["auto", "float32", "bfloat16", "float64"], MAY_CHANGE] = "auto"
-    """bfloat16 is autocast over fp32 parameters; auto takes it where the hardware multiplies it."""
+    """bfloat16 is autocast over fp32 parameters; auto takes it where it was measured as faster."""
     compute_dtype: Annotated[
         Literal["float32", "bfloat16", "float64"] | None, MAY_CHANGE, HIDDEN
     ] = None
     """What dtype has resolved to. A resumed run keeps it: see run_identity.differences."""
+    kernels: Annotated[Literal["auto", "torch", "ours"], MAY_CHANGE] = "auto"
+    """Whose kernels compute on a CPU; auto: ours where they were measured as faster, else torch's.
+    A resumed run keeps what auto came to."""
+    compute_kernels: Annotated[str | None, MAY_CHANGE, HIDDEN] = None
+    """What kernels has resolved to: see choose_kernels. On CUDA nothing."""
     deterministic: bool = False
     """Only kernels that give the same bits each time. CPUs do anyway; on CUDA it costs speed."""
 

@@ -2,6 +2,8 @@
 
 import functools
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -10,6 +12,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import huggingface
 import pytest
+from machine import keep_by_its_words
 from once import Once, make_once
 from order import ordered
 from progress import Progress
@@ -18,6 +21,11 @@ from rosetrainer.commands.prepare import main as prepare
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):  # which inherits it
+        kept = tempfile.mkdtemp(prefix="rosetrainer-tests-")
+        config.add_cleanup(functools.partial(shutil.rmtree, kept, ignore_errors=True))
+        os.environ["ROSETRAINER_CACHE"] = kept
+        keep_by_its_words(Path(kept))
     if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
         config.pluginmanager.register(Progress(config))
     if config.pluginmanager.hasplugin("hypothesispytest"):  # tests/test_mutants.py goes without

@@ -53,6 +53,7 @@ MAY_BE_ZERO: dict[str, list[object]] = {
     "rotary_base": [1.5],
     "muon_learning_rate": [0, 1.5],
     "muon_momentum": [0],
+    "stable_ratio": [0],
     "head_learning_rate": [None],
     "bias": [True],
     "tied": [True],
@@ -279,10 +280,11 @@ def test_a_config_file_that_is_not_ours_is_refused(values: Any) -> None:
 
 
 def as_an_older_version_wrote_it(config: TrainConfig) -> dict[str, Any]:
-    """One component, `run`, for all that is not model, layout or optimizer; no timeline nor
-    shared memory; null for more of the model's defaults."""
+    """One component, `run`, for all that is not model, layout or optimizer; no timeline, kernels
+    nor shared memory; null for more of the model's defaults."""
     parts = asdict(config)
     del parts["monitor"]["timeline"], parts["hardware"]["shared_memory"]
+    del parts["precision"]["kernels"], parts["precision"]["compute_kernels"]
     old = {name: parts.pop(name) for name in ("model", "parallel", "optim")}
     old["model"] |= dict.fromkeys(("token_types", "relative_buckets", "rotary_pairs"))
     return old | {"run": {key: value for part in parts.values() for key, value in part.items()}}
@@ -311,5 +313,5 @@ def test_what_may_change_when_a_run_is_resumed_is_declared() -> None:
         *("micro_batch_size", "data", "out", "eval_every", "eval_tokens", "device", "max_skipped"),
         *("checkpoint_every", "keep", "resume", "async_checkpoint", "timeout", "check_replicas"),
         *("threads", "compile", "shared_memory", "profile", "timeline"),
-        *("dtype", "compute_dtype"),
+        *("dtype", "compute_dtype", "kernels", "compute_kernels"),
     }

@@ -31,6 +31,8 @@ class ParityCommand:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
     """What training would use; float64 is always shown beside it."""
+    kernels: Literal["auto", "torch", "ours"] = "auto"
+    """Whose kernels compute on a CPU; auto: those that training would use."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """Whose updates are compared, after one step of SGD."""
     whole: bool = False
@@ -63,6 +65,6 @@ def main(argv: list[str]) -> int:
     context = init_parallel(command.parallel, "cpu")
     dtype = choose_dtype(command.dtype, context.device)
     optim = OptimConfig(optimizer=command.optimizer)
-    show_proof(command.model, context, dtype, optim, command.whole, given)
+    show_proof(command.model, context, dtype, optim, command.whole, given, command.kernels)
     end_parallel()
     return 0

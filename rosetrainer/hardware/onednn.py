@@ -1,13 +1,12 @@
-"""fp32 products on an AMD processor: by oneDNN, where torch would take MKL, which is Intel's.
+"""fp32 products by oneDNN, where torch would take MKL, which is Intel's.
 
-MKL does not run its best kernels there. With oneDNN's a product and the gradient of its input take
-a tenth to a fifth less time, and where the processor has AVX512, half; the gradient of the weight
-only there, and is torch's elsewhere. bf16 products are oneDNN's anyway.
+MKL does not run its best kernels on other processors. On AMD's a product and the gradient of its
+input take a tenth to a fifth less time by oneDNN, and where there is AVX512, half; the gradient of
+the weight only there. So each of the two is measured. bf16 products are oneDNN's anyway.
 """
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -15,26 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rosetrainer.hardware.performance import cpu_words
-
 TORCHS_LINEAR, TORCHS_MM, TORCHS_ADDMM_ = F.linear, torch.mm, torch.Tensor.addmm_
 ROWS_OF_A_SUM = 2048  # of addmm_, so that they stay in the cache between the product and the sum
-
-
-def is_faster(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether training in dtype on this device is one of those that oneDNN makes faster."""
-    return dtype == torch.float32 and device.type == "cpu" and is_amd()
-
-
-@cache
-def is_amd() -> bool:
-    """Whether the processor is AMD's and torch has oneDNN."""
-    return "AuthenticAMD" in cpu_words() and torch.backends.mkldnn.is_available()
-
-
-@cache
-def has_avx512() -> bool:
-    return "avx512f" in cpu_words()
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -58,7 +39,7 @@ class _Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         rows = gradient.flatten(0, -2)
         bias_gradient = rows.sum(0) if ctx.has_bias else None
-        return product(gradient, weight.T), mm(rows.T, x.flatten(0, -2)), bias_gradient
+        return product(gradient, weight.T), torch.mm(rows.T, x.flatten(0, -2)), bias_gradient
 
 
 def mm(a: Tensor, b: Tensor, *, out: Tensor | None = None) -> Tensor:
@@ -79,13 +60,13 @@ def addmm_(total: Tensor, a: Tensor, b: Tensor, **factors: float) -> Tensor:
 
 
 def are_for_onednn(*tensors: Tensor) -> bool:
-    """Whether oneDNN is faster in a product of these, which autograd need not know of.
+    """Whether oneDNN has a product of these, which autograd need not know of.
 
     Over nothing it has none, where torch's are zeros.
     """
     recorded = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     plain = all(x.dtype == torch.float32 and x.is_cpu and x.numel() for x in tensors)
-    return has_avx512() and plain and not recorded and not torch.compiler.is_compiling()
+    return plain and not recorded and not torch.compiler.is_compiling()
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

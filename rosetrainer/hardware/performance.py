@@ -1,37 +1,26 @@
-"""Precision and speed: what this machine multiplies natively, how fast, and what helps it."""
+"""Precision and speed: what this machine multiplies in, how fast, and what helps it."""
 
 from __future__ import annotations
 
 import os
 import time
-from pathlib import Path
 
 import torch
 
 from rosetrainer.environment import usable_cores, world_from_environment
-
-
-def has_native_bf16(device: torch.device) -> bool:
-    """Whether the device multiplies bf16 in hardware; emulated, it is slower than fp32."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if hasattr(torch.cpu, "get_capabilities"):
-        capabilities = torch.cpu.get_capabilities()
-        return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
-    words = cpu_words()  # which torch 2.11 reads too, but does not tell
-    return "amx_bf16" in words or "avx512_bf16" in words
-
-
-def cpu_words() -> list[str]:
-    """What Linux says of the processors, its maker and its flags among it; elsewhere nothing."""
-    cpuinfo = Path("/proc/cpuinfo")
-    return cpuinfo.read_text().split() if cpuinfo.exists() else []
+from rosetrainer.hardware import measured
+from rosetrainer.hardware.processor import has_native_bf16
 
 
 def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:
-    """The dtype of the matrix products; "auto" is bf16 where it is native, else fp32."""
+    """The dtype of the matrix products; "auto" is bf16 where it is faster, else fp32.
+
+    On a CPU it was measured. A GPU tells what it has.
+    """
     if wanted == "auto":
-        wanted = "bfloat16" if has_native_bf16(device) else "float32"
+        on_cpu = device.type == "cpu"
+        fast = measured.machine().is_faster("bf16") if on_cpu else has_native_bf16(device)
+        wanted = "bfloat16" if fast else "float32"
     dtype = getattr(torch, wanted)
     assert isinstance(dtype, torch.dtype)
     return dtype

@@ -87,21 +87,21 @@ def show_proof(
     optim: OptimConfig | None = None,
     whole: bool = False,
     given: Weights | None = None,
+    kernels: str = "auto",
 ) -> None:
     """Rank 0 prints who holds what, and whether the layout computes what one process does.
 
     whole: prove all of context_length, however long. given: weights to prove it on, instead of
-    random ones. Raises ParityError, on every rank, if it
-    does not.
+    random ones. kernels: of choose_kernels. Raises ParityError, on every rank, if it does not.
     """
     tp = context.tp
     length = config.context_length
     if not whole and length > LONGEST:
         length = LONGEST // tp.size * tp.size  # which sequence parallelism can divide
     short = replace(config, context_length=length)
-    proof = Proof(short, context, optim or OptimConfig())
+    proof = Proof(short, context, optim or OptimConfig(), kernels=kernels)
     if given:
-        proof = PretrainedProof(short, context, proof.optim, weights=given)
+        proof = PretrainedProof(short, context, proof.optim, kernels=kernels, weights=given)
     columns = prove(proof, dtype)
     if context.rank == 0:
         every_stage = replace(context, device=torch.device("meta"), pp=Axis("pp"))

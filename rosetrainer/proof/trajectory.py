@@ -73,7 +73,7 @@ class Proof:
     optim: OptimConfig
     seed: int = 0
     calibration: Calibration = field(default_factory=Calibration)
-    fast: bool = True  # by fast_kernels, as training; else by torch's alone
+    kernels: str = "auto"  # of fast_kernels
 
     @cached_property
     def whole(self) -> dict[str, Tensor]:
@@ -213,7 +213,7 @@ class Proof:
         def clip(step: int) -> float:
             return clip_gradients(model, context, self.calibration.clip_norms[step])
 
-        with fast_kernels(dtype, context.device, self.fast):
+        with fast_kernels(dtype, context.device, self.kernels):
             found = self.logits(model, context, autocast)
             return found | self.trajectory(model, context, gradient, clip)
 

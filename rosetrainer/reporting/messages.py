@@ -24,7 +24,7 @@ from rosetrainer.reporting.loss_curve import CURVE, NARROWEST
 from rosetrainer.reporting.run_log import RunLog
 from rosetrainer.reporting.screen import Screen
 
-IN_OTHER_LINES = ("out", "vocab_size", "compute_dtype")
+IN_OTHER_LINES = ("out", "vocab_size", "compute_dtype", "compute_kernels")
 
 
 def describe(context: ParallelContext, dtype: torch.dtype, wanted: str, shared: str) -> str:

@@ -15,7 +15,6 @@ import torch.distributed as dist
 from rosetrainer.config import TrainConfig
 from rosetrainer.data.batches import Corpus
 from rosetrainer.environment import name_ranks, world_from_environment
-from rosetrainer.hardware import onednn
 from rosetrainer.parallel.comm import all_gather, all_reduce
 from rosetrainer.parallel.context import Axis
 from rosetrainer.validation import ConfigError
@@ -58,18 +57,17 @@ def check_same_settings(
         raise ConfigError(f"{found}; start all ranks with the same flags")
     if len({one["dtype"] for one in resolved}) > 1:
         for one in resolved:
-            del one["matmul"]  # which follow from it
+            del one["kernels"]  # which follow from it
     found, keys = difference(resolved)
     flags = {
         "dtype": "--dtype float32",
         "threads": f"--threads {min(one['threads'] for one in resolved)}",
+        "kernels": "--kernels torch",
         "compile": "--compile off",
     }
     remedy = f"start all ranks with {' '.join(flags[key] for key in keys if key in flags)}"
     if {"torch", "rosetrainer"} & set(keys):
         remedy = "install the same versions for all ranks"
-    elif "matmul" in keys:
-        remedy = "start all ranks on processors of one make"
     raise ConfigError(f"{found}; {remedy}")
 
 
@@ -87,20 +85,20 @@ def given_settings(config: TrainConfig, corpus: Corpus) -> dict[str, Any]:
     """Every setting as it was given, by name, and the hashes of the data."""
     parts = {**asdict(config), "data": corpus.meta.sha256}
     settings = {key: value for part in parts.values() for key, value in part.items()}
-    del settings["compute_dtype"]
+    del settings["compute_dtype"], settings["compute_kernels"]
     return {k: str(v) if isinstance(v, Path) else v for k, v in settings.items()}
 
 
 def resolved_settings(config: TrainConfig, compiled: bool, device: torch.device) -> dict[str, Any]:
     """What decides the bits that this rank computes and depends on more than the flags."""
     dtype = config.precision.compute_dtype
-    assert dtype, "settle_dtype comes first"
+    assert dtype, "settle comes first"
     on_cpu = device.type == "cpu"
     return {
         "dtype": dtype,
         "threads": torch.get_num_threads() if on_cpu else 0,
         "compile": "on" if compiled else "off",
-        "matmul": "oneDNN" if onednn.is_faster(getattr(torch, dtype), device) else "torch",
+        "kernels": config.precision.compute_kernels,
         "torch": torch.__version__,
         "rosetrainer": source_version(),
     }

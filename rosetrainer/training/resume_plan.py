@@ -23,11 +23,11 @@ from rosetrainer.config import TrainConfig
 from rosetrainer.data.batches import Corpus
 from rosetrainer.reporting.run_log import LOG
 from rosetrainer.training.run_identity import (
+    came_to,
     check_data,
     check_fits,
     check_same_run,
     differences,
-    dtype_of,
     has_ended,
     newest_readable,
     was_resumed_from,
@@ -46,8 +46,8 @@ class ResumePlan:
     candidates: tuple[Path, ...] = ()
     named: bool = False
     """The user named the checkpoint, so that no other one will do."""
-    dtype: str = ""
-    """In which the resumed run computes; "" if it has not written that down."""
+    came_to: tuple[str, str] = ("", "")
+    """Of run_identity: what the resumed run computes in and with."""
     seen: Marks = field(default_factory=dict)
     """What lay in the run folder, or in --out, before any of it was read."""
 
@@ -116,7 +116,7 @@ def _resume(
             f"{quote(origin)}, or choose another --out"
         )
     candidates += [one for one in more if one not in candidates]
-    return ResumePlan(folder, tuple(candidates), dtype=dtype_of(saved), seen=seen)
+    return ResumePlan(folder, tuple(candidates), came_to=came_to(saved), seen=seen)
 
 
 def _from_path(path: Path, config: TrainConfig, corpus: Corpus) -> ResumePlan:
@@ -131,13 +131,13 @@ def _from_path(path: Path, config: TrainConfig, corpus: Corpus) -> ResumePlan:
         return _resume(out, config, corpus, candidates)
     checkpoints_in(path)
     where, manifest = newest_readable(list(candidates)) or (path, None)
-    dtype = manifest.progress.dtype if manifest else ""
+    before = came_to(manifest.progress.config) if manifest else ("", "")
     if manifest:
         check_same_run(where, manifest.progress.config, config, NO_RESUME)
         check_fits(where, manifest, config, corpus, NO_RESUME)
     if not same_place(out, run):
         check_run_folder(out)
-        return ResumePlan(None, candidates, is_one, dtype, seen)
+        return ResumePlan(None, candidates, is_one, before, seen)
     if not os.path.lexists(run / CONFIG):
         raise ConfigError(f"{run} has no {CONFIG}: it is no run folder; give a new --out")
     _resume(run, config, corpus)
@@ -146,4 +146,4 @@ def _from_path(path: Path, config: TrainConfig, corpus: Corpus) -> ResumePlan:
         raise ConfigError(
             f"{newer[0]} is newer than {candidates[0]}; give a new --out to branch off"
         )
-    return ResumePlan(out, candidates, is_one, dtype, seen)
+    return ResumePlan(out, candidates, is_one, before, seen)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from rosetrainer.checkpoint.manifest import (
 from rosetrainer.checkpoint.run_folder import read_config, same_place
 from rosetrainer.config import TrainConfig
 from rosetrainer.data.batches import Corpus
+from rosetrainer.hardware import measured
+from rosetrainer.hardware.kernels import choose_kernels
 from rosetrainer.hardware.performance import choose_dtype
 from rosetrainer.reporting.run_log import LOG, last_evaluation
 from rosetrainer.run_config import must_match_on_resume
@@ -30,20 +33,41 @@ MUST_MATCH_ON_RESUME = {
 """The settings that decide a run's numbers, by component; and the dtype that it resolved to."""
 
 
-def settle_dtype(
-    config: TrainConfig, resumed: str, device: torch.device
-) -> tuple[TrainConfig, str]:
-    """The config with what its dtype resolves to, and a line if a new run's would be another here.
+def settle(
+    config: TrainConfig, resumed: tuple[str, str], device: torch.device
+) -> tuple[TrainConfig, list[str]]:
+    """The config with what its dtype and its kernels resolve to, and lines about that.
 
-    resumed: the dtype of the run that is resumed, which keeps it, or "".
+    resumed: came_to of the run that is resumed, which keeps it. The lines say why auto is what it
+    is here, and where a new run's would be another.
     """
-    here = str(choose_dtype(config.precision.dtype, device)).removeprefix("torch.")
-    dtype = resumed if resumed and config.precision.dtype == "auto" else here
-    remark = ""
+    own, on_cpu = config.precision, device.type == "cpu"
+    here = str(choose_dtype(own.dtype, device)).removeprefix("torch.")
+    dtype = resumed[0] if resumed[0] and own.dtype == "auto" else here
+    choose = partial(choose_kernels, dtype=getattr(torch, dtype), device=device)
+    fast = choose(own.kernels)
+    kernels = choose(resumed[1]) if resumed[1] and own.kernels == "auto" else fast
+    lines = []
+    by_time = on_cpu and own.dtype == "auto" and dtype == here
+    also = on_cpu and own.kernels == "auto" and kernels == fast and dtype == "float32"
+    if by_time or also:
+        lines.append(measured.machine().why(dtype * by_time, kernels * also))
     if dtype != here:
-        remark = f"dtype=auto is {here} here, but the run began in {dtype} and goes on in it"
-        remark += ", which may be slower here" * (dtype == "bfloat16")
-    return config.with_settings(compute_dtype=dtype), remark
+        line = f"dtype=auto is {here} here, but the run began in {dtype} and goes on in it"
+        lines.append(line + ", which may be slower here" * (dtype == "bfloat16"))
+    if kernels != fast:
+        lines.append(
+            f"kernels=auto is {fast} here, but the run began with {resumed[1]} and goes on with "
+            f"{kernels}"
+        )
+    # A run that goes on with a CPU's kernels after a while on CUDA has none to keep.
+    kept = kernels if on_cpu else None
+    return config.with_settings(compute_dtype=dtype, compute_kernels=kept), lines
+
+
+def came_to(saved: TrainConfig) -> tuple[str, str]:
+    """What a run computes in and with; "" for what it has not written down."""
+    return dtype_of(saved), saved.precision.compute_kernels or ""
 
 
 def dtype_of(saved: TrainConfig) -> str:

@@ -59,7 +59,7 @@ from rosetrainer.training.agreement import check_same_settings, gather_texts, wo
 from rosetrainer.training.memory_need import bytes_of_a_number, frozen_share
 from rosetrainer.training.open_run import RunLocation, open_run
 from rosetrainer.training.resume_plan import ResumePlan, find_resume_plan
-from rosetrainer.training.run_identity import settle_dtype
+from rosetrainer.training.run_identity import settle
 from rosetrainer.training.step import open_sums
 from rosetrainer.training.trainer import Trainer, TrainingState
 
@@ -127,12 +127,12 @@ def train(
     with own_screen() if world.rank == 0 else nullcontext():
         limit = timedelta(seconds=timeout + WATCH_MARGIN_SECONDS)
         device = init_process_group(config.hardware.device, limit, store)
-        resumed_dtype = gather_texts(plan.dtype, world, device)[0]
-        config, remark = settle_dtype(config, resumed_dtype, device)
+        resumed = gather_texts(" ".join(plan.came_to), world, device)[0].partition(" ")[::2]
+        config, remarks = settle(config, resumed, device)
         check_same_settings(config, corpus, compiled[0], world, device)
         location = open_run(config.run.out, plan, world, device)
         ERROR_REPORT.folder = location.folder
-        if remark and world.rank == 0:
+        for remark in remarks if world.rank == 0 else []:
             print(remark)
         with location.lock or nullcontext():
             context = init_parallel(config.parallel, config.hardware.device, limit.total_seconds())
@@ -193,7 +193,7 @@ def train_in_layout(
             Reporter(config, context, world, log, peak, recorders),
             state,
         )
-        with fast_kernels(dtype, context.device):
+        with fast_kernels(dtype, context.device, config.precision.compute_kernels or "torch"):
             trainer.train(evaluated)
         if log and not finished:
             show_curve(log)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from faults.harness import contents
+from machine import like
 
 from rosetrainer.checkpoint import slices
 from rosetrainer.checkpoint.manifest import checkpoints, read_manifest
@@ -382,7 +383,7 @@ def test_a_damaged_checkpoint_behind_a_link_is_replaced_and_the_user_s_files_sta
 
 def native_bf16(patch: pytest.MonkeyPatch, has: bool) -> None:
     """What --dtype auto asks of this machine."""
-    patch.setattr("rosetrainer.hardware.performance.has_native_bf16", lambda _: has)
+    patch.setattr("rosetrainer.hardware.measured.machine", lambda: like(bf16=has))
 
 
 WAYS: dict[str, dict[str, Any]] = {

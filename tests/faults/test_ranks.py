@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from faults.harness import CHAOS, FLAGS, TRAINING, Fault, freeze, launch, run, sleep_on
+from machine import like
 
 from rosetrainer.launch.rank import RENDEZVOUS_DIR
 from rosetrainer.launch.watch import RankState, at_fault
@@ -197,7 +198,7 @@ def test_other_settings_are_found_before_the_first_step(
 
 
 def native_bf16_on_rank_1(rank: int) -> None:
-    patch("hardware.performance", "has_native_bf16", lambda _: rank == 1)
+    patch("hardware.measured", "machine", lambda: like(bf16=rank == 1))
 
 
 def more_threads_on_rank_0(rank: int) -> None:
@@ -208,8 +209,8 @@ def other_source_on_rank_1(rank: int) -> None:
     patch("training.agreement", "source_version", lambda: f"source{rank}")
 
 
-def amd_on_rank_0(rank: int) -> None:
-    patch("hardware.onednn", "is_amd", lambda: rank == 0)
+def fast_onednn_on_rank_0(rank: int) -> None:
+    patch("hardware.measured", "machine", lambda: like(linear=rank == 0))
 
 
 def compiled_on_rank_1(rank: int) -> None:
@@ -238,9 +239,10 @@ CAME_TO: dict[str, tuple[Callable[[int], None], str]] = {
         other_source_on_rank_1,
         "rosetrainer=source1 and not source0 like rank 0; install the same versions for all ranks",
     ),
-    "matmul": (
-        amd_on_rank_0,
-        "matmul=torch and not oneDNN like rank 0; start all ranks on processors of one make",
+    "kernels": (
+        fast_onednn_on_rank_0,
+        "kernels=layer_norm and not layer_norm,linear like rank 0; start all ranks with "
+        "--kernels torch",
     ),
     "compile": (
         compiled_on_rank_1,

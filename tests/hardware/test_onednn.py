@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from machine import like
 from oracle import random_batch, tiny_config
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rosetrainer.hardware import onednn
-from rosetrainer.hardware.kernels import fast_kernels
+from rosetrainer.hardware import measured, onednn
+from rosetrainer.hardware.kernels import choose_kernels, fast_kernels
 from rosetrainer.models.gpt import GPTModel
 from rosetrainer.parallel import overlap, vocab_parallel
 from rosetrainer.parallel.comm import Pending
@@ -30,15 +31,14 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(params=[True, False])
 def avx512(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> bool:
-    """Whether the processor, of AMD's, has it."""
-    monkeypatch.setattr(onednn, "is_amd", lambda: True)
-    monkeypatch.setattr(onednn, "has_avx512", lambda: request.param)
+    """Whether oneDNN is faster at sums too, as with AVX512 on a processor of AMD's."""
+    monkeypatch.setattr(measured, "machine", lambda: like(linear=True, sums=request.param))
     return bool(request.param)
 
 
 @pytest.fixture
 def amd(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onednn, "is_amd", lambda: True)
+    monkeypatch.setattr(measured, "machine", lambda: like(linear=True))
 
 
 class Operators(TorchDispatchMode):
@@ -196,28 +196,43 @@ def test_a_model_s_products_run_there_and_it_trains_as_before(amd: None, recompu
 
 
 @pytest.mark.parametrize(
-    ("maker", "dtype", "device", "expected"),
+    ("linear", "sums", "dtype", "device", "expected"),
     [
-        (True, torch.float32, "cpu", True),
-        (False, torch.float32, "cpu", False),
-        (True, torch.bfloat16, "cpu", False),
-        (True, torch.float64, "cpu", False),
-        (True, torch.float32, "cuda", False),
+        (True, True, torch.float32, "cpu", "layer_norm,linear,sums"),
+        (True, False, torch.float32, "cpu", "layer_norm,linear"),
+        (False, True, torch.float32, "cpu", "layer_norm,sums"),
+        (False, False, torch.float32, "cpu", "layer_norm"),
+        (True, True, torch.bfloat16, "cpu", "layer_norm,attention"),
+        (True, True, torch.float64, "cpu", "layer_norm"),
+        (True, True, torch.float32, "cuda", "torch"),
     ],
 )
-def test_it_is_taken_for_fp32_on_an_amd_processor_only(
-    monkeypatch: pytest.MonkeyPatch, maker: bool, dtype: torch.dtype, device: str, expected: bool
+def test_each_is_taken_for_fp32_where_it_was_measured_as_faster(
+    monkeypatch: pytest.MonkeyPatch,
+    linear: bool,
+    sums: bool,
+    dtype: torch.dtype,
+    device: str,
+    expected: str,
 ) -> None:
-    monkeypatch.setattr(onednn, "is_amd", lambda: maker)
+    monkeypatch.setattr(measured, "machine", lambda: like(linear=linear, sums=sums))
+    assert choose_kernels("auto", dtype, torch.device(device)) == expected
     before = (F.linear, torch.mm, torch.Tensor.addmm_)
     with fast_kernels(dtype, torch.device(device)):
         inside = (F.linear, torch.mm, torch.Tensor.addmm_)
-        assert inside == ((onednn.linear, onednn.mm, onednn.addmm_) if expected else before)
+        assert (inside[0] == onednn.linear) == ("linear" in expected)
+        ours = (onednn.mm, onednn.addmm_) if "sums" in expected else before[1:]
+        assert inside[1:] == ours
     assert (F.linear, torch.mm, torch.Tensor.addmm_) == before
 
 
-def test_the_maker_is_read_from_what_linux_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    for maker, expected in (("AuthenticAMD", True), ("GenuineIntel", False)):
-        words = ["vendor_id", ":", maker]
-        monkeypatch.setattr(onednn, "cpu_words", lambda words=words: words)
-        assert onednn.is_amd.__wrapped__() == expected
+def test_a_flag_or_a_run_s_record_goes_before_what_was_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(measured, "machine", None)  # whoever asks fails
+    fp32 = torch.float32
+    assert choose_kernels("torch", fp32, CPU) == "torch"
+    assert choose_kernels("ours", fp32, CPU) == "layer_norm,linear,sums"
+    assert choose_kernels("layer_norm,linear", fp32, CPU) == "layer_norm,linear"
+    assert choose_kernels("sums,of a newer version", fp32, CPU) == "sums"
+    assert choose_kernels("auto", torch.bfloat16, CPU) == "layer_norm,attention"

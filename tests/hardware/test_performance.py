@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-import json
+import platform
 import resource
 from pathlib import Path
 
@@ -12,7 +12,9 @@ import torch
 from oracle import random_batch, tiny_config
 from ranks import run_ranks
 
-from rosetrainer.hardware import performance
+from rosetrainer.hardware import measured, processor
+from rosetrainer.hardware.kernel_times import Ratios
+from rosetrainer.hardware.measured import Measured
 from rosetrainer.hardware.memory import keep_freed_memory
 from rosetrainer.hardware.performance import (
     choose_dtype,
@@ -29,19 +31,14 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize(
-    ("capabilities", "expected"),
-    [
-        ({"amx_bf16": True}, torch.bfloat16),
-        ({"avx512_bf16": True}, torch.bfloat16),
-        ({"amx_bf16": False, "avx512_bf16": False, "avx512_f": True}, torch.float32),
-        ({}, torch.float32),
-    ],
+    ("bf16", "expected"), [(0.3, torch.bfloat16), (0.95, torch.float32), (9.0, torch.float32)]
 )
-def test_auto_is_bf16_only_where_it_is_native(
-    monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, bool], expected: torch.dtype
+def test_auto_is_bf16_only_where_it_is_clearly_faster(
+    monkeypatch: pytest.MonkeyPatch, bf16: float, expected: torch.dtype
 ) -> None:
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    monkeypatch.setattr(measured, "machine", lambda: Measured(Ratios(bf16), "given"))
     assert choose_dtype("auto", CPU) == expected
+    monkeypatch.setattr(measured, "machine", None)  # whoever asks fails
     assert choose_dtype("float64", CPU) == torch.float64
 
 
@@ -115,14 +112,28 @@ def test_threads_are_what_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None
         torch.set_num_threads(before)
 
 
-def test_native_bf16_reads_the_processor_where_torch_does_not_tell(
+@pytest.mark.parametrize(
+    ("capabilities", "expected"),
+    [({"amx_bf16": True}, True), ({"avx512_bf16": True}, True), ({"avx512_f": True}, False)],
+)
+def test_native_bf16_is_what_torch_says(
+    monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, bool], expected: bool
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    assert processor.has_native_bf16(CPU) == expected
+
+
+def test_the_first_processor_is_read_where_torch_does_not_tell(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
     cpuinfo = tmp_path / "cpuinfo"
-    monkeypatch.setattr(performance, "Path", lambda _: cpuinfo)
-    assert not performance.has_native_bf16(CPU)
-    cpuinfo.write_text("flags : fpu avx512f avx512_bf16 amx_tile")
-    assert performance.has_native_bf16(CPU)
-    cpuinfo.write_text("flags : fpu avx512f " + json.dumps({}))
-    assert not performance.has_native_bf16(CPU)
+    monkeypatch.setattr(processor, "CPUINFO", cpuinfo)
+    assert not processor.has_native_bf16(CPU)
+    assert processor.processor() == (platform.machine(), "")
+    cpuinfo.write_text("model name\t: A: 1\nflags\t\t: fpu avx512_bf16 amx\n\nflags\t: fpu\n")
+    assert processor.has_native_bf16(CPU)
+    assert processor.processor() == ("A: 1", "fpu avx512_bf16 amx")
+    cpuinfo.write_text("CPU part\t: 0xd40\nFeatures\t: fp\n\nflags : avx512_bf16")
+    assert not processor.has_native_bf16(CPU)
+    assert processor.processor() == (f"{platform.machine()} 0xd40", "fp")

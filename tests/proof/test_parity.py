@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -66,11 +67,11 @@ CASES: dict[str, tuple[int, int, dict[str, Any], dict[str, Any], Any]] = {
 }
 
 
-def right_layout(case: str, fast: bool = True) -> None:
+def right_layout(case: str, kernels: str = "auto") -> None:
     dp_size, _, layout, changes, kind = CASES[case]
     context = init_parallel(ParallelConfig(dp_size=dp_size, **layout))
     config, optim = replace(LONGER, **changes), OptimConfig(optimizer=kind)
-    right = Proof(config, context, optim, fast=fast)
+    right = Proof(config, context, optim, kernels=kernels)
     for dtype in (torch.float32, torch.bfloat16):
         wrong = [column.wrong for column in prove(right, dtype)]
         assert wrong == [[]] * (3 if context.world_size > 1 else 2)
@@ -88,7 +89,7 @@ def right_layout_without_hardware(case: str) -> None:
         patch.setattr(attention_blocks, "CausalBlocks", None)  # whoever takes it fails
         patch.setattr(onednn, "linear", None)
         patch.setattr(optimizer, "AdamW", partial(torch.optim.AdamW, fused=True))
-        right_layout(case, fast=False)
+        right_layout(case, kernels="torch")
 
 
 @pytest.mark.parametrize("case", ["tp", "dp", "muon", "rotary"])
@@ -127,6 +128,23 @@ def test_a_weight_that_is_wrong_on_one_rank_fails_on_every_rank() -> None:
     assert first == second
     assert first.startswith("not the same as one process: logits differs by ")
     assert first.endswith("in float64 from the oracle, where rounding stays under 1e-10: a bug")
+
+
+def test_its_flag_says_whose_kernels_are_proven(monkeypatch: pytest.MonkeyPatch) -> None:
+    entered = []
+
+    def recorded(dtype: torch.dtype, device: torch.device, wanted: str) -> Any:
+        entered.append(wanted)
+        return nullcontext()
+
+    monkeypatch.setattr(trajectory, "fast_kernels", recorded)
+    assert (
+        parity.main(
+            [*["--kernels", "torch", "--d-model", "8", "--n-heads", "1", "--n-layers", "1"]]
+        )
+        == 0
+    )
+    assert set(entered) == {"torch"}
 
 
 def without_f() -> str:
