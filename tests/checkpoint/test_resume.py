@@ -425,6 +425,7 @@ def test_a_run_goes_on_in_its_dtype_on_a_machine_where_auto_is_another(
     assert read_manifest(out / "step_000004").progress.dtype == "bfloat16"
     written = json.loads((out / "config.json").read_text())["precision"]
     assert written["compute_dtype"] == "bfloat16"
+    assert written["compute_kernels"] == "layer_norm,attention"
 
 
 def losses(folder: Path) -> dict[int, float]:

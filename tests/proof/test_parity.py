@@ -138,12 +138,8 @@ def test_its_flag_says_whose_kernels_are_proven(monkeypatch: pytest.MonkeyPatch)
         return nullcontext()
 
     monkeypatch.setattr(trajectory, "fast_kernels", recorded)
-    assert (
-        parity.main(
-            [*["--kernels", "torch", "--d-model", "8", "--n-heads", "1", "--n-layers", "1"]]
-        )
-        == 0
-    )
+    tiny = ["--d-model", "8", "--n-heads", "1", "--n-layers", "1"]
+    assert parity.main(["--kernels", "torch", *tiny]) == 0
     assert set(entered) == {"torch"}
 
 
