@@ -165,7 +165,8 @@ def test_what_ours_does_not_do_is_torchs(avx512: bool, case: str) -> None:
         product = torch.mm(a, b)
     assert torch.equal(found, wanted)
     assert found.requires_grad == product.requires_grad == (case == "recorded")
-    assert torch.allclose(product, a @ b)
+    off = (product - a @ b).abs()  # each a sum of three, in an order of its own
+    assert (off <= 2 * 3 * torch.finfo(torch.float32).eps / 2 * (a.abs() @ b.abs())).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
