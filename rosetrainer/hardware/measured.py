@@ -1,7 +1,7 @@
 """What this machine is fast at, measured once and kept in a file of the user's cache.
 
 In $ROSETRAINER_CACHE, or $XDG_CACHE_HOME/rosetrainer, or ~/.cache/rosetrainer: one file for each
-processor, version of torch and number of threads. Of a machine's ranks the first measures while
+processor and version of torch. Of a machine's ranks the first measures while
 the others wait, so that all of them choose alike.
 """
 
@@ -66,14 +66,10 @@ class Measured:
         return f"{', '.join(chosen)}; {self.source}"
 
 
-def machine() -> Measured:
-    """With the threads that this process has now. Looks once, and measures only if it has to."""
-    return _machine(torch.get_num_threads())
-
-
 @cache
-def _machine(threads: int) -> Measured:
-    return look_up(cache_folder(), key_of(threads))
+def machine() -> Measured:
+    """Looks once, and measures only if it has to."""
+    return look_up(cache_folder(), key_of_this_machine())
 
 
 def cache_folder() -> Path:
@@ -85,7 +81,7 @@ def cache_folder() -> Path:
     return (shared if shared.is_absolute() else home) / "rosetrainer"
 
 
-def key_of(threads: int) -> dict[str, Any]:
+def key_of_this_machine() -> dict[str, Any]:
     """What the times depend on."""
     name, flags = processor()
     instructions = torch.backends.cpu.get_cpu_capability()  # which the environment may limit
@@ -94,7 +90,6 @@ def key_of(threads: int) -> dict[str, Any]:
         "processor": name,
         "flags": digest,
         "torch": torch.__version__,
-        "threads": threads,
         "version": VERSION,
     }
 

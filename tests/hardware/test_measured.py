@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ from rosetrainer.hardware import kernel_times, measured
 from rosetrainer.hardware.kernel_times import Ratios
 from rosetrainer.hardware.measured import Measured, look_up
 
-KEY = {"processor": "A/B (R) 1", "flags": "12", "torch": "2.13.0+cpu", "threads": 2, "version": 1}
-NAME = "A-B-R-1_12_2.13.0+cpu_2_1.json"
+KEY = {"processor": "A/B (R) 1", "flags": "12", "torch": "2.13.0+cpu", "version": 1}
+NAME = "A-B-R-1_12_2.13.0+cpu_1.json"
 FIRST, LATER = Ratios(0.25, 0.5, 1.5), Ratios(4.0, 2.0, 2.0)
 
 
@@ -46,7 +47,7 @@ def test_it_is_measured_once_and_then_read(times: Times, tmp_path: Path) -> None
     assert look_up(folder, KEY) == Measured(FIRST, f"as kept in {path}")
     assert times.taken == 1
     assert json.loads(path.read_text())["processor"] == "A/B (R) 1"
-    other = KEY | {"threads": 1}
+    other = KEY | {"torch": "2.11.0+cpu"}
     assert look_up(folder, other).ratios == LATER
     assert times.taken == 2
 
@@ -181,26 +182,59 @@ def test_the_log_says_what_was_chosen_and_why() -> None:
 
 
 def test_this_machine_is_measured_in_a_few_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernel_times, "SECONDS", 0.0)  # two rounds
-    state = torch.get_rng_state()
-    found = kernel_times.measure()
+    monkeypatch.setattr(kernel_times, "SECONDS", 0.0)  # as few rounds as may be
+    state, threads, seen = torch.get_rng_state(), torch.get_num_threads(), []
+    rounds = kernel_times.best_of_rounds
+
+    def spy() -> Ratios:
+        seen.append(torch.get_num_threads())
+        return rounds()
+
+    monkeypatch.setattr(kernel_times, "best_of_rounds", spy)
+    torch.set_num_threads(2)
+    try:
+        found = kernel_times.measure()
+        assert (seen, torch.get_num_threads()) == ([1], 2)
+    finally:
+        torch.set_num_threads(threads)
     assert all(0 < ratio < math.inf for ratio in vars(found).values())
     assert torch.equal(torch.get_rng_state(), state), "the run's own numbers are not drawn"
 
 
-def test_a_process_looks_once_for_each_number_of_threads(
+@pytest.mark.parametrize(("slower", "rounds"), [(1, 5), (2.9, 5), (3.1, 2)])
+def test_bf16_that_is_emulated_is_measured_no_longer_than_it_takes_to_see_that(
+    monkeypatch: pytest.MonkeyPatch, slower: float, rounds: int
+) -> None:
+    """By a clock that each work moves on: the first round is slow for all."""
+    now, runs = 0.0, dict.fromkeys(kernel_times.works_of_a_block(), 0)
+
+    def work(name: str) -> None:
+        nonlocal now
+        runs[name] += 1
+        now += (slower if "bf16" in name else 1) * (2 if "products" in name else 1)
+        now += 9 * (runs[name] == 1)
+
+    works = {name: partial(work, name) for name in ("linear", "sums", "attention")}
+    works |= {name: partial(work, name) for name in ("products in bf16", "attention in bf16")}
+    monkeypatch.setattr(kernel_times, "works_of_a_block", lambda: works)
+    monkeypatch.setattr(kernel_times.time, "perf_counter", lambda: now)
+    found = kernel_times.measure()
+    assert found.bf16 == pytest.approx(slower)
+    assert [runs["products in bf16"], runs["attention in bf16"]] == [rounds, rounds]
+    assert [runs["linear"], runs["sums"], runs["attention"]] == [5, 5, 5]
+
+
+def test_a_process_looks_once(
     times: Times, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("ROSETRAINER_CACHE", str(tmp_path))
-    measured._machine.cache_clear()
+    measured.machine.cache_clear()
     try:
         assert measured.machine() is measured.machine()
         assert times.taken == 1
-        monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
-        assert measured.machine().ratios == LATER
-        assert len(list(tmp_path.glob("*.json"))) == 2
+        assert len(list(tmp_path.glob("*.json"))) == 1
     finally:
-        measured._machine.cache_clear()
+        measured.machine.cache_clear()
 
 
 def test_tests_go_by_what_is_given_to_them() -> None:
