@@ -28,7 +28,7 @@ from rosetrainer.commands.flags import parse_flags
 from rosetrainer.launch.rank import run_rank
 from rosetrainer.validation import Count
 
-WANTED = 1.5
+WANTED = 1.1
 MODEL = ["--n-layers", "1", "--d-model", "32", "--n-heads", "2", "--context-length", "16"]
 SHORT = [
     *("--global-batch-size", "4", "--steps", "1", "--eval-tokens", "64"),

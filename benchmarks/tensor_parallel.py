@@ -38,7 +38,7 @@ NAME = "tensor_parallel"
 RANKS = 2
 ALONE, OURS, OURS_4 = "ours, one process", "ours, tp 2", "ours, tp 4"
 DTENSOR, DTENSOR_FUSED = "DTensor, tp 2", "DTensor, tp 2, fused AdamW"
-DTENSOR_WANTED, ALONE_WANTED, ALONE_WANTED_4 = 1.2, 0.75, 0.75
+DTENSOR_WANTED, ALONE_WANTED, ALONE_WANTED_4 = 1.4, 0.95, 0.85
 
 
 @dataclass(frozen=True)
