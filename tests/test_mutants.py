@@ -44,7 +44,10 @@ def test_the_mistake_turns_its_test_red(patch: Path, tree: Path) -> None:
 def test_without_a_mistake_the_same_way_of_running_is_green(tree: Path) -> None:
     for name in ("layers", "model"):
         test = next(t for t in map(named_test, MUTANTS) if f"test_{name}.py" in t)
-        assert run_tests(tree, [test]) == (1, {}, {test})
+        outcome = run_tests(tree, [test])
+        assert outcome, "no outcome"
+        assert not outcome.failures, "\n".join(outcome.failures.values())
+        assert outcome == (1, {}, {test})
 
 
 def test_there_is_a_patch_for_each_way_to_be_wrong_and_each_applies() -> None:

@@ -15,7 +15,11 @@ from typing import TypeVar
 from rosetrainer.commands.presets import PRESETS, PresetName
 from rosetrainer.config import GPTConfig, TrainConfig
 from rosetrainer.environment import LAUNCHED, world_from_environment
-from rosetrainer.hardware.memory import keep_freed_memory, no_garbage_collection
+from rosetrainer.hardware.memory import (
+    give_back_freed_memory,
+    keep_freed_memory,
+    no_garbage_collection,
+)
 from rosetrainer.launch.interfaces import own_host
 from rosetrainer.launch.rank import GRACE, STOP, stop_status
 from rosetrainer.validation import ConfigError, Count, CountOrZero, LocalRanks, config_from_dict
@@ -93,7 +97,9 @@ def run_rank_of(command: TrainCommand, world_size: int) -> int:
     STOP.grace = command.grace
     with no_garbage_collection():
         from rosetrainer.training.setup import check_config, train
-    if command.config.parallel.zero < 3:  # which gathers and frees: holes between what stays
+    if command.config.parallel.zero == 3:  # which gathers and frees all the time
+        give_back_freed_memory()
+    else:
         keep_freed_memory()
     _, stopped_by = train(*check_config(command.config, world_size))
     return stop_status(stopped_by)

@@ -28,11 +28,23 @@ def keep_freed_memory() -> None:
     default, the kernel zeroes its pages every time. The user's own settings win, and where malloc
     is not glibc's, on macOS say, nothing changes.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None or any(name.startswith("MALLOC_") for name in os.environ):
-        return
     trim_threshold, top_pad, mmap_max, arena_max = -1, -2, -4, -8  # of malloc.h
-    mallopt(arena_max, 1)  # else each thread has top_pad for itself, and its freed memory too
-    mallopt(mmap_max, 0)
-    mallopt(trim_threshold, 2**31 - 1)
-    mallopt(top_pad, 64 * 2**20)
+    # One arena, else each thread has top_pad for itself, and its freed memory too.
+    _set_malloc({arena_max: 1, mmap_max: 0, trim_threshold: 2**31 - 1, top_pad: 64 * 2**20})
+
+
+def give_back_freed_memory() -> None:
+    """Lets the system have what is freed at once: each large tensor is a mapping of its own.
+
+    glibc does so only until the first is freed. From then on tensors of its size lie between small
+    ones that stay, and a hole is lost to whatever does not fit.
+    """
+    mmap_threshold = -3
+    _set_malloc({mmap_threshold: 2**20})
+
+
+def _set_malloc(values: dict[int, int]) -> None:
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None and not any(name.startswith("MALLOC_") for name in os.environ):
+        for parameter, value in values.items():
+            mallopt(parameter, value)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import platform
 import resource
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from ranks import run_ranks
 from rosetrainer.hardware import measured, processor
 from rosetrainer.hardware.kernel_times import Ratios
 from rosetrainer.hardware.measured import Measured
-from rosetrainer.hardware.memory import keep_freed_memory
+from rosetrainer.hardware.memory import give_back_freed_memory, keep_freed_memory
 from rosetrainer.hardware.performance import (
     choose_dtype,
     matmul_peak,
@@ -76,10 +77,10 @@ def test_the_peak_is_a_rate_of_this_machine() -> None:
     assert 1e8 < matmul_peak(CPU, torch.float32, seconds=0.05) < 1e14
 
 
-def pages_taken_again(keep: bool) -> int:
+def pages_taken_again(set_malloc: Callable[[], None] | None) -> int:
     """Pages that the system has to give when 64 MiB are freed and taken ten times more."""
-    if keep:
-        keep_freed_memory()
+    if set_malloc:
+        set_malloc()
     for _ in range(5):  # until a place is found that is large enough
         torch.ones(2**24)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -91,8 +92,32 @@ def pages_taken_again(keep: bool) -> int:
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="glibc's malloc only")
 def test_freed_memory_is_taken_again_without_asking_the_system() -> None:
     pages = 2**26 // resource.getpagesize()
-    assert run_ranks(1, pages_taken_again, True)[0] < pages
-    assert run_ranks(1, pages_taken_again, False)[0] >= 10 * pages, "control: glibc's default"
+    assert run_ranks(1, pages_taken_again, keep_freed_memory)[0] < pages
+    assert run_ranks(1, pages_taken_again, None)[0] >= 10 * pages, "control: glibc's default"
+
+
+def mappings_left(set_malloc: Callable[[], None] | None) -> int:
+    """Bytes of this process's data that stay when 8 MiB of each of 8 sizes are freed."""
+    if set_malloc:
+        set_malloc()
+    torch.ones(2**22)  # is freed: from here on glibc's default takes smaller ones from its heap
+    before, small = data_bytes(), []
+    for _ in range(8):
+        large = torch.ones(2**21)
+        small.append(torch.ones(2**10))  # stays, behind it
+        del large
+    return data_bytes() - before
+
+
+def data_bytes() -> int:
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmData:")[2].split()[0]) * 1024
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="glibc's malloc only")
+def test_freed_memory_is_given_back_where_small_tensors_stay_behind_it() -> None:
+    assert run_ranks(1, mappings_left, give_back_freed_memory)[0] < 2**22
+    assert run_ranks(1, mappings_left, None)[0] >= 2**23, "control: glibc's default"
 
 
 def test_threads_are_what_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
