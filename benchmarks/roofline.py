@@ -91,7 +91,8 @@ def products(func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> int:
         return int(sdpa_flop_count(*(one.shape for one in args[:3]))) // 2
     if name == f"{ATTENTION}_backward":
         return int(sdpa_backward_flop_count(*(one.shape for one in args[:4]))) // 2
-    count = flop_registry.get(func.overloadpacket)
+    in_place = getattr(torch.ops.aten, name.removesuffix("_"), None)  # counted as the other one
+    count = flop_registry.get(func.overloadpacket) or flop_registry.get(in_place)
     return int(count(*args, **kwargs, out_val=result)) if count else 0
 
 

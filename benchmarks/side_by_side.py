@@ -143,7 +143,7 @@ def in_turn(
                 found[name].append(figures)
             done += 1
             each = (time.monotonic() - began) / done
-            most = min(rounds, max(done, int(longest / each)))
+            most = max(done, int(min(longest / each, rounds)))  # longest may be inf
             of_pair = ratio or ratio_of
             ratios = [f"{name} {of_pair(found, *pair):.3f}" for name, pair in pairs.items()]
             left = f"{each * (most - done):.0f} s to go; Ctrl-C keeps what is there"

@@ -17,6 +17,7 @@ from torch import Tensor
 from benchmarks.side_by_side import Rounds, Side, median
 from rosetrainer.commands.flags import parse_flags
 from rosetrainer.config import GPTConfig
+from rosetrainer.hardware.kernels import fast_kernels
 from rosetrainer.model_flops import flops_per_token
 from rosetrainer.validation import ConfigError, Count
 
@@ -92,7 +93,7 @@ def median_seconds(step: Step, steps: int) -> float:
 
 
 def matmul_peaks(dtypes: Iterable[str], seconds: float = 0.25) -> dict[str, float]:
-    """FLOP/s of the best large product of this process, by dtype."""
+    """FLOP/s of the best large product of this process, by dtype, with the kernels of training."""
     return {
         dtype: max(_peak(getattr(torch, dtype), n, transposed, seconds) for n, transposed in SHAPES)
         for dtype in dtypes
@@ -106,10 +107,11 @@ def _peak(dtype: torch.dtype, n: int, transposed: bool, seconds: float) -> float
     a, b = (torch.randn(n, n).to(dtype) for _ in range(2))
     b = b.T if transposed else b  # as in a linear layer
     best, end = float("inf"), time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        started = time.perf_counter()
-        a @ b
-        best = min(best, time.perf_counter() - started)
+    with fast_kernels(dtype, torch.device("cpu")):
+        while time.perf_counter() < end:
+            started = time.perf_counter()
+            torch.mm(a, b)
+            best = min(best, time.perf_counter() - started)
     return 2 * n**3 / best
 
 

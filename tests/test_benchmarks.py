@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 from collections.abc import Sequence
@@ -210,6 +211,9 @@ def test_a_step_s_operations_are_noted_with_what_they_compute_and_move() -> None
         x.view(4, 8).T.add_(1.0)
         (x * mask).sum()
     named = [(call.name, call.bytes) for call in notes.calls]
+    with roofline.Notes() as notes:
+        torch.ones(2, 3, 4).baddbmm_(torch.ones(2, 3, 5), torch.ones(2, 5, 4))
+    assert notes.calls[-1].flops == 2 * 2 * 3 * 5 * 4
     assert named == [("view", 0), ("permute", 0), ("add_", 256), ("mul", 272), ("sum", 132)]
     limits = roofline.Limits(1e3, {100: 10.0, 10_000: 5.0})
     assert limits.seconds(roofline.Call("", 0.0, 4000, 100)) == 10.0
@@ -319,6 +323,7 @@ class Timed:
     [
         (3, 600, 99, 3, "round 3 of 3, ours 4.000, done"),
         (9, 600, 99, 6, "no more of the 9: 600 s are the most"),
+        (3, math.inf, 99, 3, "round 3 of 3, ours 4.000, done"),
         (1, 5, 99, 1, "round 1 of 1, ours 4.000, done"),  # one is measured, however long
         (9, 600, 2, 2, "stopped after 2 of 9 rounds"),
     ],

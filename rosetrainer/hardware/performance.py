@@ -27,16 +27,16 @@ def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.015) -> float:
-    """FLOP/s of this rank's best large matrix product, with the threads that it has."""
+    """FLOP/s of this rank's best large matrix product, with the threads and kernels that it has."""
     n = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    a @ b  # the first one chooses kernels, which on CUDA takes longer than all that follow
+    torch.mm(a, b)  # the first one chooses kernels, which on CUDA takes longer than all that follow
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     best, end = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < end:
         start = time.perf_counter()
-        a @ b
+        torch.mm(a, b)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         best = min(best, time.perf_counter() - start)

@@ -6,6 +6,7 @@ import signal
 from contextlib import nullcontext
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -173,7 +174,11 @@ def train_in_layout(
         introduce(folder, config, model, context.dp.size)
         for note in filter(None, [compiled[1], *start_notes(config, location.checkpoint)]):
             print(note)
-    peak = sum_over_ranks(matmul_peak(context.device, dtype), context)
+    kernels = partial(
+        fast_kernels, dtype, context.device, config.precision.compute_kernels or "torch"
+    )
+    with kernels():
+        peak = sum_over_ranks(matmul_peak(context.device, dtype), context)
     recorders: list[Recorder] = []
     if config.monitor.profile:
         own = (Path(shown(folder)), context.rank, context.device)
@@ -193,7 +198,7 @@ def train_in_layout(
             Reporter(config, context, world, log, peak, recorders),
             state,
         )
-        with fast_kernels(dtype, context.device, config.precision.compute_kernels or "torch"):
+        with kernels():
             trainer.train(evaluated)
         if log and not finished:
             show_curve(log)

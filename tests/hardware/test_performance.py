@@ -97,7 +97,8 @@ def test_freed_memory_is_taken_again_without_asking_the_system() -> None:
 
 
 def mappings_left(set_malloc: Callable[[], None] | None) -> int:
-    """Bytes of this process's data that stay when 8 MiB of each of 8 sizes are freed."""
+    """Bytes of this process's data that stay when 8 MiB are taken and freed eight times, each with
+    a small tensor that stays."""
     if set_malloc:
         set_malloc()
     torch.ones(2**22)  # is freed: from here on glibc's default takes smaller ones from its heap
@@ -117,7 +118,7 @@ def data_bytes() -> int:
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="glibc's malloc only")
 def test_freed_memory_is_given_back_where_small_tensors_stay_behind_it() -> None:
     assert run_ranks(1, mappings_left, give_back_freed_memory)[0] < 2**22
-    assert run_ranks(1, mappings_left, None)[0] >= 2**23, "control: glibc's default"
+    assert run_ranks(1, mappings_left, None)[0] >= 2**22, "control: glibc's default"
 
 
 def test_threads_are_what_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
