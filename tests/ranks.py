@@ -124,9 +124,6 @@ def _collect(
 def _meet(meeting_point: str, rank: int, n_ranks: int) -> None:
     import torch.distributed as dist
 
-    from rosetrainer.launch.process_group import give_way
-
-    give_way()
     store, limit = dist.FileStore(meeting_point, n_ranks), timedelta(seconds=LONGEST_SECONDS)
     try:
         dist.init_process_group("gloo", store=store, rank=rank, world_size=n_ranks, timeout=limit)

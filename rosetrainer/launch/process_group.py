@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import time
 from datetime import timedelta
@@ -90,7 +89,6 @@ def init_process_group(
         check_devices(store, rank, world_size, own.type, gpu_uuid(own))
         if not gpu:
             meet_machines(dist.PrefixStore("machines", store))
-            give_way()
     if gpu:
         torch.cuda.set_device(gpu)
     if store:
@@ -103,21 +101,6 @@ def init_process_group(
             device_id=gpu,
         )
     return own
-
-
-def give_way() -> None:
-    """This thread, and all that it starts from now on, do not take a core from one that computes.
-
-    gloo's own thread tries for a lock that whoever sends or receives holds, again and again without
-    sleep. The kernel's usual policy lets it take the very core of the thread that holds the lock:
-    both then lose milliseconds, until the kernel looks again. Only where each rank has a core, for
-    else its messages would wait while another one computes; nor if the user chose a policy.
-    """
-    if not hasattr(os, "SCHED_BATCH") or os.sched_getscheduler(0) != os.SCHED_OTHER:
-        return
-    if world_from_environment()[3] <= len(os.sched_getaffinity(0)):
-        with contextlib.suppress(OSError):  # a sandbox may refuse
-            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
 def check_address(world_size: int) -> None:

@@ -234,29 +234,6 @@ def test_ranks_that_do_not_know_where_to_meet(started_with: Start, address: dict
         init_process_group("cpu", timedelta(seconds=300))
 
 
-@pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="only Linux has the policy")
-@pytest.mark.parametrize("enough", [True, False])
-def test_gloo_s_threads_take_no_core_from_one_that_computes(
-    started_with: Start, monkeypatch: pytest.MonkeyPatch, enough: bool
-) -> None:
-    """Else its loop takes the core of a thread that sends, and spins until that one's turn."""
-    found: set[int] = set()
-
-    def start() -> None:
-        before = os.listdir("/proc/self/task")
-        init_process_group("cpu", timedelta(seconds=300), dist.HashStore())
-        theirs = set(os.listdir("/proc/self/task")) - {*before}
-        found.update(os.sched_getscheduler(int(number)) for number in theirs)
-        dist.destroy_process_group()
-
-    started_with({})
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0} if enough else ())
-    thread = threading.Thread(target=start)  # whose policy it is from then on
-    thread.start()
-    thread.join()
-    assert found == {os.SCHED_BATCH if enough else os.SCHED_OTHER}
-
-
 def test_srun_s_ranks_are_ranks(started_with: Start) -> None:
     started_with(SRUN_3)
     assert ranks_to_start("train", [], None, ParallelConfig(tp_size=4)) == (4, False)
